@@ -1,0 +1,127 @@
+// pybind11 and nothing else: integers and numpy tables in, bip::cpu and bip::cuda calls out. Pointers were checked in bip_fast/ops.py.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <initializer_list>
+
+#include "bip.h"
+
+#ifndef BIP_MODULE
+#define BIP_MODULE _C
+#endif
+#ifndef BIP_CUDA_ARCHITECTURES
+#define BIP_CUDA_ARCHITECTURES ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The numpy twin of a struct, so that Python fills tables without knowing the layout.
+struct Field {
+  const char* name;
+  const char* format;
+  size_t offset;
+};
+#define BIP_FIELD(Struct, name, format) {#name, format, offsetof(bip::Struct, name)}
+
+py::dtype table_dtype(std::initializer_list<Field> fields, size_t size) {
+  py::list names, formats, offsets;
+  for (const Field& field : fields) {
+    names.append(field.name);
+    formats.append(py::dtype(field.format));
+    offsets.append(field.offset);
+  }
+  return py::dtype(names, formats, offsets, static_cast<py::ssize_t>(size));
+}
+
+// `where` is the number of threads on the CPU and the stream handle on a CUDA device.
+template <class RunStep, class RunTopk>
+void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int64_t (*step_bytes)(int64_t, int64_t, int64_t),
+                    int64_t (*topk_bytes)(int64_t)) {
+  backend.def("step_workspace_bytes", step_bytes, py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_tiles"));
+  backend.def("topk_workspace_bytes", topk_bytes, py::arg("n"));
+  backend.def(
+      "step",
+      [run_step](int phase, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
+                 int64_t num_groups, uintptr_t hypers, const py::array& gradients, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t workspace, uintptr_t where) {
+        if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
+          throw py::value_error("gradients must have one row per tensor");
+        const bip::Step step{static_cast<bip::Phase>(phase), at<bip::Tensor>(tensors), num_tensors, at<int32_t>(tile_tensor), num_tiles,
+                             at<bip::Group>(groups), num_groups, at<bip::Hyper>(hypers),
+                             static_cast<const bip::Gradient*>(gradients.data()), at<float>(grad_scale),
+                             at<float>(found_inf), at<int64_t>(num_nonfinite), at<void>(workspace)};
+        py::gil_scoped_release release;
+        run_step(step, where);
+      },
+      py::kw_only(), py::arg("phase"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"), py::arg("num_tiles"),
+      py::arg("groups"), py::arg("num_groups"), py::arg("hypers"), py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"),
+      py::arg("num_nonfinite"), py::arg("workspace"), py::arg("where"));
+  backend.def(
+      "topk",
+      [run_topk](uintptr_t scores, int64_t n, int64_t k, uintptr_t mask, uintptr_t workspace, uintptr_t where) {
+        const bip::Topk topk{at<float>(scores), n, k, at<uint8_t>(mask), at<void>(workspace)};
+        py::gil_scoped_release release;
+        run_topk(topk, where);
+      },
+      py::kw_only(), py::arg("scores"), py::arg("n"), py::arg("k"), py::arg("mask"), py::arg("workspace"), py::arg("where"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(BIP_MODULE, m) {
+  m.doc() = "Kernels of bip_fast. Private: bip_fast.ops checks what reaches them.";
+
+  m.attr("tensor_dtype") = table_dtype(
+      {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, scores, "u8"),
+       BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"), BIP_FIELD(Tensor, numel, "i8"),
+       BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"), BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"),
+       BIP_FIELD(Tensor, dtype, "i4")},
+      sizeof(bip::Tensor));
+  m.attr("gradient_dtype") = table_dtype({BIP_FIELD(Gradient, data, "u8"), BIP_FIELD(Gradient, dtype, "i4")}, sizeof(bip::Gradient));
+  m.attr("hyper_dtype") =
+      table_dtype({BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"),
+                   BIP_FIELD(Hyper, momentum, "f4"), BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"),
+                   BIP_FIELD(Hyper, nesterov, "i4")},
+                  sizeof(bip::Hyper));
+  m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8")}, sizeof(bip::Group));
+  m.attr("TILE") = bip::kTile;
+  m.attr("ALIGN") = bip::kAlign;
+
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] =
+#if defined(__VERSION__)
+        __VERSION__;
+#else
+        "unknown";
+#endif
+    info["simd"] = bip::cpu::simd();
+#ifdef BIP_WITH_CUDA
+    info["cuda"] = true;
+    info["cuda_toolkit"] = BIP_CUDA_TOOLKIT;
+#else
+    info["cuda"] = false;
+    info["cuda_toolkit"] = py::none();
+#endif
+    info["cuda_architectures"] = BIP_CUDA_ARCHITECTURES;
+    return info;
+  });
+
+  define_backend(
+      m.def_submodule("cpu"), [](const bip::Step& step, uintptr_t threads) { bip::cpu::step(step, static_cast<int>(threads)); },
+      [](const bip::Topk& topk, uintptr_t threads) { bip::cpu::topk(topk, static_cast<int>(threads)); }, bip::cpu::step_workspace_bytes,
+      bip::cpu::topk_workspace_bytes);
+#ifdef BIP_WITH_CUDA
+  define_backend(
+      m.def_submodule("cuda"), [](const bip::Step& step, uintptr_t stream) { bip::cuda::step(step, at<void>(stream)); },
+      [](const bip::Topk& topk, uintptr_t stream) { bip::cuda::topk(topk, at<void>(stream)); }, bip::cuda::step_workspace_bytes,
+      bip::cuda::topk_workspace_bytes);
+#endif
+}

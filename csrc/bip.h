@@ -1,0 +1,112 @@
+// The contract between Python and the kernels: every operation, declared once.
+//
+// Nothing here knows torch. Callers pass raw pointers that live where the backend runs (host for bip::cpu, device for bip::cuda)
+// and own all memory, workspaces included. The symbols are those of the paper: theta dense weights, s scores, m mask,
+// z = m*theta (what the model's parameter holds), v momentum of theta, u momentum of s, g = dloss/dz.
+#pragma once
+
+#include <cstdint>
+
+namespace bip {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+enum class Phase : int32_t {
+  lower = 0,  // theta and v move on g, z follows; the mask stays
+  upper = 1,  // u and s move on g, the mask is the top-k of s, z follows; theta stays
+  joint = 2   // both from one g, every right-hand side at the old values
+};
+
+// Work is handed out in tiles of kTile consecutive entries of one tensor; a tensor's last tile may be short.
+constexpr int64_t kTile = 1024;
+// Flat arrays place every tensor at a multiple of kAlign entries, so its mask starts on a word and vector loads are aligned.
+constexpr int64_t kAlign = 128;
+
+// One parameter and its state. Entry i is the i-th element in the parameter's own memory order.
+struct Tensor {
+  void* param;            // z, [numel] of `dtype`
+  float* theta;           // [numel]; for an f32 tensor that is not pruned it is `param` itself
+  float* momentum;        // v, [numel]
+  float* scores;          // s, [numel] in [0, 1]; null when not pruned
+  float* score_momentum;  // u, [numel]; null when no mask momentum is used or not pruned
+  uint32_t* mask;         // m, [ceil(numel/32)]: bit i%32 of word i/32; bits past numel are 0; null when not pruned
+  int64_t numel;
+  int64_t first_tile;  // tiles are numbered over all tensors; this one owns [first_tile, first_tile + ceil(numel/kTile))
+  int64_t index;       // flat index of entry 0 inside its selection group, for the tie order
+  int32_t group;       // row of `groups`; -1: not pruned, m is 1 everywhere
+  int32_t hyper;       // row of `hypers`
+  DType dtype;         // of `param`
+  int32_t reserved;
+};
+
+// This step's gradient of one tensor, where autograd left it: [numel] of `dtype` in the parameter's memory order.
+// No alignment beyond the dtype's own is promised. data == null: no gradient; the tensor's theta, v, u and s stay.
+struct Gradient {
+  const void* data;
+  DType dtype;
+  int32_t reserved;
+};
+
+struct Hyper {
+  float lr;
+  float mask_lr;
+  float inv_gamma;  // 1/gamma
+  float momentum;
+  float mask_momentum;
+  float weight_decay;
+  int32_t nesterov;
+  int32_t reserved;
+};
+
+// A selection group: `kept` of its `numel` < 2^32 entries have m = 1.
+struct Group {
+  int64_t numel;
+  int64_t kept;
+};
+
+struct Step {
+  Phase phase;
+  const Tensor* tensors;        // [num_tensors]
+  int64_t num_tensors;
+  const int32_t* tile_tensor;   // [num_tiles] the tensor a tile belongs to, ascending
+  int64_t num_tiles;
+  const Group* groups;          // [num_groups]
+  int64_t num_groups;
+  const Hyper* hypers;          // one row per parameter group
+  const Gradient* gradients;    // [num_tensors], always host memory, read before the call returns
+  const float* grad_scale;      // one value: gradients are multiplied by 1 / *grad_scale, in fp32; null: 1
+  const float* found_inf;       // one value: when not 0 the whole step does nothing; null: 0
+  int64_t* num_nonfinite;       // one value: the entries skipped because g is not finite are added to it
+  void* workspace;              // step_workspace_bytes() bytes, zeroed once by the caller; any step leaves it ready for the next
+};
+
+// A mask of exactly k ones over one array of scores. Tie order: entry i has index i.
+struct Topk {
+  const float* scores;  // [n], any values; NaN is the smallest, -0 equals +0
+  int64_t n;            // < 2^32
+  int64_t k;            // 0 <= k <= n
+  uint8_t* mask;        // [n], written as 0 or 1
+  void* workspace;      // topk_workspace_bytes() bytes, contents free
+};
+
+// Phase::upper with no gradient at all is the plain projection: select the top-k of the scores as they are, then repair mask and z
+// where entries flip. z is rewritten only where the mask flips (and, in lower and joint steps, where it is kept).
+// The resulting mask is a function of s alone: no grid size, thread count or code path changes it.
+
+namespace cpu {
+int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_tiles);
+int64_t topk_workspace_bytes(int64_t n);
+void step(const Step& args, int threads);
+void topk(const Topk& args, int threads);
+const char* simd();  // the instruction set chosen at run time
+}  // namespace cpu
+
+namespace cuda {
+int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_tiles);
+int64_t topk_workspace_bytes(int64_t n);
+// Enqueue on `stream` (a cudaStream_t) of the current device; never synchronise, never allocate, capturable in a graph.
+void step(const Step& args, void* stream);
+void topk(const Topk& args, void* stream);
+}  // namespace cuda
+
+}  // namespace bip

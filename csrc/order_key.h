@@ -1,0 +1,30 @@
+// Who is larger: score -> ordered key, and the order of equal scores. The only place that decides.
+//
+// Larger score first; equal scores by (index * 2654435761) mod 2^32, lowest first. The multiplier is odd, so the map is a bijection of
+// 32-bit indices: keys are unique, the top-k is one set and not a choice. Scores pile up at 0 and 1; plain index order would empty whole layers.
+#pragma once
+
+#include <cstdint>
+
+#include "hd.h"
+#include "update_rule.h"
+
+namespace bip {
+
+// Monotone in the score: NaN < -inf < ... < -0 = +0 < ... < inf.
+BIP_HD uint32_t score_key(float score) {
+  const uint32_t bits = float_bits(score);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t ordered = (bits & 0x80000000u) && magnitude ? ~bits : magnitude | 0x80000000u;
+  return magnitude > 0x7f800000u ? 0u : ordered;
+}
+
+// Larger for the entry that wins a tie.
+BIP_HD uint32_t tie_key(uint32_t index) { return ~(index * 2654435761u); }
+
+// Unique per entry; an entry is kept when its key is at least the k-th largest.
+BIP_HD uint64_t order_key(float score, uint32_t index) {
+  return (static_cast<uint64_t>(score_key(score)) << 32) | tie_key(index);
+}
+
+}  // namespace bip
