@@ -1,0 +1,121 @@
+// The streaming update of one tile: the formulas of update_rule.h over blocks of 32 entries, one mask word each.
+//
+// Bytes per entry, fp32: lower reads g, theta, v and writes theta, v, z (24 + mask bits); upper reads g, theta, s and writes s (16 + mask bits).
+// z is written only in blocks that keep something; elsewhere it is 0 and stays so.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bip.h"
+#include "half.h"
+#include "update_rule.h"
+
+namespace bip::cpu {
+
+constexpr int kBlock = 32;
+
+// The state of one tile, cut out of its Tensor.
+struct Tile {
+  const Tensor* tensor;
+  int64_t begin;  // entry of the tensor
+  int count;      // 1 .. kTile
+
+  uint32_t word(int block) const { return tensor->mask ? tensor->mask[begin / kBlock + block] : ~0u; }
+};
+
+inline Tile tile_of(const Step& step, int64_t tile) {
+  const Tensor& tensor = step.tensors[step.tile_tensor[tile]];
+  const int64_t begin = (tile - tensor.first_tile) * kTile;
+  return {&tensor, begin, static_cast<int>(std::min(kTile, tensor.numel - begin))};
+}
+
+template <class T>
+BIP_HD void widen(const void* source, int64_t begin, int count, float* out) {
+  const T* in = static_cast<const T*>(source) + begin;
+  for (int i = 0; i < count; ++i) out[i] = to_float(in[i]);
+}
+
+// Gradients as fp32: in place when they are fp32, else through a buffer that stays in the first-level cache.
+BIP_HD const float* gradients_of(const Gradient& gradient, const Tile& tile, float* buffer) {
+  if (gradient.dtype == DType::f32) return static_cast<const float*>(gradient.data) + tile.begin;
+  if (gradient.dtype == DType::bf16) widen<bfloat16>(gradient.data, tile.begin, tile.count, buffer);
+  if (gradient.dtype == DType::f16) widen<float16>(gradient.data, tile.begin, tile.count, buffer);
+  return buffer;
+}
+
+// Returns the number of entries left alone because their gradient is not finite.
+template <bool kLower, bool kUpper, bool kScoreMomentum>
+BIP_HD int update_block(int count, uint32_t word, float scale, const Hyper& hyper, const float* __restrict g, float* __restrict theta,
+                        float* __restrict v, float* __restrict s, float* __restrict u) {
+  int nonfinite = 0;
+  for (int i = 0; i < count; ++i) {
+    const float gradient = g[i] * scale;
+    const bool finite = is_finite(gradient);
+    const bool kept = (word >> i) & 1u;
+    const float old_theta = theta[i];
+    if (kUpper) {
+      float direction = score_gradient(kept, gradient, old_theta, hyper);
+      if (kScoreMomentum) {
+        direction = hyper.mask_momentum * u[i] + direction;
+        u[i] = finite ? direction : u[i];
+      }
+      const float score = updated_score(s[i], direction, hyper);
+      s[i] = finite ? score : s[i];
+    }
+    if (kLower) {
+      float new_theta = old_theta, new_v = v[i];
+      lower_update(kept, gradient, hyper, new_theta, new_v);
+      theta[i] = finite ? new_theta : old_theta;
+      v[i] = finite ? new_v : v[i];
+    }
+    nonfinite += !finite;
+  }
+  return nonfinite;
+}
+
+template <bool kLower, bool kUpper, bool kScoreMomentum>
+BIP_HD int update_entries(const Tile& tile, float scale, const Hyper& hyper, const float* g) {
+  const Tensor& t = *tile.tensor;
+  float* theta = t.theta + tile.begin;
+  float* v = t.momentum + tile.begin;
+  float* s = kUpper ? t.scores + tile.begin : nullptr;
+  float* u = kScoreMomentum ? t.score_momentum + tile.begin : nullptr;
+  int nonfinite = 0, i = 0;
+  // Whole blocks get a constant trip count, so that they become straight vector code.
+  for (; i + kBlock <= tile.count; i += kBlock)
+    nonfinite += update_block<kLower, kUpper, kScoreMomentum>(kBlock, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i, s + i, u + i);
+  if (i < tile.count)
+    nonfinite += update_block<kLower, kUpper, kScoreMomentum>(tile.count - i, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i, s + i, u + i);
+  return nonfinite;
+}
+
+template <class T>
+BIP_HD void write_masked_as(const Tile& tile) {
+  T* z = static_cast<T*>(tile.tensor->param) + tile.begin;
+  const float* theta = tile.tensor->theta + tile.begin;
+  for (int i = 0; i < tile.count; i += kBlock) {
+    const uint32_t word = tile.word(i / kBlock);
+    if (word == 0) continue;
+    const int count = std::min(kBlock, tile.count - i);
+    for (int j = 0; j < count; ++j) from_float((word >> j) & 1u ? theta[i + j] : 0.0f, z[i + j]);
+  }
+}
+
+// z = m*theta after theta moved. A dense fp32 parameter is its own theta.
+BIP_HD void write_masked(const Tile& tile) {
+  if (tile.tensor->param == tile.tensor->theta) return;
+  if (tile.tensor->dtype == DType::f32) write_masked_as<float>(tile);
+  if (tile.tensor->dtype == DType::bf16) write_masked_as<bfloat16>(tile);
+  if (tile.tensor->dtype == DType::f16) write_masked_as<float16>(tile);
+}
+
+// One entry of z, where the mask flips.
+inline void write_entry(const Tensor& tensor, int64_t i, bool kept) {
+  const float value = kept ? tensor.theta[i] : 0.0f;
+  if (tensor.dtype == DType::f32) static_cast<float*>(tensor.param)[i] = value;
+  if (tensor.dtype == DType::bf16) from_float(value, static_cast<bfloat16*>(tensor.param)[i]);
+  if (tensor.dtype == DType::f16) from_float(value, static_cast<float16*>(tensor.param)[i]);
+}
+
+}  // namespace bip::cpu

@@ -1,0 +1,103 @@
+// What a block is: 8 warps, each with a tile of kTile consecutive entries of one tensor, each lane with four neighbours of every 128.
+//
+// The device subset the project uses, all of it (the host simulator in tests/sim implements this and little more):
+//   __global__ __device__ __launch_bounds__ __grid_constant__ (behind the type), static __shared__ outside templates,
+//   threadIdx.x blockIdx.x gridDim.x, __syncthreads __threadfence, __shfl_sync __shfl_up_sync __shfl_xor_sync __ballot_sync,
+//   __ldcg __stwb of uint4 uint2 uint32_t, __ffs __clzll, atomicAdd on 32 and 64 bits, atomicXor atomicCAS on 32.
+// Barriers are reached by all threads of a block, collectives by all lanes of a warp: loops around them have warp- or block-uniform bounds.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "bip.h"
+#include "half.h"
+
+namespace bip::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocksPerProcessor = 3;  // what __launch_bounds__ asks registers to allow: 80 each; 24 warps hide the memory latency
+constexpr int kQuad = 4;                // entries a lane handles at once: 16 bytes of fp32
+constexpr int kStride = kWarp * kQuad;  // entries a warp handles at once
+constexpr int kAhead = 4;               // quads a lane loads before it uses the first, in passes that read nothing else; divides a tile
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int lane_id() { return thread_id() % kWarp; }
+__device__ __forceinline__ int warp_id() { return thread_id() / kWarp; }
+
+// The contiguous share [begin, end) of `tiles` tiles that belongs to this block. Tile numbers fit an int on the device, where registers are
+// scarce: 2^31 tiles are 40 TB. Entries and offsets are 64 bits.
+struct Range {
+  int begin, end;
+};
+__device__ __forceinline__ Range block_range(int64_t tiles) {
+  const int64_t block = blockIdx.x, blocks = gridDim.x;
+  return {static_cast<int>(tiles * block / blocks), static_cast<int>(tiles * (block + 1) / blocks)};
+}
+
+// The register types of one 16, 8 or 4 byte access. The compiler splits some copies of structs; __ldcg and __stwb it does not.
+template <int kBytes>
+struct Vector;
+template <>
+struct Vector<16> {
+  using Type = uint4;
+};
+template <>
+struct Vector<8> {
+  using Type = uint2;
+};
+template <>
+struct Vector<4> {
+  using Type = uint32_t;
+};
+
+// Four neighbouring entries.
+template <class T>
+struct alignas(kQuad * sizeof(T)) Quad {
+  T x[kQuad];
+};
+
+template <class T>
+__host__ __device__ __forceinline__ bool quad_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(Quad<T>) == 0;
+}
+
+// The quad at `pointer`, of which `count` entries exist (anything outside 1..3 is 0 or 4); the rest reads as 0.
+// kVector: all four exist and the pointer is aligned.
+template <bool kVector, class T>
+__device__ __forceinline__ Quad<T> load_quad(const T* pointer, int count) {
+  if constexpr (kVector) {
+    using V = typename Vector<sizeof(Quad<T>)>::Type;
+    const V bits = __ldcg(reinterpret_cast<const V*>(pointer));  // past the L1 cache: a step touches nothing twice
+    Quad<T> quad;
+    std::memcpy(&quad, &bits, sizeof quad);
+    return quad;
+  } else {
+    Quad<T> quad{};
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < count) quad.x[j] = pointer[j];
+    return quad;
+  }
+}
+
+template <bool kVector, class T>
+__device__ __forceinline__ void store_quad(T* pointer, const Quad<T>& quad, int count) {
+  if constexpr (kVector) {
+    using V = typename Vector<sizeof(Quad<T>)>::Type;
+    V bits;
+    std::memcpy(&bits, &quad, sizeof bits);
+    __stwb(reinterpret_cast<V*>(pointer), bits);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < count) pointer[j] = quad.x[j];
+  }
+}
+
+}  // namespace bip::cuda
