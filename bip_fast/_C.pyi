@@ -1,0 +1,48 @@
+# Types of the compiled module (csrc/bindings.cpp). All pointers are integers; bip_fast/ops.py checks what reaches them.
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class _BuildInfo(TypedDict):
+    compiler: str
+    simd: str
+    cuda: bool
+    cuda_toolkit: str | None
+    cuda_architectures: str
+
+class _Backend(Protocol):
+    """The functions of one backend. `where` is the number of threads on the CPU and the stream handle on a CUDA device."""
+
+    def step_workspace_bytes(self, num_tensors: int, num_groups: int, num_tiles: int) -> int: ...
+    def topk_workspace_bytes(self, n: int) -> int: ...
+    def step(
+        self,
+        *,
+        phase: int,
+        tensors: int,
+        num_tensors: int,
+        tile_tensor: int,
+        num_tiles: int,
+        groups: int,
+        num_groups: int,
+        hypers: int,
+        gradients: NDArray[Any],
+        grad_scale: int,
+        found_inf: int,
+        num_nonfinite: int,
+        workspace: int,
+        where: int,
+    ) -> None: ...
+    def topk(self, *, scores: int, n: int, k: int, mask: int, workspace: int, where: int) -> None: ...
+
+TILE: int
+ALIGN: int
+tensor_dtype: np.dtype[np.void]
+gradient_dtype: np.dtype[np.void]
+hyper_dtype: np.dtype[np.void]
+group_dtype: np.dtype[np.void]
+cpu: _Backend
+cuda: _Backend  # only where build_info()["cuda"]
+
+def build_info() -> _BuildInfo: ...
