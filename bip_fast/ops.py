@@ -1,0 +1,178 @@
+"""Tensors in, checks, pointers and streams out: the only room that calls the kernels.
+
+A backend is a submodule of `bip_fast._C` with ``step`` and ``topk``: `BACKENDS` maps a device type to it. Kernels take raw pointers, so
+everything they trust is checked here or in `bip_fast.arena`. All memory is allocated by torch, workspaces too.
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:  # let `bip-fast doctor` say what is wrong
+    _C = None  # type: ignore[assignment]
+    _C_ERROR: ImportError | None = error
+else:
+    _C_ERROR = None
+
+__all__ = ["BACKENDS", "DTYPES", "PHASES", "StepPlan", "build_info", "kernels", "topk_mask"]
+
+BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # bip::DType
+PHASES = {"lower": 0, "upper": 1, "joint": 2}  # bip::Phase
+MAX_GROUP = 2**32  # a tie key has 32 bits
+
+
+def kernels() -> ModuleType:
+    """The compiled module, or an ImportError that says how to build it."""
+    if _C is None:
+        raise ImportError(
+            f"the kernels of bip_fast are not built ({_C_ERROR}); run `python3 -m pip install -e .` in its source tree, "
+            "or install bip_fast and start Python outside of that tree"
+        ) from _C_ERROR
+    return _C
+
+
+def build_info() -> dict[str, Any]:
+    """How the kernels were built: compiler, SIMD set chosen on this machine, CUDA toolkit and GPU architectures."""
+    return dict(kernels().build_info())
+
+
+def backend(device: torch.device) -> Any:
+    """Kernels for ``device``; RuntimeError when this build has none."""
+    module = kernels()
+    found = BACKENDS.get(device.type)
+    if found is not None:
+        return found
+    if device.type == "cuda" and not hasattr(module, "cuda"):
+        raise RuntimeError(
+            f"tensors are on {device}, but bip_fast was built without CUDA; install the CUDA toolkit and run "
+            "`BIP_FAST_CUDA=1 python3 -m pip install --force-reinstall --no-deps` on its source, or move the model to the CPU"
+        )
+    raise RuntimeError(f"bip_fast has kernels for {sorted(BACKENDS)}, got tensors on {device}")
+
+
+def launch_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` current; CUDA launches go to its current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch_where(device: torch.device) -> int:
+    """Stream handle on CUDA, number of threads on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else torch.get_num_threads()
+
+
+def device_table(table: np.ndarray, device: torch.device) -> Tensor:
+    """Bytes of a numpy table in ``device`` memory. At least one byte, so that it has an address."""
+    data = torch.from_numpy(np.frombuffer(table.tobytes() or b"\0", dtype=np.uint8).copy())
+    return data if device.type == "cpu" else data.pin_memory().to(device, non_blocking=True)
+
+
+class StepPlan:
+    """One launch recipe: tables that stay the same from step to step, and the workspace.
+
+    Args:
+        device: where parameters, state and tables live.
+        tensors: rows of ``tensor_dtype``, pruned and dense, whose pointers stay valid as long as the plan.
+        groups: rows of ``group_dtype``, one per selection group.
+    """
+
+    def __init__(self, device: torch.device, tensors: np.ndarray, groups: np.ndarray) -> None:
+        tile = kernels().TILE
+        tiles = (tensors["numel"] + tile - 1) // tile
+        tensors["first_tile"] = np.cumsum(tiles) - tiles
+        self.device = device
+        self.backend = backend(device)
+        self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
+        self._tensors = device_table(tensors, device)
+        self._groups = device_table(groups, device)
+        self._tile_tensor = device_table(np.repeat(np.arange(len(tensors), dtype=np.int32), tiles), device)
+        self._hypers_host = b""
+        self._hypers: Tensor | None = None
+        size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_tiles)
+        self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+
+    def run(
+        self, phase: str, hypers: np.ndarray, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """One step of the kernels. Mutates parameters, theta, v, s, u and masks behind the pointers of the plan, and ``num_nonfinite``.
+
+        Args:
+            phase: "lower", "upper" or "joint".
+            hypers: rows of ``hyper_dtype``.
+            gradients: one row of ``gradient_dtype`` per tensor.
+            num_nonfinite: int64 scalar.
+            grad_scale, found_inf: fp32 scalars on the device, as a GradScaler sets them.
+        """
+        host = hypers.tobytes()
+        if host != self._hypers_host or self._hypers is None:
+            self._hypers, self._hypers_host = device_table(hypers, self.device), host
+        with launch_guard(self.device):
+            self.backend.step(
+                phase=PHASES[phase],
+                tensors=self._tensors.data_ptr(),
+                num_tensors=self.num_tensors,
+                tile_tensor=self._tile_tensor.data_ptr(),
+                num_tiles=self.num_tiles,
+                groups=self._groups.data_ptr(),
+                num_groups=self.num_groups,
+                hypers=self._hypers.data_ptr(),
+                gradients=gradients,
+                grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,
+                found_inf=found_inf.data_ptr() if found_inf is not None else 0,
+                num_nonfinite=num_nonfinite.data_ptr(),
+                workspace=self._workspace.data_ptr(),
+                where=launch_where(self.device),
+            )
+
+
+def topk_mask(scores: Tensor, k: int) -> Tensor:
+    """Mask of the ``k`` largest scores: exactly ``k`` ones, the same on every device.
+
+    Larger score first; equal scores by ``(i * 2654435761) mod 2**32``, lowest first, with ``i`` the position in ``scores.flatten()``.
+    NaN is smaller than every number, and -0 equals +0. Nothing is synchronised.
+
+    Args:
+        scores: float32, bfloat16 or float16 of any shape with fewer than 2**32 entries, on the CPU or a CUDA device.
+        k: number of ones, 0 <= k <= scores.numel().
+
+    Returns:
+        bool tensor of the shape of ``scores``.
+
+    Raises:
+        TypeError: ``scores`` is not a dense tensor of a supported dtype, or ``k`` is not an integer.
+        ValueError: ``k`` or the number of scores is out of range.
+
+    Example:
+        >>> topk_mask(torch.tensor([0.3, 0.9, 0.1]), 2)
+        tensor([ True,  True, False])
+    """
+    if not isinstance(scores, Tensor) or scores.layout != torch.strided or scores.dtype not in DTYPES:
+        got = f"{scores.layout} tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores must be a dense tensor of float32, bfloat16 or float16, got {got}")
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k must be an integer, got {type(k).__name__}") from None
+    n = scores.numel()
+    if not 0 <= k <= n:
+        raise ValueError(f"k must be in [0, {n}], the number of scores, got {k}")
+    if n >= MAX_GROUP:
+        raise ValueError(f"scores must have fewer than 2**32 entries, got {n}")
+    kernel = backend(scores.device)
+    flat = scores.detach().to(torch.float32).contiguous()
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    workspace = torch.empty(max(kernel.topk_workspace_bytes(n), 1), dtype=torch.uint8, device=scores.device)
+    with launch_guard(scores.device):
+        kernel.topk(
+            scores=flat.data_ptr(), n=n, k=k, mask=mask.data_ptr(), workspace=workspace.data_ptr(), where=launch_where(scores.device)
+        )
+    return mask

@@ -1,0 +1,108 @@
+"""Options of `FastBiP`: which there are, what values each may have, and what a wrong one says."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+
+from .patterns import PATTERNS, SCOPES
+
+__all__ = ["GROUP_KEYS", "HYPER_KEYS", "LEVELS", "check_group", "check_levels", "check_lower_steps", "resolve_density"]
+
+LEVELS = ("alternating", "joint")
+HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
+GROUP_KEYS = (*HYPER_KEYS, "sparsity", "pattern", "scope", "prune")
+_OF_THE_OPTIMIZER = ("levels", "lower_steps", "exclude")
+
+
+class _Range(NamedTuple):
+    expected: str
+    contains: Callable[[float], bool]
+
+
+_NOT_NEGATIVE = _Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+_RANGES = {
+    "sparsity": _Range("in [0, 1)", lambda x: 0 <= x < 1),
+    "density": _Range("in (0, 1]", lambda x: 0 < x <= 1),
+    "lr": _NOT_NEGATIVE,
+    "mask_lr": _NOT_NEGATIVE,
+    "gamma": _Range("greater than 0", lambda x: x > 0),
+    "momentum": _NOT_NEGATIVE,
+    "mask_momentum": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+}
+_CHOICES = {"levels": LEVELS, "pattern": PATTERNS, "scope": SCOPES}
+
+
+def _check_number(name: str, value: Any) -> None:
+    number = isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    if not number or not _RANGES[name].contains(float(value)):
+        raise ValueError(f"{name} must be {_RANGES[name].expected}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any) -> None:
+    if value not in _CHOICES[name]:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, _CHOICES[name]))}, got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_levels(levels: Any) -> str:
+    """``levels`` if it is one of `LEVELS`; else ValueError."""
+    _check_choice("levels", levels)
+    return str(levels)
+
+
+def check_lower_steps(lower_steps: Any) -> int:
+    """``lower_steps`` as an int of at least 1; else ValueError."""
+    try:
+        steps = operator.index(lower_steps)
+    except TypeError:
+        steps = 0
+    if steps < 1:
+        raise ValueError(f"lower_steps must be an integer of at least 1, got {lower_steps!r}")
+    return steps
+
+
+def resolve_density(options: dict[str, Any]) -> None:
+    """Turn ``density`` into ``sparsity = 1 - density``, in place, and refuse ``k`` and both of them.
+
+    Raises:
+        ValueError: ``k`` is given, or density and sparsity are, or the density is out of range.
+    """
+    if "k" in options:
+        raise ValueError("k is not an option: say which fraction of the weights becomes zero with sparsity, or stays with density")
+    density = options.pop("density", None)
+    if density is None:
+        return
+    if options.get("sparsity") is not None:
+        raise ValueError(f"give one of sparsity and density, got both: sparsity={options['sparsity']!r} and density={density!r}")
+    _check_number("density", density)
+    options["sparsity"] = 1 - float(density)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the options of one parameter group.
+
+    Raises:
+        ValueError: names the first option out of range, what was expected and what came.
+    """
+    for name in _OF_THE_OPTIMIZER:
+        if name in group:
+            raise ValueError(f"{name} belongs to the optimizer, not to a parameter group, got {group[name]!r}")
+    for name in HYPER_KEYS[:-1]:
+        _check_number(name, group[name])
+    _check_flag("nesterov", group["nesterov"])
+    _check_flag("prune", group["prune"])
+    _check_choice("pattern", group["pattern"])
+    _check_choice("scope", group["scope"])
+    if group["sparsity"] is not None:
+        _check_number("sparsity", group["sparsity"])

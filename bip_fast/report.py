@@ -1,0 +1,114 @@
+"""The layer table: which layer kept how many of its weights.
+
+`report(model)` looks at the weights of Conv and Linear layers; `report(state_dict)`, where layers have no type any more, at the
+floating-point tensors of two or more dimensions. A weight is kept when it is not exactly 0. One pass, no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["Report", "Row", "layer_table", "report", "weights"]
+
+HEADER = ("layer", "shape", "kept", "of", "sparsity")
+
+
+class Row(NamedTuple):
+    """One layer: ``kept`` of ``total`` weights are not zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros; 0 for an empty tensor."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "kept": self.kept, "total": self.total, "sparsity": self.sparsity}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows in the order of the model. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def kept(self) -> int:
+        return sum(row.kept for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        return sum(row.total for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all rows."""
+        return Row("", (), self.kept, self.total).sparsity
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        cells = [_cells(row.name, "x".join(map(str, row.shape)), row) for row in self.rows]
+        cells.append(_cells("all layers", "", Row("", (), self.kept, self.total)))
+        widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        lines = [_line(line, widths) for line in (HEADER, *cells)]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _cells(name: str, shape: str, row: Row) -> tuple[str, ...]:
+    return name, shape, f"{row.kept:,}", f"{row.total:,}", f"{100 * row.sparsity:.2f} %"
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    return "  ".join(left + right).rstrip()
+
+
+def layer_table(tensors: Iterable[tuple[str, Tensor]]) -> Report:
+    """Report of named weights of any shape, on any device."""
+    return Report(tuple(Row(name, tuple(x.shape), int(torch.count_nonzero(x.detach())), x.numel()) for name, x in tensors))
+
+
+def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Names and tensors that a report counts. A weight that several layers share appears once, under its first name."""
+    if isinstance(source, nn.Module):
+        layers = ((name, layer) for name, layer in source.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
+        found = [(f"{name}.weight".lstrip("."), layer.weight) for name, layer in layers]
+    else:
+        found = [(name, x) for name, x in source.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
+    first: dict[Any, tuple[str, Tensor]] = {}
+    for name, x in found:
+        storage = (x.data_ptr(), tuple(x.shape), tuple(x.stride())) if x.numel() and x.device.type != "meta" else name
+        first.setdefault(storage, (name, x))
+    return list(first.values())
+
+
+def report(source: nn.Module | Mapping[str, Any]) -> Report:
+    """Report of a model or of a state dict.
+
+    Raises:
+        ValueError: it has no weights of two or more dimensions.
+    """
+    found = weights(source)
+    if not found:
+        raise ValueError("no weights of two or more dimensions to report on")
+    return layer_table(found)
