@@ -1,0 +1,345 @@
+// The scheduler behind cuda_runtime.h: fibres for the threads of one block at a time. What it finds and what it cannot is said there.
+#include <algorithm>
+#include <cstdio>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "fiber.h"
+#include "memory.h"
+
+dim3 threadIdx, blockIdx, gridDim, blockDim;
+
+// The shared variables of all kernels: the linker gives a section with a C name these ends. Weak: there may be none.
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_bip_shared[];
+extern "C" __attribute__((weak, visibility("hidden"))) char __stop_bip_shared[];
+
+namespace sim {
+namespace {
+
+constexpr unsigned kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kStack = 128 * 1024, kStackGuard = 4096;
+constexpr int kMaxBarriers = 200'000;  // in one block: more is taken for a loop without end
+
+enum class State { ready, at_barrier, at_collective, done };
+const char* const kCollectiveNames[] = {"", "__syncwarp", "__ballot_sync", "__shfl_sync", "__shfl_up_sync", "__shfl_xor_sync"};
+
+struct Thread {
+  Context context;
+  State state;
+  const char* file;  // where it waits
+  int line;
+  Collective kind;
+  unsigned mask;
+  int argument;
+  uint64_t value;  // in: the lane's own; out: the result
+};
+
+struct Simulator {
+  std::mutex mutex;  // one launch at a time
+  std::vector<Thread> threads;
+  char* stacks = nullptr;
+  Context scheduler;
+  unsigned num_threads = 0, current = 0;
+  bool in_thread = false;  // a fibre runs: faults are its own
+  bool faulted = false;
+  std::string message;
+  std::string host_fault;  // one that the code around a launch made: the next launch reports it
+  void (*run)(void*) = nullptr;
+  void* context = nullptr;
+  uint64_t seed = 0, random = 0;
+  int max_grid = 4;
+  int barriers = 0;  // passed by the block that runs
+  int64_t launches = 0;
+} s;
+
+uint64_t next_random() {
+  s.random ^= s.random << 13;
+  s.random ^= s.random >> 7;
+  s.random ^= s.random << 17;
+  return s.random >> 11;
+}
+
+std::string thread_name(unsigned thread) { return "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(thread); }
+
+std::string place(const char* file, int line) { return std::string(file) + ":" + std::to_string(line); }
+
+// Records the first fault of a launch.
+void record(const std::string& what) {
+  if (!s.faulted) s.message = what;
+  s.faulted = true;
+}
+
+// A fault in the running fibre, which never goes on.
+[[noreturn]] void fault(const std::string& what) {
+  record(thread_name(s.current) + ": " + what);
+  s.threads[s.current].state = State::done;
+  switch_context(s.threads[s.current].context, s.scheduler);
+  __builtin_unreachable();
+}
+
+void fault_anywhere(const std::string& what) {
+  if (s.in_thread) fault(what);
+  s.host_fault = "host code: " + what;
+}
+
+void thread_main() {
+  s.run(s.context);
+  s.threads[s.current].state = State::done;
+  switch_context(s.threads[s.current].context, s.scheduler);
+  __builtin_unreachable();
+}
+
+void resume(unsigned thread) {
+  s.current = thread;
+  threadIdx = dim3(thread, 0, 0);
+  s.in_thread = true;
+  switch_context(s.scheduler, s.threads[thread].context);
+  s.in_thread = false;
+}
+
+void wait(State state, const char* file, int line) {
+  Thread& me = s.threads[s.current];
+  me.state = state;
+  me.file = file;
+  me.line = line;
+  switch_context(me.context, s.scheduler);
+}
+
+// ---- collectives ----
+
+std::string describe(unsigned thread) {
+  const Thread& t = s.threads[thread];
+  const std::string name = "thread " + std::to_string(thread);
+  if (t.state == State::done) return name + " has exited";
+  if (t.state == State::at_barrier) return name + " waits at __syncthreads (" + place(t.file, t.line) + ")";
+  char mask[16];
+  std::snprintf(mask, sizeof mask, "%08x", t.mask);
+  return name + " waits at " + kCollectiveNames[static_cast<int>(t.kind)] + " with mask " + mask + " (" + place(t.file, t.line) + ")";
+}
+
+// The first lane of `thread`'s collective that is not there with it; -1 if it is complete.
+int missing_lane(unsigned thread) {
+  const Thread& me = s.threads[thread];
+  const unsigned first = thread / kWarp * kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (!(me.mask >> lane & 1u)) continue;
+    if (first + lane >= s.num_threads) return static_cast<int>(thread);
+    const Thread& other = s.threads[first + lane];
+    if (other.state != State::at_collective || other.kind != me.kind || other.mask != me.mask || other.line != me.line ||
+        std::strcmp(other.file, me.file) != 0)
+      return static_cast<int>(first + lane);
+  }
+  return -1;
+}
+
+// The lane that a lane reads in a shuffle; past the ends it reads itself.
+unsigned source_lane(const Thread& t, unsigned lane) {
+  if (t.kind == Collective::shfl) return static_cast<unsigned>(t.argument) % kWarp;
+  if (t.kind == Collective::shfl_xor) return (lane ^ static_cast<unsigned>(t.argument)) % kWarp;
+  return lane >= static_cast<unsigned>(t.argument) ? lane - static_cast<unsigned>(t.argument) : lane;
+}
+
+// All lanes are there: hands out the results.
+void complete(unsigned first, unsigned mask) {
+  uint64_t values[kWarp] = {};
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1u)) continue;
+    values[lane] = s.threads[first + lane].value;
+    votes |= static_cast<unsigned>(values[lane] != 0) << lane;
+  }
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1u)) continue;
+    Thread& t = s.threads[first + lane];
+    t.state = State::ready;
+    if (t.kind == Collective::ballot) t.value = votes;
+    if (t.kind == Collective::ballot || t.kind == Collective::sync) continue;
+    const unsigned source = source_lane(t, lane);
+    if (!(mask >> source & 1u))
+      record(thread_name(first + lane) + ": " + kCollectiveNames[static_cast<int>(t.kind)] + " reads lane " + std::to_string(source) +
+             ", which is not in the mask (" + place(t.file, t.line) + ")");
+    t.value = values[source];
+  }
+}
+
+// ---- one block ----
+
+// Runs the ready lanes of a warp, then completes its collectives. False: nothing to do.
+bool run_warp(unsigned warp) {
+  const unsigned first = warp * kWarp, lanes = std::min(kWarp, s.num_threads - first);
+  const unsigned start = s.seed ? static_cast<unsigned>(next_random() % lanes) : 0;
+  const bool backwards = s.seed && (next_random() & 1u);
+  bool progress = false;
+  for (unsigned i = 0; i < lanes && !s.faulted; ++i) {
+    const unsigned lane = (start + (backwards ? lanes - i : i)) % lanes;
+    if (s.threads[first + lane].state != State::ready) continue;
+    resume(first + lane);
+    progress = true;
+  }
+  for (unsigned lane = 0; lane < lanes && !s.faulted; ++lane) {
+    if (s.threads[first + lane].state != State::at_collective || missing_lane(first + lane) >= 0) continue;
+    complete(first, s.threads[first + lane].mask);
+    progress = true;
+  }
+  return progress;
+}
+
+// Nobody can run. True: the block goes on after its barrier. False: it has ended, or is stuck, which is a fault.
+bool release_barrier() {
+  int waiting = -1, done = -1, elsewhere = -1;
+  for (unsigned i = 0; i < s.num_threads; ++i) {
+    const Thread& t = s.threads[i];
+    if (t.state == State::at_collective)
+      return record(thread_name(i) + ": a collective is not reached by all lanes of its mask: " + describe(i) + ", but " +
+                    describe(static_cast<unsigned>(missing_lane(i)))),
+             false;
+    if (t.state == State::done) done = static_cast<int>(i);
+    if (t.state != State::at_barrier) continue;
+    if (waiting < 0) waiting = static_cast<int>(i);
+    const Thread& other = s.threads[static_cast<unsigned>(waiting)];
+    if (t.line != other.line || std::strcmp(t.file, other.file) != 0) elsewhere = static_cast<int>(i);
+  }
+  if (waiting < 0) return false;
+  const int culprit = elsewhere >= 0 ? elsewhere : done;
+  if (culprit >= 0)
+    return record(thread_name(static_cast<unsigned>(waiting)) + ": divergent barrier: " + describe(static_cast<unsigned>(waiting)) +
+                  ", but " + describe(static_cast<unsigned>(culprit))),
+           false;
+  if (++s.barriers > kMaxBarriers)
+    return record(thread_name(0) + ": no end in sight: " + describe(0) + " for the " + std::to_string(s.barriers) + "th time"), false;
+  for (unsigned i = 0; i < s.num_threads; ++i) s.threads[i].state = State::ready;
+  return true;
+}
+
+void run_block() {
+  if (__start_bip_shared) std::memset(__start_bip_shared, 0xA5, static_cast<size_t>(__stop_bip_shared - __start_bip_shared));
+  s.barriers = 0;
+  for (unsigned i = 0; i < s.num_threads; ++i) {
+    s.threads[i].state = State::ready;
+    make_context(s.threads[i].context, s.stacks + i * kStack + kStackGuard, kStack - kStackGuard, thread_main);
+  }
+  const unsigned warps = (s.num_threads + kWarp - 1) / kWarp;
+  for (bool progress = true; progress && !s.faulted;) {
+    progress = false;
+    const unsigned start = s.seed ? static_cast<unsigned>(next_random() % warps) : 0;
+    const bool backwards = s.seed && (next_random() & 1u);
+    for (unsigned i = 0; i < warps && !s.faulted; ++i) {
+      const unsigned warp = (start + (backwards ? warps - i : i)) % warps;
+      // With a seed a warp may run far ahead of the others.
+      const unsigned turns = s.seed ? 1 + static_cast<unsigned>(next_random() % 4) : 1;
+      for (unsigned turn = 0; turn < turns && !s.faulted && run_warp(warp); ++turn) progress = true;
+    }
+    if (!progress && !s.faulted) progress = release_barrier();
+  }
+}
+
+}  // namespace
+
+void barrier(const char* file, int line) { wait(State::at_barrier, file, line); }
+
+uint64_t collective(Collective kind, unsigned mask, uint64_t value, int argument, const char* file, int line) {
+  Thread& me = s.threads[s.current];
+  if (!(mask >> (s.current % kWarp) & 1u))
+    fault(std::string(kCollectiveNames[static_cast<int>(kind)]) + " by a lane that is not in its mask (" + place(file, line) + ")");
+  me.kind = kind;
+  me.mask = mask;
+  me.value = value;
+  me.argument = argument;
+  wait(State::at_collective, file, line);
+  return me.value;
+}
+
+void maybe_yield() {
+  if (s.seed && next_random() % 16 == 0) wait(State::ready, "", 0);
+}
+
+cudaError_t run_grid(dim3 grid, dim3 block, void (*thread)(void*), void* context) {
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  ++s.launches;
+  s.faulted = true;
+  s.message = "invalid configuration: " + std::to_string(grid.x) + " blocks of " + std::to_string(block.x) + " threads";
+  if (grid.x == 0 || block.x == 0 || block.x > kMaxThreads) return cudaErrorInvalidConfiguration;
+  if (!s.host_fault.empty()) {
+    s.message = std::exchange(s.host_fault, {});
+    return cudaErrorLaunchFailure;
+  }
+  s.faulted = false;
+  if (!s.stacks) s.stacks = allocate_stacks(kMaxThreads, kStack, kStackGuard);
+  s.threads.resize(kMaxThreads);
+  s.num_threads = block.x;
+  s.run = thread;
+  s.context = context;
+  gridDim = grid;
+  blockDim = block;
+  std::vector<unsigned> order(grid.x);
+  for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+  for (unsigned i = grid.x; s.seed && i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
+  const CatchFaults guard([](const char* what) {
+    if (s.in_thread) fault(what);
+  });
+  for (unsigned i = 0; i < grid.x && !s.faulted; ++i) {
+    blockIdx = dim3(order[i], 0, 0);
+    run_block();
+  }
+  return s.faulted ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+}  // namespace sim
+
+// ---- the runtime ----
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 1 << 20;  // beyond any cache: set_max_grid may change the answers below
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? sim::s.max_grid : 1;  // one block per processor
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : sim::s.message.c_str(); }
+
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  std::memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+
+// ---- what the compiler calls where -fsanitize=bounds,alignment finds something ----
+
+namespace {
+struct Source {
+  const char* file;
+  uint32_t line, column;
+};
+}  // namespace
+
+#define BIP_SIM_EXPORT extern "C" __attribute__((visibility("default")))
+extern "C" void __ubsan_handle_out_of_bounds(const Source* source, uintptr_t index) {
+  sim::fault_anywhere("index " + std::to_string(static_cast<intptr_t>(index)) + " is out of bounds (" +
+                      sim::place(source->file, static_cast<int>(source->line)) + ")");
+}
+extern "C" void __ubsan_handle_type_mismatch_v1(const Source* source, uintptr_t address) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%#zx", static_cast<size_t>(address));
+  sim::fault_anywhere(std::string("misaligned access at address ") + text + " (" +
+                      sim::place(source->file, static_cast<int>(source->line)) + ")");
+}
+
+// ---- what Python calls, see build.py ----
+
+BIP_SIM_EXPORT void bip_sim_set_seed(uint64_t seed) {
+  sim::s.seed = seed;
+  sim::s.random = seed * 0x9E3779B97F4A7C15ull | 1u;
+}
+BIP_SIM_EXPORT void bip_sim_set_max_grid(int blocks) { sim::s.max_grid = blocks; }
+BIP_SIM_EXPORT int64_t bip_sim_launches(int reset) {
+  const int64_t launches = sim::s.launches;
+  if (reset) sim::s.launches = 0;
+  return launches;
+}
+BIP_SIM_EXPORT void* bip_sim_guarded(size_t bytes, size_t align) { return sim::Guarded(bytes, align).allocate(); }
+BIP_SIM_EXPORT void bip_sim_free_guarded(void* pointer, size_t bytes, size_t align) { sim::Guarded(bytes, align).free(pointer); }

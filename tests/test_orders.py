@@ -1,0 +1,59 @@
+"""The CUDA kernels on the simulator, in many orders of blocks, warps and lanes and on grids of many sizes: the bits are the same.
+
+A result that depends on who comes first shows here: the reference, to which every run is compared, has no order.
+"""
+
+import pytest
+import torch
+from helpers import ADVERSARIAL_UNIT, load_simulator, make_params, use_backend
+from lockstep import MOVING, Lockstep
+
+from bip_fast import FastBiP, reference, topk_mask
+
+SEEDS = [0, 1, 2, 3, 12345]
+GRIDS = [1, 2, 4, 7]
+
+
+@pytest.fixture
+def simulator(monkeypatch):
+    use_backend("sim", monkeypatch)
+    simulator = load_simulator().sim
+    yield simulator
+    simulator.set_seed(0)
+    simulator.set_max_grid(4)
+
+
+def test_the_simulator_runs_the_kernels(simulator):
+    """The fixture does route there: launches are counted, and a step has at most as many as the design allows, however many layers."""
+    params = make_params([100 + i for i in range(50)])
+    opt = FastBiP(params, **MOVING)
+    for phase, most in (("lower", 1), ("upper", 4), ("joint", 4)):
+        simulator.launches()
+        with getattr(opt, phase)():
+            opt.step()
+        assert 1 <= simulator.launches() <= most, phase
+    topk_mask(torch.rand(100), 10)
+    assert simulator.launches() >= 1
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_topk_in_any_order(simulator, seed, grid):
+    simulator.set_seed(seed)
+    simulator.set_max_grid(grid)
+    for name in ("all equal", "half and half", "neighbouring bits", "atoms and a few between", "ascending"):
+        scores = ADVERSARIAL_UNIT[name](5000)
+        for k in (1, 1700, 4999):
+            assert torch.equal(topk_mask(scores, k), reference.topk_mask(scores, k)), (name, k)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_steps_in_any_order(simulator, seed, grid):
+    simulator.set_seed(seed)
+    simulator.set_max_grid(grid)
+    for scope in ("global", "layer"):
+        params = make_params([2000, 1, 1025, 33, 3000])
+        run = Lockstep(params, lambda params=params, scope=scope: FastBiP(params, **MOVING, scope=scope))
+        run.random_steps(4)
+        run.random_steps(2, seed=1, phase="joint")
