@@ -1,0 +1,251 @@
+"""The command `bip-fast`: `prune` trains and prunes a network, `report` shows a saved one, `doctor` says what works here.
+
+Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 130 interrupted (the checkpoint is good), and for `doctor` 1 when
+something needed is missing. The core of bip_fast needs none of the packages that are used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .experiments import ExperimentError
+
+__all__ = ["main"]
+
+EXTRAS = {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+INSTALL = "pip install 'bip_fast[cli]'"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists all options)\n")
+
+
+def missing_extras() -> list[str]:
+    """Names of the packages of `[cli]` that are not installed."""
+    return [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="bip-fast", description="Bi-level pruning (BiP) for PyTorch.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
+    prune = commands.add_parser(
+        "prune",
+        help="train a network, prune it, measure both",
+        description="Train a network, prune it with BiP, measure both on the test set. Without options: ResNet-20 on scikit-learn's "
+        "digits, 95 % zeros, in less than a minute on two CPU cores.",
+        epilog="The run folder gets model.safetensors (plain keys, exact zeros), dense.safetensors, report.json, config.json, curves.png "
+        "and checkpoint.pt. Defaults were chosen on a part of the training images; test images are only looked at for the report.",
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_prune_options(prune)
+    shown = commands.add_parser(
+        "report", help="show the layers of a saved network", description="Layers of a saved network: kept of total."
+    )
+    shown.add_argument("file", metavar="FILE", type=Path, help=".safetensors file, state dict saved by torch, or run folder")
+    shown.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    commands.add_parser("doctor", help="show versions, devices and what is missing", description="What works here, and what is missing.")
+    return top
+
+
+def _add_prune_options(prune: argparse.ArgumentParser) -> None:
+    from .experiments.settings import LEVELS, PRESETS, Settings
+
+    def default(name: str) -> str:
+        values: dict[Any, list[str]] = {}
+        for data, preset in PRESETS.items():
+            values.setdefault(preset.get(name, getattr(Settings, name)), []).append(data)
+        if len(values) == 1:
+            return f"default: {next(iter(values))}"
+        return "default: " + ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())
+
+    def add(group: Any, name: str, kind: type, metavar: str, text: str, **more: Any) -> None:
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text}; {default(name)}", **more)
+
+    what = prune.add_argument_group("what to prune")
+    add(what, "data", str, "NAME", f"{', '.join(PRESETS)}")
+    what.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data set (not needed for digits)")
+    add(what, "model", str, "NAME", "resnet20, resnet32, resnet56, resnet18 (CIFAR form), or your own: FILE.py:function(channels, classes)")
+    what.add_argument("--width", type=int, metavar="N", help="channels of the first stage; default: 16, for resnet18 64")
+    what.add_argument(
+        "--checkpoint", type=str, metavar="FILE", help="trained dense weights to prune (.safetensors or .pt): no dense training"
+    )
+    add(what, "sparsity", float, "S", "fraction of zeros among all Conv and Linear weights, in [0, 1)")
+
+    how = prune.add_argument_group("how to prune")
+    add(how, "levels", str, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one")
+    add(how, "epochs", int, "N", "passes over the training images while pruning")
+    add(how, "lr", float, "X", "step size of the weights, at the start of a cosine")
+    add(how, "mask_lr", float, "X", "step size of the scores, at the start of a cosine")
+    add(how, "gamma", float, "X", "weight of the lower level's convexity; larger: smaller implicit gradient")
+    add(how, "freeze", float, "X", "share of pruning after which masks stay; 0: one-shot magnitude pruning, 1: never")
+
+    training = prune.add_argument_group("training")
+    add(training, "pretrain_epochs", int, "N", "epochs of dense training")
+    add(training, "pretrain_lr", float, "X", "step size of dense training, at the start of a cosine")
+    add(training, "batch_size", int, "N", "images in a batch")
+    add(training, "momentum", float, "X", "momentum of the weights")
+    add(training, "weight_decay", float, "X", "weight decay")
+    add(training, "seed", int, "N", "decides the first weights and the order of the images")
+    training.add_argument(
+        "--validate",
+        action="store_true",
+        help="train on four fifths of the training images and measure on the others: for choosing options",
+    )
+
+    run = prune.add_argument_group("the run")
+    run.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/<data>-<model>-<sparsity>-seed<seed>")
+    run.add_argument(
+        "--resume", nargs="?", type=Path, const=None, metavar="DIR", help="continue the run in DIR, or in the folder that the options name"
+    )
+    run.add_argument("--overwrite", action="store_true", help="start again in a folder that has a run")
+
+
+def command_prune(options: dict[str, Any]) -> int:
+    missing = missing_extras()
+    if missing:
+        raise ExperimentError(f"needs {', '.join(missing)}: {INSTALL}")
+    from .experiments import display
+    from .experiments.data import load
+    from .experiments.run import RunFolder, Stop
+    from .experiments.settings import FIELDS, Settings
+
+    given = {name: value for name, value in options.items() if name in FIELDS}
+    resume = "resume" in options
+    if resume and options.get("overwrite"):
+        raise ExperimentError("--resume continues a run and --overwrite starts again: give one of them")
+    if resume and options["resume"] is not None and "out" in options:
+        raise ExperimentError("--resume DIR and --out both name the run folder: give one of them")
+    if resume and options["resume"] is not None:
+        path = options["resume"]
+    else:
+        path = options.get("out", Path("runs") / Settings.of(given).folder_name)
+    folder = RunFolder(path)
+    settings = folder.settings(given) if resume else Settings.of(given)
+    if resume and folder.finished:
+        print(f"{path} is finished; --overwrite runs it again", file=sys.stderr)
+        print_result(folder.read_json("report.json"), folder.path)
+        return 0
+    device = pick_device(options["device"])
+    data = load(settings.data, options.get("data_dir"))
+    from .experiments.prune import Job
+
+    job = Job(settings, folder, data, device, display.make())
+    if resume:
+        job.resume()
+    else:
+        job.start()
+        folder.open(settings, overwrite=bool(options.get("overwrite")))
+    if data.note:
+        print(f"note: {data.note}", file=sys.stderr)
+    try:
+        result = job.run()
+    except Stop as stop:
+        where = "" if "data_dir" not in options else f" --data-dir {options['data_dir']}"
+        print(f"stopped; continue with: bip-fast prune --resume {path}{where}", file=sys.stderr)
+        return 128 + stop.number
+    print_result(result, path)
+    return 0
+
+
+def pick_device(name: str) -> Any:
+    """The torch device for a name.
+
+    Raises:
+        ExperimentError: it does not exist, or there are no kernels for it.
+    """
+    import torch
+
+    from .ops import BACKENDS
+
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in BACKENDS and torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ExperimentError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ExperimentError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; `bip-fast doctor` says more")
+        if "cuda" not in BACKENDS:
+            raise ExperimentError(f"--device {name}: bip_fast was built without CUDA; `bip-fast doctor` says more")
+    return device
+
+
+def print_result(result: dict[str, Any], path: Path) -> None:
+    """Table and figures of a finished run on stdout."""
+    from .report import Report, Row
+
+    rows = tuple(Row(row["name"], tuple(row["shape"]), row["kept"], row["total"]) for row in result["layers"])
+    dense, pruned = 100 * result["dense"]["accuracy"], 100 * result["pruned"]["accuracy"]
+    part, seconds = result["evaluated_on"], result["seconds"]
+    print(f"\n{Report(rows)}\n")
+    print(f"{part} accuracy   dense {dense:.2f} %   pruned {pruned:.2f} % ({pruned - dense:+.2f})   on {result['images'][part]} images")
+    print(f"seconds         dense training {seconds['pretrain']:.1f}   pruning {seconds['prune']:.1f}")
+    print(f"run folder      {path}")
+
+
+def command_report(options: dict[str, Any]) -> int:
+    from .experiments.run import read_state_dict
+    from .report import report
+
+    path = options["file"]
+    if path.is_dir():
+        path = path / "model.safetensors"
+    try:
+        table = report(read_state_dict(path))
+    except ValueError as error:
+        raise ExperimentError(f"{path}: {error}") from error
+    print(json.dumps(table.as_dict(), indent=2) if options["json"] else table)
+    return 0
+
+
+def command_doctor(options: dict[str, Any]) -> int:
+    from .doctor import doctor
+
+    return doctor()
+
+
+COMMANDS = {"prune": command_prune, "report": command_report, "doctor": command_doctor}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    top = parser()
+    try:
+        options = vars(top.parse_args(arguments))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    command = options.pop("command")
+    if command is None:
+        top.print_help()
+        return 0
+    try:
+        return COMMANDS[command](options)
+    except ExperimentError as error:
+        print(f"bip-fast {command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `bip-fast report ... | head`
+        sys.stderr.close()
+        return 141
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"bip-fast {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The picture of a run: loss, accuracy and mask changes over its epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["curves"]
+
+DENSE, PRUNED, GREY = "#4477aa", "#cc3311", "#777777"
+
+
+def curves(report: dict[str, Any], path: Path) -> None:
+    """Draw ``report`` (the content of report.json) to ``path``: readable on a light and on a dark page."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained", facecolor="white")
+    loss, accuracy, masks = figure.subplots(1, 3)
+    start, stages = 0, {"pretrain": ("dense training", DENSE), "prune": (f"pruning, {100 * report['sparsity']:.4g} % zeros", PRUNED)}
+    for stage, (label, colour) in stages.items():
+        rows = report["history"][stage]
+        epochs = [start + row["epoch"] for row in rows]
+        marker = "o" if len(rows) < 4 else ""  # a line through one point cannot be seen
+        loss.plot(epochs, [row["loss"] for row in rows], color=colour, marker=marker, label=label)
+        accuracy.plot(epochs, [100 * row["accuracy"] for row in rows], color=colour, marker=marker)
+        if stage == "prune":
+            masks.plot(epochs, [100 * row["mask_changes"] for row in rows], color=colour, marker=marker)
+        start += len(rows)
+    part = report["evaluated_on"]
+    for name, colour in (("dense", DENSE), ("pruned", PRUNED)):
+        value = 100 * report[name]["accuracy"]
+        accuracy.axhline(value, color=colour, linestyle="--", linewidth=1, label=f"{name}, {part}: {value:.2f} %")
+    for axes, title in ((loss, "training loss"), (accuracy, "training accuracy, %"), (masks, "mask entries changed in an epoch, %")):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    loss.set_yscale("log")
+    loss.legend(fontsize=8, frameon=False)
+    shown = [100 * row["accuracy"] for rows in report["history"].values() for row in rows] + [100 * report["dense"]["accuracy"]]
+    accuracy.set_ylim(max(0, sorted(shown)[len(shown) // 5] - 5), 100.5)
+    accuracy.legend(fontsize=8, frameon=False, loc="lower right")
+    masks.set_ylim(bottom=0)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,212 @@
+"""Data sets in memory: loading, splits, batches and augmentation.
+
+Images stay uint8 (n, channels, h, w) and become normalised float32 batch by batch. The order of an epoch depends on (seed, stage, epoch)
+only and the augmentation of a batch on (seed, stage, epoch, step), so a run can continue from any batch with the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ExperimentError
+from .files import Arrays, read_cifar, read_fashion_mnist
+
+__all__ = ["DATA", "Dataset", "Position", "batch_count", "hold_out", "load", "split", "ordered_batches", "train_batch"]
+
+
+class Source(NamedTuple):
+    """What is fixed for a data set: ``padding`` of the random crop in pixels, and whether images may be mirrored."""
+
+    classes: int
+    padding: int
+    mirror: bool
+    folders: tuple[str, ...]
+
+
+DATA = {
+    "digits": Source(10, 1, False, ()),
+    "fashion-mnist": Source(10, 2, True, ("fashion-mnist", "FashionMNIST/raw")),
+    "cifar10": Source(10, 4, True, ("cifar10",)),
+    "cifar100": Source(100, 4, True, ("cifar100",)),
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images uint8 (n, channels, h, w) and labels int64 (n,) of both parts; mean and std (channels,) of the training images.
+
+    ``note`` says what a reader of the results should know, for example that a file is not the official one.
+    """
+
+    name: str
+    classes: int
+    padding: int
+    mirror: bool
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+    note: str = ""
+
+    @property
+    def channels(self) -> int:
+        return self.train_images.shape[1]
+
+    def to(self, device: torch.device) -> Dataset:
+        """Copy with all tensors on ``device``."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
+    def with_own_statistics(self) -> Dataset:
+        """The same images with mean and std taken again from the training part."""
+        mean, std = statistics(self.train_images)
+        return replace(self, mean=mean, std=std)
+
+
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (channels,) float32 of uint8 images, in float64, a block at a time."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for block in images.split(4096):
+        x = block.double()
+        total += x.sum((0, 2, 3))
+        squares += (x * x).sum((0, 2, 3))
+    count = images.numel() // images.shape[1]
+    mean = total / count
+    std = (squares / count - mean * mean).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 0, std, torch.ones_like(std)).float()
+
+
+def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices (first, second) of a stratified split: of every class, the same ``fraction`` goes to the second part.
+
+    The split depends on the labels only, never on a seed, so that every run is measured on the same images.
+    """
+    generator = torch.Generator().manual_seed(20221013)
+    second = torch.zeros(labels.numel(), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        shuffled = members[torch.randperm(members.numel(), generator=generator)]
+        second[shuffled[: round(fraction * members.numel())]] = True
+    return (~second).nonzero().flatten(), second.nonzero().flatten()
+
+
+def hold_out(data: Dataset, fraction: float) -> Dataset:
+    """For choosing options: a stratified part of the training images takes the place of the test images, which are dropped."""
+    train, held = split(data.train_labels, fraction)
+    images, labels = data.train_images, data.train_labels
+    data = replace(data, train_images=images[train], train_labels=labels[train], test_images=images[held], test_labels=labels[held])
+    return data.with_own_statistics()
+
+
+def load(name: str, data_dir: Path | None = None) -> Dataset:
+    """Data set ``name`` of `DATA`.
+
+    Args:
+        data_dir: the folder with the standard files, or one that has them in the customary subfolder. Digits come with scikit-learn.
+
+    Raises:
+        ExperimentError: a file is missing or damaged, or scikit-learn is not installed.
+    """
+    if name not in DATA:
+        raise ExperimentError(f"--data must be one of {', '.join(DATA)}, got {name!r}")
+    if name == "digits":
+        arrays = _digits()
+    elif data_dir is None:
+        raise ExperimentError(f"--data {name} needs --data-dir, the folder with its files")
+    elif not data_dir.is_dir():
+        raise ExperimentError(f"--data-dir must be a folder, got {data_dir}")
+    else:
+        folder = next((data_dir / sub for sub in DATA[name].folders if (data_dir / sub).is_dir()), data_dir)
+        arrays = read_fashion_mnist(folder) if name == "fashion-mnist" else read_cifar(folder, DATA[name].classes)
+    # A copy: the bytes that were read are read-only.
+    images, labels, test_images, test_labels = (torch.from_numpy(np.array(part)) for part in arrays[:4])
+    mean, std = statistics(images)
+    note = f"not the official files (md5): {', '.join(arrays.unofficial)}" if arrays.unofficial else ""
+    source = DATA[name]
+    fixed = (name, source.classes, source.padding, source.mirror)
+    return Dataset(*fixed, images, labels, test_images, test_labels, mean, std, note)
+
+
+def _digits() -> Arrays:
+    """scikit-learn's 1797 digits of 8x8; a third of every class is the test set."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise ExperimentError("--data digits needs scikit-learn: pip install 'bip_fast[cli]'")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = bunch.images[:, None].astype(np.uint8), bunch.target.astype(np.int64)
+    train, test = (part.numpy() for part in split(torch.from_numpy(labels), 1 / 3))
+    return Arrays(images[train], labels[train], images[test], labels[test], ())
+
+
+class Position(NamedTuple):
+    """Which batch: the random numbers of a batch are a function of it."""
+
+    seed: int
+    stage: str
+    epoch: int
+    step: int = 0
+
+    def generator(self, purpose: int) -> torch.Generator:
+        entropy = [self.seed, int.from_bytes(self.stage.encode(), "little"), self.epoch, self.step, purpose]
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def batch_count(data: Dataset, batch_size: int) -> int:
+    """Batches of an epoch; the last, smaller one is dropped unless it is the only one."""
+    return max(1, len(data.train_labels) // batch_size)
+
+
+def epoch_order(data: Dataset, position: Position) -> Tensor:
+    """Random order (n,) of the training images in an epoch, on the device of the data."""
+    order = torch.randperm(len(data.train_labels), generator=position._replace(step=0).generator(0))
+    return order.to(data.train_labels.device)
+
+
+def train_batch(data: Dataset, order: Tensor, batch_size: int, position: Position) -> tuple[Tensor, Tensor]:
+    """Batch ``position.step`` of an epoch: augmented, normalised images (batch, channels, h, w) float32 and labels (batch,)."""
+    chosen = order[position.step * batch_size : (position.step + 1) * batch_size]
+    images = data.train_images[chosen]
+    if data.padding or data.mirror:
+        images = augment(images, data.padding, data.mirror, position.generator(1))
+    return normalised(data, images), data.train_labels[chosen]
+
+
+def ordered_batches(data: Dataset, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+    """All test images in order, normalised and not augmented."""
+    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True):
+        yield normalised(data, images), labels
+
+
+def normalised(data: Dataset, images: Tensor) -> Tensor:
+    """(images - mean) / std in float32, channels last in memory."""
+    x = images.float().sub_(data.mean[:, None, None]).div_(data.std[:, None, None])
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor, padding: int, mirror: bool, generator: torch.Generator) -> Tensor:
+    """Random crop after zero padding, and mirror half of the images left to right: one gather for the whole batch."""
+    n, _, height, width = images.shape
+    shift = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
+    rows = shift[0][:, None] + torch.arange(height)
+    columns = shift[1][:, None] + torch.arange(width)
+    if mirror:
+        flip = torch.rand(n, generator=generator) < 0.5
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    batch = torch.arange(n, device=images.device)[:, None, None]
+    # An index in front, a slice, two indices: the indexed dimensions come first, so channels are last and go back to their place.
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

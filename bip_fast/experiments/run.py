@@ -1,0 +1,222 @@
+"""Run folders: what is in one, written so that a run killed at any moment leaves whole files only.
+
+config.json         the settings; written first, so a folder with one belongs to a run
+checkpoint.pt       everything needed to continue, with the same bits
+dense.safetensors   the dense network; `--checkpoint` starts another run from it
+model.safetensors   the pruned network: the keys of the plain model, exact zeros
+curves.png          loss, accuracy and mask changes
+report.json         every figure; written last, so a folder with one is finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ExperimentError
+from .settings import FIELDS, Settings, option
+
+__all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "write_safetensors"]
+
+FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+
+
+class RunFolder:
+    """One folder of the files above; `open` decides whether a run may write there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "report.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def open(self, settings: Settings, *, overwrite: bool) -> None:
+        """Make the folder and write its config.
+
+        Raises:
+            ExperimentError: it belongs to another run and ``overwrite`` is not set, or it cannot be written.
+        """
+        if self.begun and not overwrite:
+            if self.finished:
+                raise ExperimentError(f"{self.path} holds a finished run; --overwrite runs it again, --out names another folder")
+            raise ExperimentError(f"{self.path} holds a run that is not finished; --resume continues it, --overwrite starts again")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.remove_leftovers()
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+            self.write_json("config.json", settings.as_dict())
+        except OSError as error:
+            raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def settings(self, given: dict[str, Any]) -> Settings:
+        """Settings of the run that began here; ``given`` options must agree with them.
+
+        Raises:
+            ExperimentError: there is no run, its config is damaged, or an option says something else.
+        """
+        if not self.begun:
+            raise ExperimentError(f"nothing to resume: there is no run in {self.path}")
+        stored = self.read_json("config.json")
+        unknown = set(stored) - set(FIELDS)
+        if unknown:
+            raise ExperimentError(f"{self.path / 'config.json'} has unknown settings: {', '.join(sorted(unknown))}")
+        for name, value in given.items():
+            if stored.get(name) != value:
+                raise ExperimentError(
+                    f"--resume continues a run with {option(name)} {stored.get(name)}, got {value}; leave {option(name)} out"
+                )
+        try:
+            return Settings.of(stored)
+        except TypeError as error:
+            raise ExperimentError(f"{self.path / 'config.json'} is damaged: {error}") from error
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text())
+        except (OSError, ValueError) as error:
+            raise ExperimentError(f"{self.path / name} is damaged: {error}") from error
+        if not isinstance(value, dict):
+            raise ExperimentError(f"{self.path / name} is damaged: expected an object")
+        return value
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write(name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+
+    def write(self, name: str, save: Callable[[Path], object]) -> None:
+        """Run ``save`` on a file beside ``name``, bring it to the disk, then take its place: the old one stays whole until then."""
+        beside = self.path / f".{os.getpid()}-{name}"  # keeps the ending, which decides the format of a picture
+        try:
+            save(beside)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, self.path / name)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run was writing; such files are never read."""
+        for name in FILES:
+            for path in self.path.glob(f".*-{name}"):
+                path.unlink(missing_ok=True)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """State of the last checkpoint on the CPU, None when the run ended before its first one."""
+        path = self.path / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise ExperimentError(f"{path} is damaged; --overwrite starts again ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def write_safetensors(path: Path, model: nn.Module) -> None:
+    """State dict of ``model``, each tensor contiguous and on the CPU. A tensor that has several names is written under each."""
+    from safetensors.torch import save_file
+
+    save_file({name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}, path)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a .safetensors file or from a state dict saved by torch, also inside of "state_dict" or "model".
+
+    Raises:
+        ExperimentError: the file is missing, damaged, or something else.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise ExperimentError(f"{path} needs {error.name}: pip install 'bip_fast[cli]'") from error
+    except Exception as error:  # safetensors and torch raise errors of many kinds for a damaged file
+        raise ExperimentError(f"cannot read {path} as weights: {_one_line(error)}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ExperimentError(f"{path} does not hold a state dict (names and tensors)")
+    return {name.removeprefix("module."): x for name, x in state.items()}  # DataParallel's prefix
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load a state dict of exactly the model's names and shapes.
+
+    Raises:
+        ExperimentError: a tensor is missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise ExperimentError(f"{source} does not fit the model: {name} is missing")
+        if own[name].shape != state[name].shape:
+            shapes = f"expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
+            raise ExperimentError(f"{source} does not fit the model: {name}: {shapes}")
+    for name in state:
+        if name not in own:
+            raise ExperimentError(f"{source} does not fit the model: the model has no {name}")
+    model.load_state_dict(state)
+
+
+class Stop(Exception):
+    """A signal asked the run to stop; raised between two batches, when all state is whole."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list that is yielded, instead of raising in the middle of a step.
+
+    The second one is not collected: it does what it did before, for a user who does not want to wait.
+    """
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen  # only the main thread may set handlers
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    try:
+        for number in numbers:
+            signal.signal(number, collect)
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""What a run is told: options with their defaults for each data set, and what is checked before anything starts.
+
+Defaults were chosen on a part of the training images (`--validate`), never on test images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from . import ExperimentError
+from .data import DATA
+
+__all__ = ["LEVELS", "PRESETS", "Settings"]
+
+LEVELS = ("alternating", "joint")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run; `config.json` holds exactly this."""
+
+    data: str = "digits"
+    model: str = "resnet20"
+    width: int | None = None
+    sparsity: float = 0.95
+    levels: str = "alternating"
+    pretrain_epochs: int = 30
+    epochs: int = 40
+    batch_size: int = 64
+    pretrain_lr: float = 0.1
+    lr: float = 0.05
+    mask_lr: float = 1.0
+    gamma: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    freeze: float = 1.0
+    seed: int = 0
+    checkpoint: str | None = None
+    validate: bool = False
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Settings:
+        """Settings from the options that were given; the preset of the data set fills in the others.
+
+        Raises:
+            ExperimentError: a value is out of range.
+        """
+        data = given.get("data", cls.data)
+        if data not in DATA:
+            raise ExperimentError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
+        settings = cls(**{**PRESETS[data], **given})
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raises ExperimentError for the first value out of range."""
+        if not 0 <= self.sparsity < 1:
+            hint = f" (write {self.sparsity / 100:g} for {self.sparsity:g} %)" if 1 < self.sparsity < 100 else ""
+            raise ExperimentError(f"--sparsity must be in [0, 1), got {self.sparsity:g}{hint}")
+        if self.levels not in LEVELS:
+            raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
+        for name, least in {"pretrain_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0, "width": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ExperimentError(f"{option(name)} must be at least {least}, got {value}")
+        for name in ("pretrain_lr", "lr", "mask_lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ExperimentError(f"{option(name)} must be 0 or more, got {value:g}")
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise ExperimentError(f"--gamma must be more than 0, got {self.gamma:g}")
+        if not 0 <= self.momentum < 1:
+            raise ExperimentError(f"--momentum must be in [0, 1), got {self.momentum:g}")
+        if not 0 <= self.freeze <= 1:
+            raise ExperimentError(f"--freeze must be in [0, 1], got {self.freeze:g}")
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the default run folder: what a person tells runs apart by."""
+        model = "".join(c if c.isalnum() else "-" for c in self.model)
+        return f"{self.data}-{model}-{100 * self.sparsity:g}-seed{self.seed}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def option(field: str) -> str:
+    """Option of the command line that sets a field."""
+    return "--" + field.replace("_", "-")
+
+
+# What differs from the defaults above, for each data set. CIFAR: the schedule of the paper.
+_PAPER = {"pretrain_epochs": 200, "epochs": 100, "batch_size": 128, "pretrain_lr": 0.1}
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "fashion-mnist": {"pretrain_epochs": 20, "epochs": 20, "batch_size": 128},
+    "cifar10": _PAPER,
+    "cifar100": _PAPER,
+}
+FIELDS = tuple(field.name for field in fields(Settings))

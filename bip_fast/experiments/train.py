@@ -1,0 +1,161 @@
+"""The one training loop: dense training and pruning differ in the optimizer they are given and in nothing else.
+
+An epoch passes over the training images once, one forward and one backward pass a batch. With alternating levels the optimizer takes
+a lower step on one batch and an upper step on the next. Step sizes follow half a cosine, as functions of the position alone, so nothing
+but the model, the optimizer and a `Cursor` is needed to continue at any batch with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..report import weights
+from .data import Dataset, Position, batch_count, epoch_order, ordered_batches, train_batch
+
+__all__ = ["Cursor", "Recipe", "Score", "evaluate", "kept_flags", "train"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of a run.
+
+    Args:
+        stage: its name; enters the random order of the images.
+        lr, mask_lr: step sizes at the start, for weights and scores.
+        freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
+    """
+
+    stage: str
+    epochs: int
+    batch_size: int
+    seed: int
+    lr: float
+    mask_lr: float = 0.0
+    freeze: float = 1.0
+
+
+@dataclass
+class Cursor:
+    """Where a stage stands. Sums are over the epoch that has begun; ``history`` has one row for each finished epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss, right answers, images
+    seconds: float = 0.0
+    flags: dict[str, Tensor] = field(default_factory=dict)  # which weights were kept when the epoch began
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def running(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch so far, or of the last one; waits for the device."""
+        if not self.step and self.history:
+            return self.history[-1]["loss"], self.history[-1]["accuracy"]
+        loss, right, images = self.sums.tolist()
+        return loss / max(images, 1), right / max(images, 1)
+
+    def end_epoch(self, model: nn.Module, lr: float) -> None:
+        loss, accuracy = self.running()
+        flags = kept_flags(model)
+        changed = sum(int((flags[name] != self.flags[name]).sum()) for name in self.flags)
+        total = sum(x.numel() for x in flags.values())
+        self.epoch, self.step = self.epoch + 1, 0
+        row = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "lr": lr, "mask_changes": changed / max(total, 1)}
+        self.history.append({**row, "seconds": self.seconds})
+        self.sums.zero_()
+        self.flags = flags
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "sums": self.sums.cpu(), "flags": {name: x.cpu() for name, x in self.flags.items()}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Cursor:
+        flags = {name: x.to(device) for name, x in state["flags"].items()}
+        return cls(**{**state, "sums": state["sums"].to(device), "flags": flags})
+
+
+class Score(NamedTuple):
+    """Accuracy in [0, 1] and mean loss on held-out images."""
+
+    accuracy: float
+    loss: float
+
+
+def kept_flags(model: nn.Module) -> dict[str, Tensor]:
+    """Boolean tensor of every Conv and Linear weight: which entries are not 0."""
+    return {name: x.detach() != 0 for name, x in weights(model)}
+
+
+def evaluate(model: nn.Module, data: Dataset) -> Score:
+    """Score on the test images of ``data``, in eval mode; leaves the model in it."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=data.test_labels.device)
+    with torch.no_grad():
+        for images, labels in ordered_batches(data):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([(logits.argmax(1) == labels).sum(), loss]).double()
+    right, loss_sum = (sums / len(data.test_labels)).tolist()
+    return Score(right, loss_sum)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
+    """Half a cosine from the full step sizes at 0 to 0 at 1; returns the step size of the weights."""
+    factor = 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * factor
+        if "mask_lr" in group:
+            group["mask_lr"] = recipe.mask_lr * factor
+    return recipe.lr * factor
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    recipe: Recipe,
+    cursor: Cursor,
+    after_step: Callable[[Cursor], None] = lambda cursor: None,
+) -> None:
+    """Run a stage from ``cursor`` to its end; ``after_step`` may raise to stop between two batches.
+
+    The optimizer is `torch.optim.SGD` or `FastBiP`, whose masks are frozen at ``recipe.freeze``. ``cursor`` is moved in place.
+    """
+    steps = batch_count(data, recipe.batch_size)
+    total = recipe.epochs * steps
+    frozen = recipe.freeze >= 1 or not hasattr(optimizer, "freeze_masks")
+    cursor.sums = cursor.sums.to(data.train_labels.device)
+    if not cursor.flags:
+        cursor.flags = kept_flags(model)
+    model.train()
+    while cursor.epoch < recipe.epochs:
+        order = epoch_order(data, Position(recipe.seed, recipe.stage, cursor.epoch))
+        while cursor.step < steps:
+            began = time.perf_counter()
+            done = cursor.epoch * steps + cursor.step
+            if not frozen and done >= recipe.freeze * total:
+                optimizer.freeze_masks()  # type: ignore[attr-defined]
+                frozen = True
+            lr = set_rates(optimizer, recipe, done / total)
+            position = Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step)
+            images, labels = train_batch(data, order, recipe.batch_size, position)
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            right = (logits.detach().argmax(1) == labels).sum()
+            cursor.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))]).double()
+            cursor.step += 1
+            cursor.seconds += time.perf_counter() - began
+            if cursor.step == steps:
+                cursor.end_epoch(model, lr)
+                after_step(cursor)
+                break
+            after_step(cursor)

@@ -1,0 +1,302 @@
+"""Data sets: tiny files in the standard formats, splits, the random order of batches, augmentation."""
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from bip_fast.experiments import ExperimentError, data, files
+from bip_fast.experiments.data import Position
+
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def idx_bytes(array):
+    return struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def write_fashion_mnist(folder, *, train=40, test=20, zipped=True):
+    """Four IDX files of random images; returns the arrays in the order of `IDX`."""
+    rng = np.random.default_rng(0)
+    arrays = []
+    for n in (train, test):
+        arrays += [rng.integers(0, 256, (n, 28, 28), np.uint8), (np.arange(n) % 10).astype(np.uint8)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(IDX, arrays, strict=True):
+        contents = idx_bytes(array)
+        (folder / (f"{name}.gz" if zipped else name)).write_bytes(gzip.compress(contents) if zipped else contents)
+    return arrays
+
+
+def cifar_names(classes):
+    return ([f"data_batch_{i}" for i in range(1, 6)] if classes == 10 else ["train"], "test_batch" if classes == 10 else "test")
+
+
+def write_cifar(folder, classes, n=12):
+    """Pickles as in the published archives: protocol 2, keys that are bytes, labels in a list."""
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = cifar_names(classes)
+    written = {}
+    for name in [*train, test]:
+        images = rng.integers(0, 256, (n, 3072), np.uint8)
+        labels = rng.integers(0, classes, n).tolist()
+        batch = {b"data": images, b"batch_label": b"tiny"}
+        batch |= {b"labels": labels} if classes == 10 else {b"fine_labels": labels, b"coarse_labels": [0] * n}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+        written[name] = images.reshape(n, 3, 32, 32), labels
+    return written
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("subfolder", ["", "fashion-mnist"])
+def test_fashion_mnist_is_read_as_written(tmp_path, zipped, subfolder):
+    arrays = write_fashion_mnist(tmp_path / subfolder, zipped=zipped)
+    read = data.load("fashion-mnist", tmp_path)
+    np.testing.assert_array_equal(read.train_images[:, 0], arrays[0])
+    np.testing.assert_array_equal(read.train_labels, arrays[1])
+    np.testing.assert_array_equal(read.test_images[:, 0], arrays[2])
+    np.testing.assert_array_equal(read.test_labels, arrays[3])
+    assert read.train_images.dtype == torch.uint8
+    assert read.train_labels.dtype == torch.int64
+    assert all(name in read.note for name in IDX)  # random images are not the official ones
+
+
+def test_the_official_contents_are_recognised_whatever_their_compression(tmp_path, monkeypatch):
+    arrays = write_fashion_mnist(tmp_path)
+    md5 = {name: files.hashlib.md5(idx_bytes(array)).hexdigest() for name, array in zip(IDX, arrays, strict=True)}
+    monkeypatch.setattr(files, "OFFICIAL", md5)
+    for level in (1, 9):
+        (tmp_path / f"{IDX[0]}.gz").write_bytes(gzip.compress(idx_bytes(arrays[0]), level))
+        assert data.load("fashion-mnist", tmp_path).note == ""
+
+
+@pytest.mark.parametrize("name", IDX)
+def test_a_missing_idx_file_is_named_with_the_place(tmp_path, name):
+    write_fashion_mnist(tmp_path)
+    (tmp_path / f"{name}.gz").unlink()
+    with pytest.raises(ExperimentError) as error:
+        data.load("fashion-mnist", tmp_path)
+    assert f"{name}.gz is missing" in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+LABELS = np.zeros(40, np.uint8)
+BROKEN_IDX = {
+    "cut short": (IDX[0], lambda old: old[: len(old) // 2], "is damaged"),
+    "not gzip": (IDX[0], lambda old: b"<html>not found</html>", "is damaged"),
+    "labels for images": (IDX[0], lambda old: gzip.compress(idx_bytes(LABELS)), "is not an IDX file of bytes with 3 dimension"),
+    "header too long": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS)[:-1]), "promises 40 bytes, got 39"),
+    "fewer labels": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS[:39])), "40 images, but 39 labels"),
+    "label 10": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS + 10)), "labels must be in"),
+    "other size": (IDX[0], lambda old: gzip.compress(idx_bytes(np.zeros((40, 27, 28), np.uint8))), "expected uint8 images"),
+    "no image": (IDX[0], lambda old: gzip.compress(idx_bytes(np.zeros((0, 28, 28), np.uint8))), "0 images"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_IDX)
+def test_a_broken_idx_file_is_named(tmp_path, case):
+    write_fashion_mnist(tmp_path)
+    name, broken, message = BROKEN_IDX[case]
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(broken(path.read_bytes()))
+    with pytest.raises(ExperimentError) as error:
+        data.load("fashion-mnist", tmp_path)
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("form", ["folder", "parent", "archive"])
+def test_cifar_is_read_as_written(tmp_path, classes, form):
+    inner = "cifar-10-batches-py" if classes == 10 else "cifar-100-python"
+    written = write_cifar(tmp_path / inner, classes)
+    place = tmp_path / inner if form == "folder" else tmp_path
+    if form == "archive":
+        place = tmp_path / "downloads"
+        place.mkdir()
+        with tarfile.open(place / f"cifar-{classes}-python.tar.gz", "w:gz") as tar:
+            tar.add(tmp_path / inner, inner)
+    read = data.load(f"cifar{classes}", place)
+    train, test = cifar_names(classes)
+    np.testing.assert_array_equal(read.train_images, np.concatenate([written[name][0] for name in train]))
+    np.testing.assert_array_equal(read.train_labels, np.concatenate([written[name][1] for name in train]))
+    np.testing.assert_array_equal(read.test_images, written[test][0])
+    np.testing.assert_array_equal(read.test_labels, written[test][1])
+    assert read.classes == classes
+
+
+def test_a_missing_cifar_file_is_named_with_the_places(tmp_path):
+    with pytest.raises(ExperimentError, match=r"data_batch_1 is missing; looked in .*cifar-10-batches-py and .*cifar-10-python\.tar\.gz"):
+        data.load("cifar10", tmp_path)
+    write_cifar(tmp_path, 10)
+    (tmp_path / "data_batch_4").unlink()
+    with pytest.raises(ExperimentError, match=r"data_batch_4 is missing in"):
+        data.load("cifar10", tmp_path)
+
+
+class Hostile:
+    """A pickle that would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "is damaged"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}, 2)[:-40], "is damaged"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}, 2), "labels"),
+        (pickle.dumps({b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}, 2), "rows of 3072 bytes"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]}, 2), "uint8"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}, 2), "labels must be in"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, 2), "2 images, but 1 labels"),
+        (pickle.dumps([1, 2], 2), "is damaged"),
+    ],
+)
+def test_a_broken_cifar_file_is_named(tmp_path, contents, message):
+    write_cifar(tmp_path, 10)
+    (tmp_path / "data_batch_2").write_bytes(contents)
+    with pytest.raises(ExperimentError) as error:
+        data.load("cifar10", tmp_path)
+    assert message in str(error.value)
+    assert "data_batch_2" in str(error.value)
+
+
+def test_a_hostile_pickle_does_not_run(tmp_path):
+    write_cifar(tmp_path, 10)
+    trap = tmp_path / "trap"
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Hostile(trap), b"labels": []}, 2))
+    with pytest.raises(ExperimentError, match="mkdir is not allowed"):
+        data.load("cifar10", tmp_path)
+    assert not trap.exists()
+    pickle.loads((tmp_path / "test_batch").read_bytes())  # the trap works where pickles are trusted
+    assert trap.exists()
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    write_cifar(tmp_path / "cifar-100-python", 100)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(tmp_path / "cifar-100-python" / "train", "cifar-100-python/train")
+    place = tmp_path / "downloads"
+    place.mkdir()
+    archive = place / "cifar-100-python.tar.gz"
+    archive.write_bytes(buffer.getvalue())
+    with pytest.raises(ExperimentError, match="cifar-100-python/test is missing in"):
+        data.load("cifar100", place)
+    archive.write_bytes(buffer.getvalue()[:1000])
+    with pytest.raises(ExperimentError, match="is damaged"):
+        data.load("cifar100", place)
+
+
+def test_digits_have_a_fixed_stratified_split():
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    digits = data.load("digits")
+    assert digits.train_images.shape == (1198, 1, 8, 8)
+    assert digits.test_images.shape == (599, 1, 8, 8)
+    assert int(digits.train_images.max()) == 16
+    counts = digits.train_labels.bincount() + digits.test_labels.bincount()
+    assert torch.equal(digits.test_labels.bincount(), (counts / 3).round().long())
+
+
+def test_split_is_stratified_disjoint_and_without_a_seed():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([100, 50, 11]))[torch.randperm(161)]
+    torch.manual_seed(1)
+    first, second = data.split(labels, 0.2)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(data.split(labels, 0.2), (first, second), strict=True))
+    assert labels[second].bincount().tolist() == [20, 10, 2]
+    assert torch.equal(torch.cat([first, second]).sort().values, torch.arange(161))
+
+
+def test_hold_out_leaves_the_test_images_alone(tmp_path):
+    write_fashion_mnist(tmp_path, train=50)
+    full = data.load("fashion-mnist", tmp_path)
+    part = data.hold_out(full, 0.2)
+    assert (len(part.train_labels), len(part.test_labels)) == (40, 10)
+    images = torch.cat([part.train_images, part.test_images]).flatten(1)
+    assert {bytes(x.tolist()) for x in images} == {bytes(x.tolist()) for x in full.train_images.flatten(1)}
+    torch.testing.assert_close(part.mean, part.train_images.double().mean((0, 2, 3)).float())
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    write_fashion_mnist(tmp_path, train=5000 + 3)  # more than one block of `statistics`
+    return data.load("fashion-mnist", tmp_path)
+
+
+def test_statistics_are_those_of_the_training_images(tiny):
+    x = tiny.train_images.double()
+    torch.testing.assert_close(tiny.mean, x.mean((0, 2, 3)).float())
+    torch.testing.assert_close(tiny.std, x.std((0, 2, 3), correction=0).float())
+    batch = data.normalised(tiny, tiny.train_images)
+    torch.testing.assert_close(batch.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
+
+
+def test_order_is_a_function_of_seed_stage_and_epoch(tiny):
+    position = Position(0, "prune", 3, 5)
+    order = data.epoch_order(tiny, position)
+    torch.manual_seed(7)
+    assert torch.equal(order, data.epoch_order(tiny, position._replace(step=9)))
+    for other in (position._replace(seed=1), position._replace(stage="pretrain"), position._replace(epoch=4)):
+        assert not torch.equal(order, data.epoch_order(tiny, other))
+    assert torch.equal(order.sort().values, torch.arange(5003))
+
+
+def test_batches_of_an_epoch_are_full_and_disjoint(tiny):
+    steps = data.batch_count(tiny, 64)
+    assert steps == 5003 // 64
+    position = Position(0, "prune", 0)
+    labels = torch.arange(5003)
+    marked = replace(tiny, train_labels=labels)
+    order = data.epoch_order(marked, position)
+    batches = [data.train_batch(marked, order, 64, position._replace(step=step))[1] for step in range(steps)]
+    assert {len(batch) for batch in batches} == {64}
+    assert torch.cat(batches).unique().numel() == 64 * steps
+
+
+def test_a_batch_is_a_function_of_its_position(tiny):
+    position = Position(0, "prune", 0, 2)
+    order = data.epoch_order(tiny, position)
+    first, _ = data.train_batch(tiny, order, 64, position)
+    torch.manual_seed(123)
+    assert torch.equal(first, data.train_batch(tiny, order, 64, position)[0])
+    assert not torch.equal(first, data.train_batch(tiny, order, 64, position._replace(epoch=1))[0])  # same images, other crops
+
+
+def test_augment_crops_and_mirrors_each_image_on_its_own():
+    images = torch.arange(200 * 2 * 5 * 7).remainder(251).to(torch.uint8).view(200, 2, 5, 7)
+    found = data.augment(images, 2, True, torch.Generator().manual_seed(0))
+    assert found.shape == images.shape
+    seen = set()
+    for image, result in zip(images, found, strict=True):
+        wide = pad(image, (2, 2, 2, 2))
+        crops = {
+            (top, left, mirror): wide[:, top : top + 5, left : left + 7].flip(2) if mirror else wide[:, top : top + 5, left : left + 7]
+            for top in range(5)
+            for left in range(5)
+            for mirror in (False, True)
+        }
+        matches = [key for key, crop in crops.items() if torch.equal(crop, result)]
+        assert matches
+        seen.update(matches)
+    assert len(seen) > 40  # of 50: all rows, columns and both orientations come up
+
+
+def test_augment_by_nothing_changes_nothing():
+    images = torch.randint(0, 256, (9, 3, 6, 6), dtype=torch.uint8)
+    assert torch.equal(data.augment(images, 0, False, torch.Generator().manual_seed(0)), images)
