@@ -209,13 +209,12 @@ class Arena:
             for i in group.members:  # pruned slots come first, so a position among them is a row of the table
                 table["group"][i], table["index"][i] = number, index
                 index += self.pruned[i].numel
-        flat = {"momentum": self.momentum, "theta": self.theta, "scores": self.scores, "score_momentum": self.score_momentum}
         for i, slot in enumerate(self.slots):
             row, p = table[i], slot.member.param
             row["param"] = row["theta"] = p.data_ptr()
             row["numel"], row["hyper"], row["dtype"] = slot.numel, slot.member.row, DTYPES[slot.dtype]
-            for name in self.state_of(slot):
-                row[name] = self.mask.data_ptr() + slot.start // 8 if name == "mask" else flat[name].data_ptr() + 4 * slot.start
+            for name, view in self.state_of(slot).items():
+                row[name] = view.data_ptr()
         budgets = np.zeros(len(groups), dtype=kernels().group_dtype)
         budgets["numel"], budgets["kept"] = [group.numel for group in groups], [group.kept for group in groups]
         return StepPlan(self.device, table, budgets)

@@ -101,7 +101,13 @@ class StepPlan:
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
 
     def run(
-        self, phase: str, hypers: np.ndarray, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        phase: str,
+        hypers: np.ndarray,
+        gradients: np.ndarray,
+        num_nonfinite: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         """One step of the kernels. Mutates parameters, theta, v, s, u and masks behind the pointers of the plan, and ``num_nonfinite``.
 

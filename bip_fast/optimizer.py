@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .arena import Arena, Member, Slot
-from .ops import StepPlan, backend, kernels
-from .options import HYPER_KEYS, check_group, check_levels, check_lower_steps, resolve_density
-from .prunable import check_param, members_of, split_names
+from .checkpoint import EXTRA, fitting
+from .ops import StepPlan, backend
+from .options import GROUP_KEYS, check_group, check_levels, check_lower_steps, hyper_table, resolve_density
+from .phases import Phases
+from .prunable import is_pruned, members_of, param_groups_of, split_names
 
 if TYPE_CHECKING:
     from .report import Report
 
 __all__ = ["FastBiP"]
-
-_KEY = "bip"  # in state_dict(): what belongs to no parameter
 
 
 class FastBiP(torch.optim.Optimizer):
@@ -93,29 +93,38 @@ class FastBiP(torch.optim.Optimizer):
         exclude: str | nn.Module | Tensor | Iterable[str | nn.Module | Tensor] = (),
         **unknown: Any,
     ) -> None:
-        defaults = {"sparsity": sparsity, "lr": lr, "mask_lr": mask_lr, "gamma": gamma, "momentum": momentum, "mask_momentum": mask_momentum}
-        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov, "pattern": pattern, "scope": scope, "prune": True}
-        resolve_density(options := defaults | unknown | {"density": density})
+        defaults: dict[str, Any] = {
+            "sparsity": sparsity,
+            "density": density,
+            "lr": lr,
+            "mask_lr": mask_lr,
+            "gamma": gamma,
+            "momentum": momentum,
+            "mask_momentum": mask_momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "pattern": pattern,
+            "scope": scope,
+            "prune": True,
+            **unknown,
+        }
+        resolve_density(defaults)
         if unknown:
             raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
-        defaults["sparsity"] = options["sparsity"]
         check_group(defaults)
-        self.levels, self.lower_steps = check_levels(levels), check_lower_steps(lower_steps)
-        members = members_of(params, exclude)
-        self._names, self._excluded = members.names, members.excluded
-        self._arena: Arena | None = None
-        self._set_phase(0, False)
-        super().__init__(members.groups, defaults)
-        self._grow(len(self.param_groups))
-        if not self._arena_of("make").pruned:
+        self._phases = Phases(check_levels(levels), check_lower_steps(lower_steps))
+        given = param_groups_of(params, exclude)
+        self._names, self._excluded = given.names, given.excluded
+        self._reset()
+        super().__init__(given.groups, defaults)
+        if not any(member.pruned for member in self._members()):
             raise ValueError("nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions")
+        self._grow(len(self.param_groups))
 
-    def _set_phase(self, cycle: int, frozen: bool) -> None:
-        self._cycle = cycle  # of this many steps in the cycle of lower_steps + 1
-        self._frozen = frozen
-        self._forced: list[str] = []
+    def _reset(self) -> None:
+        self._arena: Arena | None = None  # None: not yet made, or finalized
         self._plan: StepPlan | None = None
-        self._planned: Any = None  # the options the plan was made for
+        self._planned: Any = None  # the selection groups the plan was made for
         self._checked: Any = None  # the options that were last found valid
         self._finished: Report | None = None
 
@@ -139,24 +148,8 @@ class FastBiP(torch.optim.Optimizer):
             self.param_groups.pop()  # as it was: the new group is the last
             raise
 
-    def _is_pruned(self, group: dict[str, Any], p: Tensor) -> bool:
-        return bool(group["prune"]) and p.dim() >= 2 and p not in self._excluded
-
     def _members(self) -> list[Member]:
-        members: list[Member] = []
-        seen: set[Tensor] = set()
-        params = [(row, group, p) for row, group in enumerate(self.param_groups) for p in group["params"]]
-        for number, (row, group, p) in enumerate(params):
-            if p in seen:  # torch warns about them
-                continue
-            seen.add(p)
-            label = self._names.get(p) or f"parameter {number} of shape {tuple(p.shape) if p.layout == torch.strided else '?'}"
-            check_param(p, label, params[0][2].device)
-            pruned = self._is_pruned(group, p)
-            if pruned and group["sparsity"] is None:
-                raise ValueError(f"give one of sparsity and density, got neither, for {label}")
-            members.append(Member(p, label, pruned, row))
-        return members
+        return members_of(self.param_groups, self._names, self._excluded)
 
     @torch.no_grad()
     def _grow(self, new_groups: int) -> None:
@@ -164,21 +157,51 @@ class FastBiP(torch.optim.Optimizer):
         members, old = self._members(), self._arena
         device = members[0].param.device if members else torch.device("cpu")
         backend(device)
+        self._check_options(members)
         if old is not None:
             old.check_untouched()
+        # Nothing is written before all memory is there.
         arena = Arena(members, device)
+        plan = self._make_plan(arena)
         for slot in arena.slots:
-            if slot.member.row >= len(self.param_groups) - new_groups:
-                continue
-            assert old is not None
-            arena.load(slot, old.state_of(old.slot_of[slot.member.param]))
-        for slot in arena.slots:
-            if slot.member.row >= len(self.param_groups) - new_groups:
+            if old is not None and slot.member.param in old.slot_of:
+                arena.load(slot, old.state_of(old.slot_of[slot.member.param]))
+            else:
                 arena.start(slot)
         if old is not None:
             arena.num_nonfinite.copy_(old.num_nonfinite)
-        self._arena, self._plan = arena, None
+        self._arena = arena
+        self._use(plan)
         self._run("upper", arena.no_gradients())
+
+    def _selection(self) -> list[tuple[Any, ...]]:
+        """What the selection groups depend on."""
+        return [(group["sparsity"], group["scope"], group["mask_momentum"] > 0) for group in self.param_groups]
+
+    def _make_plan(self, arena: Arena) -> StepPlan:
+        if any(group["mask_momentum"] > 0 for group in self.param_groups):
+            arena.ensure_score_momentum()
+        return arena.plan([(group["sparsity"], group["scope"]) for group in self.param_groups])
+
+    def _use(self, plan: StepPlan) -> None:
+        arena = self._arena_of("step")
+        self._plan, self._planned = plan, self._selection()
+        self.state.update({slot.member.param: arena.state_of(slot) for slot in arena.slots})
+
+    def _check_options(self, members: Iterable[Member]) -> None:
+        """Check the options of all groups if they have changed since the last time."""
+        seen = [tuple(group[key] for key in GROUP_KEYS) for group in self.param_groups]
+        if seen == self._checked:
+            return
+        for group in self.param_groups:
+            check_group(group)
+        for member in members:
+            group = self.param_groups[member.row]
+            if member.pruned and group["sparsity"] is None:
+                raise ValueError(f"give one of sparsity and density, got neither, for {member.label}")
+            if member.pruned != is_pruned(group, member.param, self._excluded):
+                raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r} for {member.label}")
+        self._checked = seen
 
     def _arena_of(self, what: str) -> Arena:
         if self._arena is None:
@@ -190,36 +213,22 @@ class FastBiP(torch.optim.Optimizer):
     @property
     def phase(self) -> str:
         """What the next step will be: "lower", "upper" or "joint"."""
-        if self._forced:
-            return self._forced[-1]
-        if self._frozen:
-            return "lower"
-        if self.levels == "joint":
-            return "joint"
-        return "lower" if self._cycle < self.lower_steps else "upper"
+        return self._phases.current
 
-    @contextmanager
-    def _force(self, phase: str) -> Iterator[None]:
-        self._forced.append(phase)
-        try:
-            yield
-        finally:
-            self._forced.pop()
-
-    def lower(self) -> Any:
+    def lower(self) -> AbstractContextManager[None]:
         """Context manager: steps inside are lower ones and do not count in the cycle of phases."""
-        return self._force("lower")
+        return self._phases.force("lower")
 
-    def upper(self) -> Any:
+    def upper(self) -> AbstractContextManager[None]:
         """Context manager: steps inside are upper ones and do not count in the cycle of phases."""
-        return self._force("upper")
+        return self._phases.force("upper")
 
-    def joint(self) -> Any:
+    def joint(self) -> AbstractContextManager[None]:
         """Context manager: steps inside are joint ones and do not count in the cycle of phases."""
-        return self._force("joint")
+        return self._phases.force("joint")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the current `phase`; mutates parameters, theta, momenta, scores and masks.
 
         Args:
@@ -237,15 +246,12 @@ class FastBiP(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        arena, phase = self._arena_of("step"), self.phase
-        if self._frozen and phase != "lower":
-            raise RuntimeError(f"masks are frozen since freeze_masks(), so a step must be lower, got {phase}")
+        arena, phase = self._arena_of("step"), self._phases.check()
         arena.check_untouched()
         gradients, alive = arena.gradients()
         self._run(phase, gradients, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf"))
         del alive  # the kernels are launched; memory freed now is reused behind them on the stream
-        if not self._forced and not self._frozen and self.levels == "alternating":
-            self._cycle = (self._cycle + 1) % (self.lower_steps + 1)
+        self._phases.advance()
         return loss
 
     def _amp_scalar(self, name: str) -> Tensor | None:
@@ -256,30 +262,12 @@ class FastBiP(torch.optim.Optimizer):
 
     def _run(self, phase: str, gradients: np.ndarray, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         arena = self._arena_of("step")
-        hypers = self._hypers()
-        options = [(group["sparsity"], group["scope"]) for group in self.param_groups]
-        with_momentum = any(group["mask_momentum"] > 0 for group in self.param_groups)
-        if self._plan is None or (phase != "lower" and self._planned != (options, with_momentum)):
-            if with_momentum:
-                arena.ensure_score_momentum()
-            self._plan, self._planned = arena.plan(options), (options, with_momentum)
-            self.state.update({slot.member.param: arena.state_of(slot) for slot in arena.slots})
-        self._plan.run(phase, hypers, gradients, arena.num_nonfinite, grad_scale, found_inf)
+        self._check_options(slot.member for slot in arena.slots)
+        if self._plan is None or (phase != "lower" and self._planned != self._selection()):
+            self._use(self._make_plan(arena))
+        assert self._plan is not None
+        self._plan.run(phase, hyper_table(self.param_groups), gradients, arena.num_nonfinite, grad_scale, found_inf)
         arena.mark_written()
-
-    def _hypers(self) -> np.ndarray:
-        """Hyper-parameters of all groups for the kernels, checked when they have changed."""
-        seen = [tuple(group.items()) for group in ({**group, "params": None} for group in self.param_groups)]
-        if seen != self._checked:
-            for group in self.param_groups:
-                check_group(group)
-            self._checked = seen
-        table = np.zeros(len(self.param_groups), dtype=kernels().hyper_dtype)
-        for key in HYPER_KEYS:
-            if key != "gamma":
-                table[key] = [float(group[key]) for group in self.param_groups]
-        table["inv_gamma"] = [1 / float(group["gamma"]) for group in self.param_groups]
-        return table
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 
@@ -295,11 +283,11 @@ class FastBiP(torch.optim.Optimizer):
         return self._arena_of("look at a mask").mask_of(self._slot(p))
 
     def weight_of(self, p: Tensor) -> Tensor:
-        """Copy of the dense weights ``theta`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
+        """Copy of the weights ``theta`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
         return self._arena_of("look at a weight").state_of(self._slot(p))["theta"].clone()
 
     def scores_of(self, p: Tensor) -> Tensor:
-        """Copy of the scores ``s`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
+        """Copy of the scores ``s`` of a pruned parameter: float32, with the shape and strides of ``p``. ValueError if it is not pruned."""
         return self._arena_of("look at scores").state_of(self._slot(p))["scores"].clone()
 
     @property
@@ -319,7 +307,7 @@ class FastBiP(torch.optim.Optimizer):
 
     def freeze_masks(self) -> None:
         """From here only lower steps: fine-tuning under the masks as they are."""
-        self._frozen = True
+        self._phases.frozen = True
 
     def finalize(self) -> None:
         """Leave plain parameters with exact zeros, and let go of the model and of all state. Steps are errors from here.
@@ -347,7 +335,7 @@ class FastBiP(torch.optim.Optimizer):
         """
         arena = self._arena_of("save")
         state = super().state_dict()
-        state[_KEY] = {"cycle": self._cycle, "frozen": self._frozen, "num_nonfinite": arena.num_nonfinite.clone()}
+        state[EXTRA] = {"cycle": self._phases.cycle, "frozen": self._phases.frozen, "num_nonfinite": arena.num_nonfinite.clone()}
         return state
 
     @torch.no_grad()
@@ -363,63 +351,39 @@ class FastBiP(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = dict(changed) if changed is not None else state_dict
-        groups, states = self._fitting(arena, state_dict)
+        groups, states = fitting(arena, self.param_groups, state_dict)
         arena.check_place()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         for slot, state in zip(arena.slots, states, strict=True):
             arena.load(slot, state)
         arena.record()
-        self._set_phase(int(state_dict[_KEY]["cycle"]) % (self.lower_steps + 1), bool(state_dict[_KEY]["frozen"]))
-        arena.num_nonfinite.copy_(state_dict[_KEY]["num_nonfinite"])
+        self._plan = None
+        self._phases.set(int(state_dict[EXTRA]["cycle"]), bool(state_dict[EXTRA]["frozen"]))
+        arena.num_nonfinite.copy_(state_dict[EXTRA]["num_nonfinite"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _fitting(self, arena: Arena, state_dict: dict[str, Any]) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
-        """Groups, and the state of every slot, of a ``state_dict`` that fits this optimizer; else ValueError."""
-        if not {_KEY, "state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f'state_dict must come from FastBiP, with the keys "state", "param_groups" and "{_KEY}", got {list(state_dict)}')
-        groups = state_dict["param_groups"]
-        expected, given = ([len(group["params"]) for group in side] for side in (self.param_groups, groups))
-        if expected != given:
-            raise ValueError(f"state_dict must have parameter groups of {expected} parameters, got {given}")
-        for group in groups:
-            check_group(group)
-        params = [p for group in self.param_groups for p in group["params"]]
-        number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
-        states = []
-        for slot in arena.slots:
-            state, own = state_dict["state"].get(number[slot.member.param], {}), arena.state_of(slot)
-            given_shapes = {name: tuple(x.shape) for name, x in state.items() if name != "score_momentum"}
-            own_shapes = {name: tuple(x.shape) for name, x in own.items() if name != "score_momentum"}
-            if given_shapes != own_shapes:
-                raise ValueError(f"state_dict must hold {own_shapes} for {slot.member.label}, got {given_shapes}")
-            states.append(state)
-        return groups, states
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle. A copy has copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
         arena = self._arena_of("copy")
-        state = super().__getstate__() | {"levels": self.levels, "lower_steps": self.lower_steps}
+        state = super().__getstate__()
         names = [self._names.get(p) for group in self.param_groups for p in group["params"]]
         excluded = [p in self._excluded for group in self.param_groups for p in group["params"]]
-        phase = {"cycle": self._cycle, "frozen": self._frozen, "num_nonfinite": arena.num_nonfinite}
-        return state | {_KEY: phase, "names": names, "excluded": excluded}
+        return state | {"_phases": self._phases, "names": names, "excluded": excluded, "num_nonfinite": arena.num_nonfinite}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
-        phase, names, excluded = (state.pop(key) for key in (_KEY, "names", "excluded"))
+        names, excluded, num_nonfinite = (state.pop(key) for key in ("names", "excluded", "num_nonfinite"))
         super().__setstate__(state)
+        self._reset()
         params = [p for group in self.param_groups for p in group["params"]]
         self._names = {p: name for p, name in zip(params, names, strict=True) if name is not None}
         self._excluded = {p for p, out in zip(params, excluded, strict=True) if out}
-        saved = dict(self.state)
-        members = self._members()
-        arena = Arena(members, members[0].param.device)
+        arena = Arena(self._members(), num_nonfinite.device)
         for slot in arena.slots:
-            arena.load(slot, saved[slot.member.param])
-        arena.num_nonfinite.copy_(phase["num_nonfinite"])
+            arena.load(slot, self.state[slot.member.param])
+        arena.num_nonfinite.copy_(num_nonfinite)
         arena.record()
         self._arena = arena
-        self._set_phase(phase["cycle"], phase["frozen"])
-        self.state.update({slot.member.param: arena.state_of(slot) for slot in arena.slots})
+        self._use(self._make_plan(arena))

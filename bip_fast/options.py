@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from .ops import kernels
 from .patterns import PATTERNS, SCOPES
 
-__all__ = ["GROUP_KEYS", "HYPER_KEYS", "LEVELS", "check_group", "check_levels", "check_lower_steps", "resolve_density"]
+__all__ = ["GROUP_KEYS", "HYPER_KEYS", "LEVELS", "check_group", "check_levels", "check_lower_steps", "hyper_table", "resolve_density"]
 
 LEVELS = ("alternating", "joint")
 HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
@@ -73,7 +75,7 @@ def check_lower_steps(lower_steps: Any) -> int:
 
 
 def resolve_density(options: dict[str, Any]) -> None:
-    """Turn ``density`` into ``sparsity = 1 - density``, in place, and refuse ``k`` and both of them.
+    """Turn ``density`` into ``sparsity = 1 - density``, in place.
 
     Raises:
         ValueError: ``k`` is given, or density and sparsity are, or the density is out of range.
@@ -106,3 +108,13 @@ def check_group(group: dict[str, Any]) -> None:
     _check_choice("scope", group["scope"])
     if group["sparsity"] is not None:
         _check_number("sparsity", group["sparsity"])
+
+
+def hyper_table(groups: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Hyper-parameters for the kernels: a row of ``hyper_dtype`` per parameter group."""
+    table = np.zeros(len(groups), dtype=kernels().hyper_dtype)
+    for key in HYPER_KEYS:
+        if key != "gamma":
+            table[key] = [float(group[key]) for group in groups]
+    table["inv_gamma"] = [1 / float(group["gamma"]) for group in groups]
+    return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from .arena import Member
 from .ops import DTYPES
 
-__all__ = ["Members", "check_param", "members_of", "split_names"]
+__all__ = ["Given", "is_pruned", "members_of", "param_groups_of", "split_names"]
 
 
-class Members(NamedTuple):
+class Given(NamedTuple):
     """What the first argument of `FastBiP` says."""
 
     groups: list[dict[str, Any]]
@@ -32,18 +33,18 @@ def split_names(params: Any) -> tuple[list[Any], dict[Tensor, str]]:
     return [p for _, p in pairs], {p: name for name, p in pairs if name is not None}
 
 
-def _module_groups(model: nn.Module) -> Members:
+def _module_groups(model: nn.Module) -> Given:
     """Conv and Linear weights, and a second group of all other parameters; parameters that are frozen are in neither."""
     layers = (layer for layer in model.modules() if isinstance(layer, (_ConvNd, nn.Linear)))
     weights = {layer._parameters.get("weight") for layer in layers}  # None where a parametrization computes the weight
-    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     pruned = [p for p in names if p in weights]
     dense = [p for p in names if p not in weights]
     groups: list[dict[str, Any]] = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
-    return Members([group for group in groups if group["params"]], names, set())
+    return Given([group for group in groups if group["params"]], names, set())
 
 
-def _list_groups(params: Any) -> Members:
+def _list_groups(params: Any) -> Given:
     if isinstance(params, (Tensor, str, Mapping)):
         raise TypeError(f"params must be a Module, or an iterable of parameters or of parameter groups, got {type(params).__name__}")
     if isinstance(params, (set, frozenset)):
@@ -59,7 +60,7 @@ def _list_groups(params: Any) -> Members:
         members, named = split_names(group["params"])
         names |= named
         groups.append({**group, "params": members})
-    return Members(groups, names, set())
+    return Given(groups, names, set())
 
 
 def _excluded_by(item: Any, prunable: list[Tensor], names: dict[Tensor, str]) -> set[Tensor]:
@@ -81,7 +82,7 @@ def _excluded_by(item: Any, prunable: list[Tensor], names: dict[Tensor, str]) ->
     return found
 
 
-def members_of(params: nn.Module | Iterable[Any], exclude: Any) -> Members:
+def param_groups_of(params: nn.Module | Iterable[Any], exclude: Any) -> Given:
     """Parameter groups, names, and the parameters that stay dense although their group is pruned.
 
     Args:
@@ -92,16 +93,16 @@ def members_of(params: nn.Module | Iterable[Any], exclude: Any) -> Members:
         TypeError: not one of these.
         ValueError: an entry of ``exclude`` matches nothing that would be pruned.
     """
-    members = _module_groups(params) if isinstance(params, nn.Module) else _list_groups(params)
+    given = _module_groups(params) if isinstance(params, nn.Module) else _list_groups(params)
     prunable = [
         p
-        for group in members.groups
+        for group in given.groups
         for p in group["params"]
-        if isinstance(p, Tensor) and (is_lazy(p) or p.dim() >= 2) and group.get("prune", True)
+        if isinstance(p, Tensor) and not is_lazy(p) and is_pruned({"prune": True, **group}, p, set())
     ]
     for item in [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else exclude:
-        members.excluded.update(_excluded_by(item, prunable, members.names))
-    return members
+        given.excluded.update(_excluded_by(item, prunable, given.names))
+    return given
 
 
 def _is_dense(p: Tensor) -> bool:
@@ -114,7 +115,7 @@ def _is_dense(p: Tensor) -> bool:
     return True
 
 
-def check_param(p: Tensor, label: str, device: torch.device) -> None:
+def _check_param(p: Tensor, label: str, device: torch.device) -> None:
     """Raise ValueError unless the kernels can work on ``p`` where it lies."""
     if is_lazy(p):
         raise ValueError(f"{label} has no shape yet; run the model once on an example before you make the optimizer")
@@ -128,3 +129,19 @@ def check_param(p: Tensor, label: str, device: torch.device) -> None:
         raise ValueError(f"{label} was made in inference mode and cannot be trained; make the model outside of it")
     if p.numel() and not _is_dense(p):
         raise ValueError(f"{label} must fill its memory densely, got shape {tuple(p.shape)} with strides {p.stride()}; use .contiguous()")
+
+
+def is_pruned(group: Mapping[str, Any], p: Tensor, excluded: set[Tensor]) -> bool:
+    """The rule: a parameter of a group that is pruned, with two or more dimensions, and not excluded."""
+    return bool(group["prune"]) and p.dim() >= 2 and p not in excluded
+
+
+def members_of(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], excluded: set[Tensor]) -> list[Member]:
+    """Every parameter of the groups once, checked; ValueError names one that the kernels cannot work on."""
+    params = [(row, group, p) for row, group in enumerate(param_groups) for p in group["params"]]
+    members: dict[Tensor, Member] = {}
+    for number, (row, group, p) in enumerate(params):
+        label = names.get(p) or f"parameter {number} of shape {'?' if is_lazy(p) else tuple(p.shape)}"
+        _check_param(p, label, params[0][2].device)
+        members.setdefault(p, Member(p, label, is_pruned(group, p, excluded), row))
+    return list(members.values())

@@ -1,0 +1,58 @@
+"""Which step is next: the cycle of lower and upper steps, phases said by hand, and frozen masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Phases"]
+
+
+class Phases:
+    """The cycle of one optimizer.
+
+    Args:
+        levels: "alternating": ``lower_steps`` lower steps, then one upper step; "joint": joint steps.
+        lower_steps: at least 1.
+    """
+
+    def __init__(self, levels: str, lower_steps: int) -> None:
+        self.levels, self.lower_steps = levels, lower_steps
+        self.cycle = 0  # steps taken in the present cycle of lower_steps + 1
+        self.frozen = False
+        self._forced: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """Phase of the next step: "lower", "upper" or "joint"."""
+        if self._forced:
+            return self._forced[-1]
+        if self.frozen:
+            return "lower"
+        if self.levels == "joint":
+            return "joint"
+        return "lower" if self.cycle < self.lower_steps else "upper"
+
+    @contextmanager
+    def force(self, phase: str) -> Iterator[None]:
+        """Inside, every step has this phase and does not count in the cycle. May be nested."""
+        self._forced.append(phase)
+        try:
+            yield
+        finally:
+            self._forced.pop()
+
+    def check(self) -> str:
+        """The current phase; RuntimeError when it would move masks that are frozen."""
+        if self.frozen and self.current != "lower":
+            raise RuntimeError(f"masks are frozen since freeze_masks(), so a step must be lower, got {self.current}")
+        return self.current
+
+    def advance(self) -> None:
+        """A step was taken."""
+        if not self._forced and not self.frozen and self.levels == "alternating":
+            self.cycle = (self.cycle + 1) % (self.lower_steps + 1)
+
+    def set(self, cycle: int, frozen: bool) -> None:
+        """Go on where a saved cycle stood."""
+        self.cycle, self.frozen = cycle % (self.lower_steps + 1), frozen
