@@ -60,13 +60,32 @@ def table(results: dict[str, Any]) -> str:
         for row in members:
             seconds = row["median_seconds"]
             rate = row["n"] * row["bytes_per_weight"] / seconds / 1e9
-            time = f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
             ratio = f"{seconds / ours:.2f}" if ours else "-"
             lines.append(
-                f"| {group} | {row['n'] / 1e6:.1f}M | {row['density']:.0%} | {row['implementation']} | {time} "
+                f"| {group} | {row['n'] / 1e6:.1f}M | {row['density']:.0%} | {row['implementation']} | {_milliseconds(seconds)} "
                 f"| {row['bytes_per_weight']:g} | {rate:.3g} | {100 * row['copy_seconds'] / seconds:.0f} | {ratio} |"
             )
     return "\n".join(lines)
+
+
+def pivot(results: dict[str, Any], prefixes: tuple[str, ...]) -> str:
+    """The groups that start with one of ``prefixes``, a line each and a column for each implementation: time, and times that of bip_fast."""
+    groups = {name: members for name, members in groups_of(results["rows"]).items() if name.startswith(prefixes)}
+    names = list(dict.fromkeys(row["implementation"] for members in groups.values() for row in members))
+    lines = ["| | copy | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for group, members in groups.items():
+        by_name = {row["implementation"]: row for row in members}
+        ours = by_name["bip_fast"]
+        cells = [_milliseconds(ours["copy_seconds"]), _milliseconds(ours["median_seconds"])]
+        for name in names[1:]:
+            row = by_name.get(name)
+            cells.append(f"{_milliseconds(row['median_seconds'])} ({row['median_seconds'] / ours['median_seconds']:.1f}x)" if row else "")
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
@@ -125,16 +144,13 @@ def main(arguments: list[str] | None = None) -> int:
         target.write_text(json.dumps(results)[:-1] + ',\n "rows": [\n  ' + rows + "\n]}\n")
         print(target)
         return 0
-    files = sorted(options.folder.glob("*.json"))
-    if not files:
-        print(f"no results (*.json) in {options.folder}", file=sys.stderr)
+    file = options.folder / "results.json"
+    if not file.is_file():
+        print(f"no results.json in {options.folder}", file=sys.stderr)
         return 2
-    for file in files:
-        results = json.loads(file.read_text())
-        print(table(results) + "\n")
-        picture = file.with_name("times.png" if file.stem == "results" else f"{file.stem}-times.png")
-        chart(results, picture)
-        print(f"![times]({picture.name})")
+    results = json.loads(file.read_text())
+    chart(results, file.with_name("times.png"))
+    print(f"{table(results)}\n\n![times](times.png)")
     return 0
 
 
