@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,8 @@ class FastBiP(torch.optim.Optimizer):
         self._check_options(members)
         if old is not None:
             old.check_untouched()
+            if self._phases.frozen and len(old.pruned) < sum(member.pruned for member in members):
+                raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
         # Nothing is written before all memory is there.
         arena = Arena(members, device)
         plan = self._make_plan(arena)
@@ -172,7 +175,8 @@ class FastBiP(torch.optim.Optimizer):
             arena.num_nonfinite.copy_(old.num_nonfinite)
         self._arena = arena
         self._use(plan)
-        self._run("upper", arena.no_gradients())
+        if not self._phases.frozen:
+            self._run("upper", arena.no_gradients())
 
     def _selection(self) -> list[tuple[Any, ...]]:
         """What the selection groups depend on."""
@@ -354,11 +358,11 @@ class FastBiP(torch.optim.Optimizer):
         groups, states = fitting(arena, self.param_groups, state_dict)
         arena.check_place()
         for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+            group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
         for slot, state in zip(arena.slots, states, strict=True):
             arena.load(slot, state)
         arena.record()
-        self._plan = None
+        self._use(self._make_plan(arena))
         self._phases.set(int(state_dict[EXTRA]["cycle"]), bool(state_dict[EXTRA]["frozen"]))
         arena.num_nonfinite.copy_(state_dict[EXTRA]["num_nonfinite"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -115,3 +115,22 @@ def test_report_of_a_finished_run(backend):
     before = list(opt.report())
     opt.finalize()
     assert list(opt.report()) == before
+
+
+# --- frozen masks and new groups -------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_added_to_frozen_masks(backend):
+    """A dense one joins and no mask moves, whatever the sparsity is now; a pruned one is refused."""
+    params, new = make_params([300], device=backend.device), make_params([40], 1, device=backend.device, pruned=False)
+    opt = FastBiP(params, sparsity=0.5)
+    opt.freeze_masks()
+    mask = opt.mask_of(params[0])
+    opt.param_groups[0]["sparsity"] = 0.9
+    opt.add_param_group({"params": new})
+    assert_bits(opt.mask_of(params[0]), mask)
+    with pytest.raises(RuntimeError, match="frozen"):
+        opt.add_param_group({"params": make_params([50], 2, device=backend.device)})
+    fill_gradients([*params, *new], 0)
+    opt.step()
+    assert_bits(opt.mask_of(params[0]), mask)

@@ -157,6 +157,20 @@ def test_a_state_that_does_not_fit(backend, what):
     assert_same_snapshot(snapshot(other), before)
 
 
+def test_a_state_saved_right_after_loading_is_whole(backend):
+    """Also the score momentum, for which the new optimizer had no memory yet."""
+    params, others = make_params([300], device=backend.device), make_params([300], device=backend.device)
+    opt, other = FastBiP(params, **MOVING, mask_momentum=0.9), FastBiP(others, **MOVING)
+    for i in range(4):
+        fill_gradients(params, i)
+        opt.step()
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    given, expected = (o.state_dict()["state"][0] for o in (other, opt))
+    assert given.keys() == expected.keys() >= {"score_momentum"}
+    for name, value in expected.items():
+        assert_bits(given[name], value, name)
+
+
 def test_a_state_of_another_optimizer(backend):
     params = make_params([300], device=backend.device)
     sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
