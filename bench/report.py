@@ -69,7 +69,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def pivot(results: dict[str, Any], prefixes: tuple[str, ...]) -> str:
-    """The groups that start with one of ``prefixes``, a line each and a column for each implementation: time, and times that of bip_fast."""
+    """The groups that start with one of ``prefixes``, a line each, a column per implementation: time, and times bip_fast."""
     groups = {name: members for name, members in groups_of(results["rows"]).items() if name.startswith(prefixes)}
     names = list(dict.fromkeys(row["implementation"] for members in groups.values() for row in members))
     lines = ["| | copy | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]

@@ -173,6 +173,7 @@ class FastBiP(torch.optim.Optimizer):
                 arena.start(slot)
         if old is not None:
             arena.num_nonfinite.copy_(old.num_nonfinite)
+        arena.record()
         self._arena = arena
         self._use(plan)
         if not self._phases.frozen:
