@@ -23,7 +23,8 @@ struct Job {
   std::atomic<int64_t> next{0};
 
   void work() {
-    for (int64_t begin = next.fetch_add(grain); begin < count; begin = next.fetch_add(grain)) body(context, begin, std::min(begin + grain, count));
+    for (int64_t begin = next.fetch_add(grain); begin < count; begin = next.fetch_add(grain))
+      body(context, begin, std::min(begin + grain, count));
   }
 };
 

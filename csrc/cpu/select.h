@@ -1,11 +1,19 @@
-// Exact top-k by narrowing a window of keys: what step.cpp and topk.cpp share.
+// Exact top-k in one pass over the keys, as a rule: what step.cpp and topk.cpp share.
 //
-// A Window says what is known about the k-th largest key of a selection group: every key >= hi is kept, every key < lo is not, and of the
-// `inside` keys in [lo, hi) the largest `wanted` are kept. A histogram over the window narrows it to one bin; when few enough keys are left
-// inside they are collected as candidates and settled by std::nth_element. Keys are unique (order_key.h), so is the result.
+//   guess     a sample of n^(2/3) keys, taken as blocks of 32 neighbours at even distances, says between which keys the k-th largest lies.
+//   pass      every entry is judged against that window: keys >= hi are kept, keys < lo are not, the few inside are listed as candidates.
+//   settle    a histogram over the candidates finds the k-th key; they alone are judged again.
+//   fallback  when the k-th key is not in the guessed window, or too many are, histograms over all keys narrow the window and the pass is
+//             repeated.
+//
+// Keys are whole order keys, tie key included: a sample of them splits a million equal scores as well as a million different ones.
+// Keys are unique (order_key.h), so the mask depends neither on the sample nor on the path nor on the order in which candidates were
+// listed. Nothing is remembered from one step to the next: the sample knows the scores, however far they moved.
 #pragma once
 
 #include <algorithm>
+#include <bitset>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -17,51 +25,128 @@
 
 namespace bip::cpu {
 
-constexpr int kBins = 4096;
-constexpr int kFirstShift = 52;       // the first histogram has the upper 12 bits of a key, all of them score bits
-constexpr uint64_t kNoKey = ~0ull;    // larger than every key: no score key is all ones
+constexpr int kBlock = 32;      // entries judged at a time, one mask word
+constexpr int kDigitBits = 12;  // of one histogram
+constexpr int kBins = 1 << kDigitBits;
+constexpr uint64_t kNoKey = ~0ull;  // larger than every key: no score key is all ones
 
+// What is known about the k-th largest key of a selection group: every key >= hi is kept, every key < lo is not, and of the `inside` keys
+// in [lo, hi) the largest `wanted` are kept.
 struct Window {
   uint64_t lo = 0, hi = kNoKey;
   int64_t wanted = 0;
   int64_t inside = 0;
-  int shift = 64;  // log2 of the width, 64: everything
 
   bool settled() const { return wanted == 0 || wanted == inside; }
 };
 
-inline Window whole_window(int64_t n, int64_t k) {
-  Window window;
-  window.wanted = k;
-  window.inside = n;
-  return window;
-}
-
-// All or nothing of what is inside: closes the window at the right end.
+// All or nothing of what is inside: closes the window at the right end. Then lo == hi is a key that parts the kept from the others.
 inline void close(Window& window) {
   if (window.wanted == 0) window.lo = window.hi;
   if (window.wanted == window.inside) window.hi = window.lo;
   window.wanted = window.inside = 0;
 }
 
-inline int narrower_shift(const Window& window) { return window.shift == 64 ? kFirstShift : std::max(window.shift - 12, 0); }
+// A key inside goes to bin (key - lo) >> digit_shift.
+inline int digit_shift(const Window& window) {
+  int bits = 0;
+  for (uint64_t last = window.hi - 1 - window.lo; last; last >>= 1) ++bits;
+  return std::max(bits - kDigitBits, 0);
+}
 
-// Narrows to the bin of the k-th key. counts[b] is the number of keys inside with (key - lo) >> narrower_shift == b.
+// Narrows an open window to the bin of the k-th key.
 inline void narrow(Window& window, const uint32_t* counts) {
-  const int shift = narrower_shift(window);
+  const int shift = digit_shift(window);
   int bin = kBins - 1;
   while (bin > 0 && window.wanted > counts[bin]) window.wanted -= counts[bin--];
   window.lo += static_cast<uint64_t>(bin) << shift;
-  window.hi = window.lo + (1ull << shift);
+  if (window.hi - window.lo > 1ull << shift) window.hi = window.lo + (1ull << shift);
   window.inside = counts[bin];
-  window.shift = shift;
+  if (window.settled()) close(window);
 }
 
-// The smallest kept key of a window whose keys are all here. Reorders them.
-inline uint64_t settle(uint64_t* keys, const Window& window) {
-  uint64_t* kth = keys + (window.wanted - 1);
-  std::nth_element(keys, kth, keys + window.inside, [](uint64_t a, uint64_t b) { return a > b; });
-  return *kth;
+// Sampling every n^(1/3)-th block leaves n^(2/3) keys, which is where (Floyd and Rivest) reading the sample and sorting out the candidates
+// cost about the same, and both little beside the pass.
+inline int64_t sample_stride(int64_t n) { return std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)))); }
+
+// Room for the sample, then for the candidates: guess_window expects at most 5 * n^(2/3) + 64 * n^(1/3) of them.
+inline int64_t candidate_capacity(int64_t n) {
+  const double root = std::cbrt(static_cast<double>(n));
+  return 8 * static_cast<int64_t>(root * root) + 1024;
+}
+
+// Calls visit(block) for the sampled ones of the blocks [begin, end): one in every `stride`, at a place that varies, lest it beat with the
+// rows of a matrix.
+template <class Visit>
+BIP_HD void for_sampled_blocks(int64_t begin, int64_t end, int64_t stride, const Visit& visit) {
+  for (int64_t turn = begin / stride; turn * stride < end; ++turn) {
+    const uint64_t place = (static_cast<uint64_t>(turn) * 0x9e3779b97f4a7c15ull >> 32) % static_cast<uint64_t>(stride);
+    const int64_t block = turn * stride + static_cast<int64_t>(place);
+    if (block >= begin && block < end) visit(block);
+  }
+}
+
+// The window that the k-th of n keys is in, judging by `count` sampled ones, which it reorders (more than `capacity`: none are known).
+// The margin is 5 standard deviations of an independent sample, and one block. Neighbours are not independent, so a block tells less
+// than 32 keys: 3 deviations would do for independent ones (right 997 times in 1000), the other 2 are for them.
+inline Window guess_window(uint64_t* sample, int64_t count, int64_t capacity, int64_t n, int64_t k) {
+  if (count > capacity) count = 0;
+  Window window;
+  window.wanted = k;
+  window.inside = n;
+  if (window.settled()) {
+    close(window);
+    return window;
+  }
+  const double fraction = static_cast<double>(k) / static_cast<double>(n);
+  const double rank = fraction * static_cast<double>(count);
+  const double margin = kBlock + 5.0 * std::sqrt(rank * (1.0 - fraction));
+  const int64_t first = static_cast<int64_t>(std::floor(rank - margin)), last = static_cast<int64_t>(std::ceil(rank + margin));
+  const auto larger = [](uint64_t a, uint64_t b) { return a > b; };
+  uint64_t* rest = sample;
+  if (first >= 0 && first < count) {
+    std::nth_element(sample, sample + first, sample + count, larger);
+    window.hi = sample[first];
+    rest = sample + first + 1;
+  }
+  if (last < count) {
+    std::nth_element(rest, sample + last, sample + count, larger);
+    window.lo = sample[last];
+  }
+  return window;
+}
+
+// Once all n keys have been judged against a guessed window, `above` found to be >= hi and `inside` in it: puts what is now known in its
+// place. False when the k-th key is not inside, so that the candidates listed are not those of the new window.
+inline bool judged(Window& window, int64_t above, int64_t inside, int64_t n, int64_t k) {
+  const bool too_low = k < above;
+  const bool too_high = k > above + inside;
+  if (too_low)
+    window = {window.hi, kNoKey, k, above};
+  else if (too_high)
+    window = {0, window.lo, k - above - inside, n - above - inside};
+  else
+    window = {window.lo, window.hi, k - above, inside};
+  if (window.settled()) close(window);
+  return !too_low && !too_high;
+}
+
+// The smallest kept key of a window, or for a closed one a key that parts. All keys inside are among keys[0, count); `counts` is zero
+// before and after.
+inline uint64_t settle(const uint64_t* keys, int64_t count, Window window, uint32_t* counts) {
+  constexpr int64_t kFew = 256;
+  uint64_t few[kFew];
+  while (window.inside > kFew) {
+    const int shift = digit_shift(window);
+    for (int64_t i = 0; i < count; ++i)
+      if (keys[i] >= window.lo && keys[i] < window.hi) ++counts[(keys[i] - window.lo) >> shift];
+    narrow(window, counts);
+    std::memset(counts, 0, kBins * sizeof(uint32_t));
+  }
+  if (window.inside == 0) return window.lo;
+  uint64_t* end = std::copy_if(keys, keys + count, few, [&](uint64_t key) { return key >= window.lo && key < window.hi; });
+  std::nth_element(few, few + (window.wanted - 1), end, [](uint64_t a, uint64_t b) { return a > b; });
+  return few[window.wanted - 1];
 }
 
 BIP_HD int lowest_bit(uint32_t word) {
@@ -74,39 +159,66 @@ BIP_HD int lowest_bit(uint32_t word) {
 #endif
 }
 
-// A few counters per bin, so that runs of equal scores do not wait for their own increments.
-struct Histogram {
-  static constexpr int kWays = 4;
-  uint32_t counts[kWays][kBins];
+BIP_HD int count_bits(uint32_t word) { return static_cast<int>(std::bitset<32>(word).count()); }
 
-  void clear() { std::memset(counts, 0, sizeof counts); }
-
-  void add_to(uint32_t* total) const {
-    for (int bin = 0; bin < kBins; ++bin) total[bin] += counts[0][bin] + counts[1][bin] + counts[2][bin] + counts[3][bin];
-  }
-};
-
-BIP_HD void count_first_digit(const float* scores, int count, Histogram& histogram) {
-  uint32_t bins[32];
-  for (int i = 0; i < count; ++i) bins[i] = score_key(scores[i]) >> (kFirstShift - 32);
-  for (int i = 0; i < count; ++i) ++histogram.counts[i % Histogram::kWays][bins[i]];
+// The score of a key that is not negative.
+BIP_HD float key_float(uint32_t key) {
+  const uint32_t bits = key & 0x7fffffffu;
+  float score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
 }
 
-// Up to 32 scores against a window by score bits alone: `above` are kept for sure, `maybe` share their score with some key of the window.
+// Asks for the two cache lines that 32 floats fill; only a hint.
+BIP_HD void prefetch_block(const void* data) {
+#if defined(__GNUC__)
+  __builtin_prefetch(data);
+  __builtin_prefetch(static_cast<const char*>(data) + 64);
+#else
+  static_cast<void>(data);
+#endif
+}
+
+// Up to 32 entries against a window, one bit each: key >= hi, and lo <= key < hi.
 struct Verdict {
-  uint32_t above, maybe;
+  uint32_t above, inside;
 };
 
-BIP_HD Verdict judge(const float* scores, int count, const Window& window) {
-  const uint32_t low = static_cast<uint32_t>(window.lo >> 32);
-  const uint32_t high = static_cast<uint32_t>((window.hi - 1) >> 32);
+// Bit i of a mask word, as a table: shifts by a variable number are slow where vector units lack them.
+inline constexpr uint32_t kBit[kBlock] = {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
+                                          1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
+                                          1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
+                                          1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
+
+// order_key >= bound, in two halves and without branches, so that 32-bit lanes can do it. Score: float or score_key.
+template <class Score>
+BIP_HD uint32_t reaches(Score score, uint32_t tie, Score bound_score, uint32_t bound_tie) {
+  return static_cast<uint32_t>(score > bound_score) |
+         (static_cast<uint32_t>(score == bound_score) & static_cast<uint32_t>(tie >= bound_tie));
+}
+
+template <class Score>
+BIP_HD Verdict judge_scores(const Score* scores, int count, uint32_t first_index, Score low, uint32_t low_tie, Score high,
+                            uint32_t high_tie) {
   uint32_t above = 0, at_least = 0;
   for (int i = 0; i < count; ++i) {
-    const uint32_t key = score_key(scores[i]);
-    above |= static_cast<uint32_t>(key > high) << i;
-    at_least |= static_cast<uint32_t>(key >= low) << i;
+    const uint32_t tie = tie_key(first_index + static_cast<uint32_t>(i));
+    at_least |= reaches(scores[i], tie, low, low_tie) ? kBit[i] : 0u;
+    above |= reaches(scores[i], tie, high, high_tie) ? kBit[i] : 0u;
   }
   return {above, at_least & ~above};
+}
+
+// A constant `count` becomes straight vector code.
+BIP_HD Verdict judge(const float* scores, int count, uint32_t first_index, const Window& window) {
+  const uint32_t low = static_cast<uint32_t>(window.lo >> 32), low_tie = static_cast<uint32_t>(window.lo);
+  const uint32_t high = static_cast<uint32_t>(window.hi >> 32), high_tie = static_cast<uint32_t>(window.hi);
+  // Bounds from 0 upwards are floats with their sign bit set, and floats compare as their keys do: -0 equals 0, a NaN is below every
+  // bound, and a bound above infinity is a NaN, which nothing reaches.
+  if (low >= score_key(0.0f)) return judge_scores(scores, count, first_index, key_float(low), low_tie, key_float(high), high_tie);
+  uint32_t keys[kBlock];
+  for (int i = 0; i < count; ++i) keys[i] = score_key(scores[i]);
+  return judge_scores<uint32_t>(keys, count, first_index, low, low_tie, high, high_tie);
 }
 
 }  // namespace bip::cpu

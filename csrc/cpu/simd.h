@@ -1,4 +1,5 @@
-// Run-time choice of the instruction set. A hot loop is written once as an always-inline template; BIP_SIMD_VARIANTS compiles it for each set.
+// Run-time choice of the instruction set. A hot loop is written once as an always-inline template; BIP_SIMD_VARIANTS compiles it for each
+// set.
 #pragma once
 
 #include "hd.h"
@@ -6,7 +7,8 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #define BIP_SIMD_X86 1
 #define BIP_TARGET_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c")))
-#define BIP_TARGET_AVX512 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#define BIP_TARGET_AVX512 \
+  __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
 #endif
 
 namespace bip::cpu {
@@ -20,16 +22,16 @@ Simd simd_level();
 
 // Defines name(args) that calls name_body(args) compiled for the instruction set of this machine. Bits do not depend on the choice.
 #if defined(BIP_SIMD_X86)
-#define BIP_SIMD_VARIANTS(name, params, args)                        \
-  BIP_TARGET_AVX512 void name##_avx512 params { name##_body args; }  \
-  BIP_TARGET_AVX2 void name##_avx2 params { name##_body args; }      \
-  void name##_baseline params { name##_body args; }                  \
-  void name params {                                                 \
-    switch (simd_level()) {                                          \
-      case Simd::avx512: return name##_avx512 args;                  \
-      case Simd::avx2: return name##_avx2 args;                      \
-      case Simd::baseline: return name##_baseline args;              \
-    }                                                                \
+#define BIP_SIMD_VARIANTS(name, params, args)                       \
+  BIP_TARGET_AVX512 void name##_avx512 params { name##_body args; } \
+  BIP_TARGET_AVX2 void name##_avx2 params { name##_body args; }     \
+  void name##_baseline params { name##_body args; }                 \
+  void name params {                                                \
+    switch (simd_level()) {                                         \
+      case Simd::avx512: return name##_avx512 args;                 \
+      case Simd::avx2: return name##_avx2 args;                     \
+      case Simd::baseline: return name##_baseline args;             \
+    }                                                               \
   }
 #else
 #define BIP_SIMD_VARIANTS(name, params, args) \

@@ -1,17 +1,19 @@
-// The lower, upper and joint step on the CPU.
+// The lower, upper and joint step on the CPU, each in one pass over memory.
 //
-// Lower is one pass. Upper and joint are two: update the scores and count their first digit; then decide every entry outside the window that
-// the count leaves (select.h), and write mask words and z where the decision flips them. The few entries inside the window are collected as
-// candidates and settled at the end. When too many are inside, further counting passes over the scores (4 bytes per entry) narrow it first.
-// Deterministic: integer counts only, and every entry is decided by its own key against one threshold.
+// Upper and joint first guess where the threshold of every group will lie (select.h): from a sample of the scores, moved as this step will
+// move them. The pass then updates the scores and at once judges them: an entry outside the guessed window gets its bit, and its z where
+// the bit flips; the few inside are listed as candidates and settled at the end. So an upper step reads s, theta, g and the mask
+// and writes s, 16.3 bytes per entry. A wrong guess costs counting passes and a second judging pass, each over the scores alone.
+// Deterministic: integer counts only, and every entry ends up judged by its own key against one threshold.
+#include <algorithm>
 #include <atomic>
-#include <cstddef>
-#include <mutex>
+#include <cstring>
 #include <vector>
 
 #include "bip.h"
 #include "cpu/parallel.h"
 #include "cpu/select.h"
+#include "cpu/selection.h"
 #include "cpu/simd.h"
 #include "cpu/update.h"
 
@@ -20,65 +22,11 @@ namespace {
 
 constexpr int64_t kGrain = 16;  // tiles per piece of parallel work: some 10 microseconds
 
-// A window is settled from candidates when it holds at most 1/32 of the group; on trained scores the first digit leaves 1 to 2 %.
-constexpr int64_t candidate_capacity(int64_t numel) { return numel / 32 + kTile; }
-
-struct Candidate {
-  uint64_t key;
-  int64_t entry;  // tile * kTile + offset in the tile
-};
-
-// Selection in one group, while a step lasts.
-struct Selection {
-  Window window;
-  uint32_t* counts;         // [kBins] all threads' counts of one digit; guarded by `mutex`
-  Candidate* candidates;    // [candidate_capacity]; those of one tile lie together
-  uint64_t* keys;           // [candidate_capacity] scratch of settle()
-  std::atomic<int64_t> found{0};
-  std::mutex mutex;
-
-  bool crowded(int64_t numel) const { return window.inside > candidate_capacity(numel); }
-};
-
 struct Context {
   const Step& step;
-  float scale;              // 1 / *grad_scale
-  Selection* selections;    // [num_groups]
+  float scale;            // 1 / *grad_scale
+  Selection* selections;  // [num_groups]
   std::atomic<int64_t> nonfinite{0};
-};
-
-// This thread's counts of the group it is working on, handed over when the group changes.
-class Counter {
- public:
-  explicit Counter(Selection* selections) : selections_(selections) {}
-  ~Counter() { hand_over(); }
-  Counter(const Counter&) = delete;
-  Counter& operator=(const Counter&) = delete;
-
-  Histogram& of(int32_t group) {
-    if (group != group_) {
-      hand_over();
-      histogram().clear();
-      group_ = group;
-    }
-    return histogram();
-  }
-
- private:
-  static Histogram& histogram() {
-    thread_local Histogram counts;
-    return counts;
-  }
-
-  void hand_over() {
-    if (group_ < 0) return;
-    Selection& selection = selections_[group_];
-    std::lock_guard<std::mutex> lock(selection.mutex);
-    histogram().add_to(selection.counts);
-  }
-
-  Selection* selections_;
-  int32_t group_ = -1;
 };
 
 template <bool kLower, bool kUpper>
@@ -90,7 +38,7 @@ BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient&
   const Hyper hyper = context.step.hypers[t.hyper];
   const float* g = gradients_of(gradient, tile, buffer);
   int nonfinite = 0;
-  if (kUpper && pruned && t.score_momentum && hyper.mask_momentum > 0.0f)
+  if (kUpper && pruned && moves_score_momentum(t, hyper))
     nonfinite = update_entries<kLower, kUpper, kUpper>(tile, context.scale, hyper, g);
   else if (kUpper && pruned)
     nonfinite = update_entries<kLower, kUpper, false>(tile, context.scale, hyper, g);
@@ -100,19 +48,53 @@ BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient&
   return nonfinite;
 }
 
+// Writes the mask word and z where `flips` says, to the values of `word`.
+BIP_HD void flip(const Tensor& t, int64_t first, uint32_t word, uint32_t flips) {
+  t.mask[first / kBlock] = word;
+  for (; flips; flips &= flips - 1) {
+    const int bit = lowest_bit(flips);
+    write_entry(t, first + bit, (word >> bit) & 1u);
+  }
+}
+
+BIP_HD Verdict judge_block(const Tile& tile, int i, const Window& window) {
+  const Tensor& t = *tile.tensor;
+  const float* scores = t.scores + tile.begin + i;
+  const uint32_t index = static_cast<uint32_t>(t.index + tile.begin + i);
+  const int count = tile.count - i;
+  return count >= kBlock ? judge(scores, kBlock, index, window) : judge(scores, count, index, window);
+}
+
+// Mask and z of a tile by its group's window. Candidates keep their old bit until they are settled. Whatever the window, z stays m*theta:
+// when it was wrong, judging again by a better one repairs both.
+BIP_HD void judge_tile(Selection& selection, const Tile& tile, int64_t index) {
+  const Tensor& t = *tile.tensor;
+  const Window window = selection.window;
+  uint64_t found[kTile];
+  int num_found = 0, above = 0;
+  for (int i = 0; i < tile.count; i += kBlock) {
+    const int64_t first = tile.begin + i;
+    const Verdict verdict = judge_block(tile, i, window);
+    above += count_bits(verdict.above);
+    const uint32_t old = t.mask[first / kBlock];
+    const uint32_t word = verdict.above | (verdict.inside & old);
+    if (word != old) flip(t, first, word, word ^ old);
+    for (uint32_t inside = verdict.inside; inside; inside &= inside - 1) {
+      const int64_t entry = first + lowest_bit(inside);
+      found[num_found++] = order_key(t.scores[entry], static_cast<uint32_t>(t.index + entry));
+    }
+  }
+  selection.above.fetch_add(above, std::memory_order_relaxed);
+  if (num_found) selection.list(found, num_found, index);
+}
+
 template <bool kLower, bool kUpper>
 BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
-  Counter counter(context.selections);
   int64_t nonfinite = 0;
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_of(context.step, index);
     nonfinite += update_tile<kLower, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]]);
-    if (!kUpper || tile.tensor->group < 0) continue;
-    Histogram& histogram = counter.of(tile.tensor->group);
-    const float* scores = tile.tensor->scores + tile.begin;
-    int i = 0;
-    for (; i + kBlock <= tile.count; i += kBlock) count_first_digit(scores + i, kBlock, histogram);
-    count_first_digit(scores + i, tile.count - i, histogram);
+    if (kUpper && tile.tensor->group >= 0) judge_tile(context.selections[tile.tensor->group], tile, index);
   }
   if (nonfinite) context.nonfinite.fetch_add(nonfinite);
 }
@@ -127,56 +109,26 @@ BIP_HD void count_inside_body(Context& context, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_of(context.step, index);
     const Tensor& t = *tile.tensor;
-    if (t.group < 0 || !context.selections[t.group].crowded(context.step.groups[t.group].numel)) continue;
-    Histogram& histogram = counter.of(t.group);
+    if (t.group < 0 || !context.selections[t.group].crowded()) continue;
     const Window window = context.selections[t.group].window;
-    const int shift = narrower_shift(window);
+    const int shift = digit_shift(window);
+    uint32_t* counts = counter.of(t.group);
     for (int i = 0; i < tile.count; i += kBlock) {
-      const int64_t first = tile.begin + i;
-      for (uint32_t maybe = judge(t.scores + first, std::min(kBlock, tile.count - i), window).maybe; maybe; maybe &= maybe - 1) {
-        const int64_t entry = first + lowest_bit(maybe);
-        const uint64_t key = order_key(t.scores[entry], static_cast<uint32_t>(t.index + entry));
-        if (key >= window.lo && key < window.hi) ++histogram.counts[entry % Histogram::kWays][(key - window.lo) >> shift];
+      for (uint32_t inside = judge_block(tile, i, window).inside; inside; inside &= inside - 1) {
+        const int64_t entry = tile.begin + i + lowest_bit(inside);
+        ++counts[(order_key(t.scores[entry], static_cast<uint32_t>(t.index + entry)) - window.lo) >> shift];
       }
     }
   }
 }
 
-// Writes the mask word and z where `flips` says, to the values of `word`.
-BIP_HD void flip(const Tensor& t, int64_t first, uint32_t word, uint32_t flips) {
-  t.mask[first / kBlock] = word;
-  for (; flips; flips &= flips - 1) {
-    const int bit = lowest_bit(flips);
-    write_entry(t, first + bit, (word >> bit) & 1u);
-  }
-}
-
-BIP_HD void decide_body(Context& context, int64_t begin, int64_t end) {
-  Candidate found[kTile];
+// Fallback: judges again, by the narrowed window.
+BIP_HD void judge_again_body(Context& context, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_of(context.step, index);
-    const Tensor& t = *tile.tensor;
-    if (t.group < 0) continue;
-    Selection& selection = context.selections[t.group];
-    const Window window = selection.window;
-    int num_found = 0;
-    for (int i = 0; i < tile.count; i += kBlock) {
-      const int64_t first = tile.begin + i;
-      const int count = tile.count - i;
-      const Verdict verdict = count >= kBlock ? judge(t.scores + first, kBlock, window) : judge(t.scores + first, count, window);
-      const uint32_t old = t.mask[first / kBlock];
-      uint32_t word = verdict.above;
-      for (uint32_t maybe = verdict.maybe; maybe; maybe &= maybe - 1) {
-        const int bit = lowest_bit(maybe);
-        const uint64_t key = order_key(t.scores[first + bit], static_cast<uint32_t>(t.index + first + bit));
-        const bool inside = key >= window.lo && key < window.hi;
-        if (inside) found[num_found++] = {key, index * kTile + i + bit};
-        // Candidates keep their old bit until they are settled.
-        word |= (key >= window.hi ? 1u << bit : inside ? old & (1u << bit) : 0u);
-      }
-      if (word != old) flip(t, first, word, word ^ old);
-    }
-    if (num_found) std::copy(found, found + num_found, selection.candidates + selection.found.fetch_add(num_found));
+    if (tile.tensor->group < 0) continue;
+    Selection& selection = context.selections[tile.tensor->group];
+    if (!selection.listed) judge_tile(selection, tile, index);
   }
 }
 
@@ -184,24 +136,86 @@ BIP_SIMD_VARIANTS(update_lower, (Context & context, int64_t begin, int64_t end),
 BIP_SIMD_VARIANTS(update_upper, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(update_joint, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(count_inside, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-BIP_SIMD_VARIANTS(decide, (Context & context, int64_t begin, int64_t end), (context, begin, end))
+BIP_SIMD_VARIANTS(judge_again, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-// Candidates [begin, end) against the settled threshold. Pieces are moved to tile borders, so no mask word has two writers.
-void settle_candidates(const Step& step, const Selection& selection, uint64_t threshold, int64_t begin, int64_t end) {
-  const Candidate* all = selection.candidates;
-  const auto tile = [all](int64_t i) { return all[i].entry / kTile; };
+// Calls visit(selection, block, gradient) for every sampled block of the tiles [begin, end).
+template <class Visit>
+void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit) {
+  constexpr int64_t kBlocks = kTile / kBlock;
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile = tile_of(context.step, index);
+    if (tile.tensor->group < 0) continue;
+    Selection& selection = context.selections[tile.tensor->group];
+    for_sampled_blocks(index * kBlocks, (index + 1) * kBlocks, selection.stride, [&](int64_t number) {
+      const int64_t offset = (number - index * kBlocks) * kBlock;
+      const Tile block{tile.tensor, tile.begin + offset, static_cast<int>(std::min<int64_t>(kBlock, tile.count - offset))};
+      if (block.count > 0) visit(selection, block, context.step.gradients[context.step.tile_tensor[index]]);
+    });
+  }
+}
+
+void sample(Context& context, int64_t begin, int64_t end) {
+  // Every block is a miss or two in each of its arrays: let them wait together.
+  for_sample(context, begin, end, [](const Selection&, const Tile& block, const Gradient& gradient) {
+    prefetch_block(block.tensor->scores + block.begin);
+    if (!gradient.data) return;
+    prefetch_block(block.tensor->theta + block.begin);
+    prefetch_block(static_cast<const char*>(gradient.data) + block.begin * (gradient.dtype == DType::f32 ? 4 : 2));
+  });
+  for_sample(context, begin, end, [&](Selection& selection, const Tile& block, const Gradient& gradient) {
+    float scores[kBlock];
+    uint64_t keys[kBlock];
+    preview_scores(block, context.scale, context.step.hypers[block.tensor->hyper], gradient, scores);
+    for (int i = 0; i < block.count; ++i) keys[i] = order_key(scores[i], static_cast<uint32_t>(block.tensor->index + block.begin + i));
+    selection.list(keys, block.count, 0);
+  });
+}
+
+void guess_windows(Context& context, int threads) {
+  const Step& step = context.step;
+  parallel_for(threads, step.num_tiles, 16 * kGrain, [&](int64_t begin, int64_t end) { sample(context, begin, end); });
+  parallel_for(threads, step.num_groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      Selection& selection = context.selections[group];
+      selection.window = guess_window(selection.keys, selection.found, selection.capacity, selection.numel, selection.kept);
+      selection.found = 0;
+    }
+  });
+}
+
+// Narrows the windows of the groups whose guess was wrong until there is room for what they hold, and judges these groups again.
+void fall_back(Context& context, int threads) {
+  const Step& step = context.step;
+  Selection* const end = context.selections + step.num_groups;
+  while (std::any_of(context.selections, end, [](const Selection& selection) { return selection.crowded(); })) {
+    parallel_for(threads, step.num_tiles, 8 * kGrain, [&](int64_t first, int64_t last) { count_inside(context, first, last); });
+    for (Selection* selection = context.selections; selection != end; ++selection) {
+      if (!selection->crowded()) continue;
+      narrow(selection->window, selection->counts);
+      std::memset(selection->counts, 0, kBins * sizeof(uint32_t));
+    }
+  }
+  for (Selection* selection = context.selections; selection != end; ++selection)
+    if (!selection->listed) selection->found = 0;
+  parallel_for(threads, step.num_tiles, kGrain, [&](int64_t first, int64_t last) { judge_again(context, first, last); });
+}
+
+// Gives candidates [begin, end) their final bit. Pieces are moved to tile borders, so no mask word has two writers.
+void judge_candidates(const Step& step, const Selection& selection, uint64_t threshold, int64_t begin, int64_t end) {
+  const uint32_t* tiles = selection.tiles;
+  const int64_t found = selection.found;
   const auto to_border = [&](int64_t i) {
-    while (i > 0 && i < selection.window.inside && tile(i) == tile(i - 1)) ++i;
+    while (i > 0 && i < found && tiles[i] == tiles[i - 1]) ++i;
     return i;
   };
   end = to_border(end);
   for (int64_t i = to_border(begin); i < end; ++i) {
-    const Tile at = tile_of(step, tile(i));
-    const int64_t entry = at.begin + all[i].entry % kTile;
+    const Tensor& t = step.tensors[step.tile_tensor[tiles[i]]];
+    const uint64_t key = selection.keys[i];
+    const int64_t entry = static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(key))) - t.index;
     const uint32_t bit = 1u << (entry % kBlock);
-    const uint32_t word = at.tensor->mask[entry / kBlock];
-    const bool kept = all[i].key >= threshold;
-    if (kept != ((word & bit) != 0)) flip(*at.tensor, entry / kBlock * kBlock, word ^ bit, bit);
+    const uint32_t word = t.mask[entry / kBlock];
+    if ((key >= threshold) != ((word & bit) != 0)) flip(t, entry / kBlock * kBlock, word ^ bit, bit);
   }
 }
 
@@ -209,70 +223,40 @@ void settle_groups(const Step& step, Selection* selections, int threads) {
   std::vector<uint64_t> thresholds(static_cast<size_t>(step.num_groups));
   parallel_for(threads, step.num_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      Selection& selection = selections[group];
-      for (int64_t i = 0; i < selection.window.inside; ++i) selection.keys[i] = selection.candidates[i].key;
-      if (selection.window.inside) thresholds[static_cast<size_t>(group)] = settle(selection.keys, selection.window);
+      const Selection& selection = selections[group];
+      thresholds[static_cast<size_t>(group)] = settle(selection.keys, selection.found, selection.window, selection.counts);
     }
   });
   for (int64_t group = 0; group < step.num_groups; ++group) {
     const Selection& selection = selections[group];
-    parallel_for(threads, selection.window.inside, 16 * kTile, [&](int64_t begin, int64_t end) {
-      settle_candidates(step, selection, thresholds[static_cast<size_t>(group)], begin, end);
+    parallel_for(threads, selection.found, 16 * kTile, [&](int64_t begin, int64_t end) {
+      judge_candidates(step, selection, thresholds[static_cast<size_t>(group)], begin, end);
     });
   }
 }
 
-// After a counting pass: narrows every window it counted for, and closes those with nothing left to choose. True while one is crowded.
-bool narrow_windows(const Step& step, Selection* selections, bool first) {
-  bool crowded = false;
-  for (int64_t group = 0; group < step.num_groups; ++group) {
-    Selection& selection = selections[group];
-    if (first || selection.crowded(step.groups[group].numel)) {
-      if (!selection.window.settled()) narrow(selection.window, selection.counts);
-      std::memset(selection.counts, 0, kBins * sizeof(uint32_t));
-      if (selection.window.settled()) close(selection.window);
-    }
-    crowded = crowded || selection.crowded(step.groups[group].numel);
-  }
-  return crowded;
-}
-
+// After the pass: repairs what guesses left open or got wrong.
 void project(Context& context, int threads) {
-  const Step& step = context.step;
-  for (bool first = true; narrow_windows(step, context.selections, first); first = false)
-    parallel_for(threads, step.num_tiles, kGrain, [&](int64_t begin, int64_t end) { count_inside(context, begin, end); });
-  parallel_for(threads, step.num_tiles, kGrain, [&](int64_t begin, int64_t end) { decide(context, begin, end); });
-  settle_groups(step, context.selections, threads);
-}
-
-// Workspace: counts [num_groups][kBins], then per group its candidates and keys. Counts are left zero.
-void lay_out(const Step& step, std::vector<Selection>& selections) {
-  auto* counts = static_cast<uint32_t*>(step.workspace);
-  auto* rest = reinterpret_cast<std::byte*>(counts + step.num_groups * kBins);
-  for (int64_t group = 0; group < step.num_groups; ++group) {
-    Selection& selection = selections[static_cast<size_t>(group)];
-    const int64_t capacity = candidate_capacity(step.groups[group].numel);
-    selection.window = whole_window(step.groups[group].numel, step.groups[group].kept);
-    selection.counts = counts + group * kBins;
-    selection.candidates = reinterpret_cast<Candidate*>(rest);
-    selection.keys = reinterpret_cast<uint64_t*>(rest + capacity * static_cast<int64_t>(sizeof(Candidate)));
-    rest += capacity * static_cast<int64_t>(sizeof(Candidate) + sizeof(uint64_t));
+  bool all_listed = true;
+  for (int64_t group = 0; group < context.step.num_groups; ++group) {
+    Selection& selection = context.selections[group];
+    const bool hit = judged(selection.window, selection.above, selection.found, selection.numel, selection.kept);
+    selection.listed = hit && selection.found <= selection.capacity;
+    all_listed = all_listed && selection.listed;
   }
+  if (!all_listed) fall_back(context, threads);
+  settle_groups(context.step, context.selections, threads);
 }
 
 }  // namespace
 
-int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_tiles) {
-  const int64_t counts = num_groups * kBins * static_cast<int64_t>(sizeof(uint32_t));
-  const int64_t candidates = num_tiles * kTile / 32 + num_groups * kTile;
-  return counts + candidates * static_cast<int64_t>(sizeof(Candidate) + sizeof(uint64_t));
-}
+int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_tiles) { return selection_bytes(num_groups, num_tiles); }
 
 void step(const Step& args, int threads) {
   if (args.found_inf && *args.found_inf != 0.0f) return;
-  std::vector<Selection> selections(static_cast<size_t>(args.num_groups));
-  lay_out(args, selections);
+  std::vector<Selection> selections = lay_out_selections(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data()};
+  if (args.phase != Phase::lower) guess_windows(context, threads);
   parallel_for(threads, args.num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     switch (args.phase) {
       case Phase::lower: return update_lower(context, begin, end);

@@ -1,6 +1,8 @@
-// The mask of the k largest of n scores on the CPU: count the first digit, decide all outside the window, settle the candidates inside.
+// The mask of the k largest of n scores on the CPU, in one pass as a rule (select.h): guess a window from a sample, judge every score
+// against it, settle the candidates inside.
 //
-// Reads the scores twice (8 bytes per entry) and writes one byte per entry; every narrowing pass over a crowded window reads them once more.
+// Reads a score and writes a mask byte, 5 bytes per entry. A wrong guess costs a second pass, and counting passes of 4 bytes per entry
+// while too many are inside. Deterministic: every entry ends up judged by its own key against one threshold.
 #include <atomic>
 #include <mutex>
 #include <vector>
@@ -13,116 +15,131 @@
 namespace bip::cpu {
 namespace {
 
-constexpr int kBlock = 32;
-constexpr int64_t kGrain = 16 * 1024;  // scores per piece of parallel work
-
-constexpr int64_t candidate_capacity(int64_t n) { return n / 32 + 1024; }
+constexpr int64_t kGrain = 16 * 1024;        // scores per piece of parallel work
+constexpr int64_t kCountGrain = 128 * 1024;  // the same where a piece ends with adding up all bins
 
 struct Context {
   const Topk& topk;
+  uint64_t* keys;  // [capacity] the sample, then the candidates
+  int64_t capacity;
   Window window;
-  uint64_t* candidates;  // [2 * candidate_capacity]: keys, then a copy to be reordered
-  std::vector<uint32_t> counts = std::vector<uint32_t>(kBins);
-  std::atomic<int64_t> found{0};
+  std::vector<uint32_t> counts;  // [kBins] of one digit, zero between passes; guarded by `mutex`
   std::mutex mutex{};
+  alignas(64) std::atomic<int64_t> found{0};  // keys listed, or that there was no room for; away from what every thread reads
+  std::atomic<int64_t> above{0};
+
+  // Lists what one piece of work found.
+  void list(const uint64_t* more, int64_t count) {
+    const int64_t at = found.fetch_add(count, std::memory_order_relaxed);
+    if (at + count <= capacity) std::copy(more, more + count, keys + at);
+  }
 };
 
-Histogram& cleared_histogram() {
-  thread_local Histogram counts;
-  counts.clear();
-  return counts;
+// One piece of the array. A copy: were these behind a reference, every mask byte written could change them, for all a compiler knows.
+struct Piece {
+  const float* scores;
+  uint8_t* mask;
+  int64_t end;
+  Window window;
+
+  Piece(const Context& context, int64_t piece_end)
+      : scores(context.topk.scores), mask(context.topk.mask), end(piece_end), window(context.window) {}
+
+  BIP_HD int size_at(int64_t i) const { return static_cast<int>(std::min<int64_t>(kBlock, end - i)); }
+  BIP_HD uint64_t key(int64_t i) const { return order_key(scores[i], static_cast<uint32_t>(i)); }
+  BIP_HD Verdict verdict(int64_t i, int count) const { return judge(scores + i, count, static_cast<uint32_t>(i), window); }
+};
+
+void sample(Context& context, int64_t begin, int64_t end) {
+  const Piece piece(context, end);
+  for_sampled_blocks(begin / kBlock, (end + kBlock - 1) / kBlock, sample_stride(context.topk.n), [&](int64_t block) {
+    uint64_t keys[kBlock];
+    const int count = piece.size_at(block * kBlock);
+    for (int i = 0; i < count; ++i) keys[i] = piece.key(block * kBlock + i);
+    context.list(keys, count);
+  });
 }
 
-void hand_over(Context& context, const Histogram& histogram) {
-  std::lock_guard<std::mutex> lock(context.mutex);
-  histogram.add_to(context.counts.data());
+BIP_HD Verdict judge_block(const Piece& piece, int64_t begin, int count) {
+  const Verdict verdict = piece.verdict(begin, count);
+  for (int i = 0; i < count; ++i) piece.mask[begin + i] = (verdict.above & kBit[i]) != 0;
+  return verdict;
 }
 
-BIP_HD void count_all_body(Context& context, int64_t begin, int64_t end) {
-  Histogram& histogram = cleared_histogram();
-  int64_t i = begin;
-  for (; i + kBlock <= end; i += kBlock) count_first_digit(context.topk.scores + i, kBlock, histogram);
-  count_first_digit(context.topk.scores + i, static_cast<int>(end - i), histogram);
-  hand_over(context, histogram);
+BIP_HD void judge_all_body(Context& context, int64_t begin, int64_t end) {
+  constexpr int kRoom = 1024;
+  uint64_t found[kRoom];
+  int num_found = 0;
+  int64_t above = 0;
+  const Piece piece(context, end);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int count = piece.size_at(i);
+    const Verdict verdict = count == kBlock ? judge_block(piece, i, kBlock) : judge_block(piece, i, count);
+    above += count_bits(verdict.above);
+    for (uint32_t inside = verdict.inside; inside; inside &= inside - 1) found[num_found++] = piece.key(i + lowest_bit(inside));
+    if (num_found > kRoom - kBlock) {
+      context.list(found, num_found);
+      num_found = 0;
+    }
+  }
+  context.list(found, num_found);
+  context.above.fetch_add(above, std::memory_order_relaxed);
 }
-
-BIP_HD Verdict judge_at(const Context& context, int64_t i, int64_t end) {
-  const float* scores = context.topk.scores + i;
-  return end - i >= kBlock ? judge(scores, kBlock, context.window) : judge(scores, static_cast<int>(end - i), context.window);
-}
-
-BIP_HD uint64_t key_at(const Context& context, int64_t i) { return order_key(context.topk.scores[i], static_cast<uint32_t>(i)); }
 
 BIP_HD void count_inside_body(Context& context, int64_t begin, int64_t end) {
-  Histogram& histogram = cleared_histogram();
-  const Window window = context.window;
-  const int shift = narrower_shift(window);
+  uint32_t counts[kBins] = {};
+  const Piece piece(context, end);
+  const int shift = digit_shift(piece.window);
   for (int64_t i = begin; i < end; i += kBlock) {
-    for (uint32_t maybe = judge_at(context, i, end).maybe; maybe; maybe &= maybe - 1) {
-      const uint64_t key = key_at(context, i + lowest_bit(maybe));
-      if (key >= window.lo && key < window.hi) ++histogram.counts[i / kBlock % Histogram::kWays][(key - window.lo) >> shift];
-    }
+    const int count = piece.size_at(i);
+    const Verdict verdict = count == kBlock ? piece.verdict(i, kBlock) : piece.verdict(i, count);
+    for (uint32_t inside = verdict.inside; inside; inside &= inside - 1)
+      ++counts[(piece.key(i + lowest_bit(inside)) - piece.window.lo) >> shift];
   }
-  hand_over(context, histogram);
+  std::lock_guard<std::mutex> lock(context.mutex);
+  for (int bin = 0; bin < kBins; ++bin) context.counts[static_cast<size_t>(bin)] += counts[bin];
 }
 
-BIP_HD void decide_body(Context& context, int64_t begin, int64_t end) {
-  const Window window = context.window;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const Verdict verdict = judge_at(context, i, end);
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - i));
-    for (int j = 0; j < count; ++j) context.topk.mask[i + j] = (verdict.above >> j) & 1u;
-    uint64_t found[kBlock];
-    int num_found = 0;
-    for (uint32_t maybe = verdict.maybe; maybe; maybe &= maybe - 1) {
-      const int64_t entry = i + lowest_bit(maybe);
-      const uint64_t key = key_at(context, entry);
-      context.topk.mask[entry] = key >= window.hi;
-      if (key >= window.lo && key < window.hi) found[num_found++] = key;
-    }
-    if (num_found) std::copy(found, found + num_found, context.candidates + context.found.fetch_add(num_found));
-  }
-}
-
-BIP_SIMD_VARIANTS(count_all, (Context & context, int64_t begin, int64_t end), (context, begin, end))
+BIP_SIMD_VARIANTS(judge_all, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(count_inside, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-BIP_SIMD_VARIANTS(decide, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-void narrow_window(Context& context) {
-  narrow(context.window, context.counts.data());
-  std::fill(context.counts.begin(), context.counts.end(), 0u);
-  if (context.window.settled()) close(context.window);
+void judge_all(Context& context, int threads) {
+  context.found = context.above = 0;
+  parallel_for(threads, context.topk.n, kGrain, [&](int64_t begin, int64_t end) { judge_all(context, begin, end); });
 }
 
-// The tie key is a bijection of the index, so a candidate's key alone says where it is.
-void settle_candidates(Context& context) {
-  const int64_t inside = context.window.inside;
-  uint64_t* keys = context.candidates;
-  uint64_t* scratch = keys + candidate_capacity(context.topk.n);
-  std::copy(keys, keys + inside, scratch);
-  const uint64_t threshold = settle(scratch, context.window);
-  for (int64_t i = 0; i < inside; ++i)
-    if (keys[i] >= threshold) context.topk.mask[index_of_tie_key(static_cast<uint32_t>(keys[i]))] = 1;
+// Leaves in the window's place one that holds no more keys than there is room for.
+void fall_back(Context& context, int threads) {
+  const int64_t n = context.topk.n;
+  while (context.window.inside > context.capacity) {
+    parallel_for(threads, n, kCountGrain, [&](int64_t begin, int64_t end) { count_inside(context, begin, end); });
+    narrow(context.window, context.counts.data());
+    std::fill(context.counts.begin(), context.counts.end(), 0u);
+  }
+  judge_all(context, threads);
 }
 
 }  // namespace
 
-int64_t topk_workspace_bytes(int64_t n) { return 2 * candidate_capacity(n) * static_cast<int64_t>(sizeof(uint64_t)); }
+int64_t topk_workspace_bytes(int64_t n) { return candidate_capacity(n) * static_cast<int64_t>(sizeof(uint64_t)); }
 
 void topk(const Topk& args, int threads) {
-  Context context{args, whole_window(args.n, args.k), static_cast<uint64_t*>(args.workspace)};
-  if (context.window.settled()) {
-    std::memset(args.mask, args.k > 0, static_cast<size_t>(args.n));
+  const int64_t n = args.n, k = args.k;
+  if (k == 0 || k == n) {
+    std::memset(args.mask, k > 0, static_cast<size_t>(n));
     return;
   }
-  parallel_for(threads, args.n, kGrain, [&](int64_t begin, int64_t end) { count_all(context, begin, end); });
-  narrow_window(context);
-  while (context.window.inside > candidate_capacity(args.n)) {
-    parallel_for(threads, args.n, kGrain, [&](int64_t begin, int64_t end) { count_inside(context, begin, end); });
-    narrow_window(context);
-  }
-  parallel_for(threads, args.n, kGrain, [&](int64_t begin, int64_t end) { decide(context, begin, end); });
-  if (context.window.inside > 0) settle_candidates(context);
+  Context context{args, static_cast<uint64_t*>(args.workspace), candidate_capacity(n), {}, std::vector<uint32_t>(kBins)};
+  parallel_for(threads, n, 64 * kGrain, [&](int64_t begin, int64_t end) { sample(context, begin, end); });
+  context.window = guess_window(context.keys, context.found, context.capacity, n, k);
+  judge_all(context, threads);
+  const bool listed = judged(context.window, context.above, context.found, n, k) && context.found <= context.capacity;
+  if (!listed) fall_back(context, threads);
+
+  const uint64_t threshold = settle(context.keys, context.found, context.window, context.counts.data());
+  // The tie key is a bijection of the index, so a candidate's key alone says where it is.
+  for (int64_t i = 0; i < context.found; ++i)
+    if (context.keys[i] >= threshold) args.mask[index_of_tie_key(static_cast<uint32_t>(context.keys[i]))] = 1;
 }
 
 }  // namespace bip::cpu

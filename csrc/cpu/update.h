@@ -1,6 +1,7 @@
 // The streaming update of one tile: the formulas of update_rule.h over blocks of 32 entries, one mask word each.
 //
-// Bytes per entry, fp32: lower reads g, theta, v and writes theta, v, z (24 + mask bits); upper reads g, theta, s and writes s (16 + mask bits).
+// Bytes per entry, fp32: lower reads g, theta, v and writes theta, v, z (24 + mask bits); upper reads g, theta, s and writes s (16 + mask
+// bits).
 // z is written only in blocks that keep something; elsewhere it is 0 and stays so.
 #pragma once
 
@@ -8,12 +9,11 @@
 #include <cstdint>
 
 #include "bip.h"
+#include "cpu/select.h"
 #include "half.h"
 #include "update_rule.h"
 
 namespace bip::cpu {
-
-constexpr int kBlock = 32;
 
 // The state of one tile, cut out of its Tensor.
 struct Tile {
@@ -52,7 +52,7 @@ BIP_HD int update_block(int count, uint32_t word, float scale, const Hyper& hype
   for (int i = 0; i < count; ++i) {
     const float gradient = g[i] * scale;
     const bool finite = is_finite(gradient);
-    const bool kept = (word >> i) & 1u;
+    const bool kept = (word & kBit[i]) != 0;
     const float old_theta = theta[i];
     if (kUpper) {
       float direction = score_gradient(kept, gradient, old_theta, hyper);
@@ -84,10 +84,31 @@ BIP_HD int update_entries(const Tile& tile, float scale, const Hyper& hyper, con
   int nonfinite = 0, i = 0;
   // Whole blocks get a constant trip count, so that they become straight vector code.
   for (; i + kBlock <= tile.count; i += kBlock)
-    nonfinite += update_block<kLower, kUpper, kScoreMomentum>(kBlock, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i, s + i, u + i);
+    nonfinite +=
+        update_block<kLower, kUpper, kScoreMomentum>(kBlock, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i, s + i, u + i);
   if (i < tile.count)
-    nonfinite += update_block<kLower, kUpper, kScoreMomentum>(tile.count - i, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i, s + i, u + i);
+    nonfinite += update_block<kLower, kUpper, kScoreMomentum>(tile.count - i, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i,
+                                                              s + i, u + i);
   return nonfinite;
+}
+
+inline bool moves_score_momentum(const Tensor& t, const Hyper& hyper) { return t.score_momentum && hyper.mask_momentum > 0.0f; }
+
+// The scores that an upper or joint step will leave in a tile of at most one block, without leaving them there.
+inline void preview_scores(const Tile& block, float scale, const Hyper& hyper, const Gradient& gradient, float* scores) {
+  const Tensor& t = *block.tensor;
+  std::copy(t.scores + block.begin, t.scores + block.begin + block.count, scores);
+  if (!gradient.data) return;
+  alignas(64) float buffer[kBlock];
+  const float* g = gradients_of(gradient, block, buffer);
+  float* theta = t.theta + block.begin;
+  if (moves_score_momentum(t, hyper)) {
+    float u[kBlock];
+    std::copy(t.score_momentum + block.begin, t.score_momentum + block.begin + block.count, u);
+    update_block<false, true, true>(block.count, block.word(0), scale, hyper, g, theta, nullptr, scores, u);
+  } else {
+    update_block<false, true, false>(block.count, block.word(0), scale, hyper, g, theta, nullptr, scores, nullptr);
+  }
 }
 
 template <class T>
