@@ -50,13 +50,23 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
   backend.def(
       "step",
       [run_step](int phase, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
-                 int64_t num_groups, uintptr_t hypers, const py::array& gradients, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t workspace, uintptr_t where) {
+                 int64_t num_groups, uintptr_t hypers, const py::array& gradients, uintptr_t grad_scale, uintptr_t found_inf,
+                 uintptr_t num_nonfinite, uintptr_t workspace, uintptr_t where) {
         if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
           throw py::value_error("gradients must have one row per tensor");
-        const bip::Step step{static_cast<bip::Phase>(phase), at<bip::Tensor>(tensors), num_tensors, at<int32_t>(tile_tensor), num_tiles,
-                             at<bip::Group>(groups), num_groups, at<bip::Hyper>(hypers),
-                             static_cast<const bip::Gradient*>(gradients.data()), at<float>(grad_scale),
-                             at<float>(found_inf), at<int64_t>(num_nonfinite), at<void>(workspace)};
+        const bip::Step step{static_cast<bip::Phase>(phase),
+                             at<bip::Tensor>(tensors),
+                             num_tensors,
+                             at<int32_t>(tile_tensor),
+                             num_tiles,
+                             at<bip::Group>(groups),
+                             num_groups,
+                             at<bip::Hyper>(hypers),
+                             static_cast<const bip::Gradient*>(gradients.data()),
+                             at<float>(grad_scale),
+                             at<float>(found_inf),
+                             at<int64_t>(num_nonfinite),
+                             at<void>(workspace)};
         py::gil_scoped_release release;
         run_step(step, where);
       },
@@ -78,18 +88,17 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
 PYBIND11_MODULE(BIP_MODULE, m) {
   m.doc() = "Kernels of bip_fast. Private: bip_fast.ops checks what reaches them.";
 
-  m.attr("tensor_dtype") = table_dtype(
-      {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, scores, "u8"),
-       BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"), BIP_FIELD(Tensor, numel, "i8"),
-       BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"), BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"),
-       BIP_FIELD(Tensor, dtype, "i4")},
-      sizeof(bip::Tensor));
+  m.attr("tensor_dtype") =
+      table_dtype({BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"),
+                   BIP_FIELD(Tensor, scores, "u8"), BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"),
+                   BIP_FIELD(Tensor, numel, "i8"), BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"),
+                   BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"), BIP_FIELD(Tensor, dtype, "i4")},
+                  sizeof(bip::Tensor));
   m.attr("gradient_dtype") = table_dtype({BIP_FIELD(Gradient, data, "u8"), BIP_FIELD(Gradient, dtype, "i4")}, sizeof(bip::Gradient));
-  m.attr("hyper_dtype") =
-      table_dtype({BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"),
-                   BIP_FIELD(Hyper, momentum, "f4"), BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"),
-                   BIP_FIELD(Hyper, nesterov, "i4")},
-                  sizeof(bip::Hyper));
+  m.attr("hyper_dtype") = table_dtype(
+      {BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"), BIP_FIELD(Hyper, momentum, "f4"),
+       BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"), BIP_FIELD(Hyper, nesterov, "i4")},
+      sizeof(bip::Hyper));
   m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8")}, sizeof(bip::Group));
   m.attr("TILE") = bip::kTile;
   m.attr("ALIGN") = bip::kAlign;

@@ -66,18 +66,18 @@ struct Group {
 
 struct Step {
   Phase phase;
-  const Tensor* tensors;        // [num_tensors]
+  const Tensor* tensors;  // [num_tensors]
   int64_t num_tensors;
-  const int32_t* tile_tensor;   // [num_tiles] the tensor a tile belongs to, ascending
+  const int32_t* tile_tensor;  // [num_tiles] the tensor a tile belongs to, ascending
   int64_t num_tiles;
-  const Group* groups;          // [num_groups]
+  const Group* groups;  // [num_groups]
   int64_t num_groups;
-  const Hyper* hypers;          // one row per parameter group
-  const Gradient* gradients;    // [num_tensors], always host memory, read before the call returns
-  const float* grad_scale;      // one value: gradients are multiplied by 1 / *grad_scale, in fp32; null: 1
-  const float* found_inf;       // one value: when not 0 the whole step does nothing; null: 0
-  int64_t* num_nonfinite;       // one value: the entries skipped because g is not finite are added to it
-  void* workspace;              // step_workspace_bytes() bytes, zeroed once by the caller; any step leaves it ready for the next
+  const Hyper* hypers;        // one row per parameter group
+  const Gradient* gradients;  // [num_tensors], always host memory, read before the call returns
+  const float* grad_scale;    // one value: gradients are multiplied by 1 / *grad_scale, in fp32; null: 1
+  const float* found_inf;     // one value: when not 0 the whole step does nothing; null: 0
+  int64_t* num_nonfinite;     // one value: the entries skipped because g is not finite are added to it
+  void* workspace;            // step_workspace_bytes() bytes, zeroed once by the caller; any step leaves it ready for the next
 };
 
 // A mask of exactly k ones over one array of scores. Tie order: entry i has index i.

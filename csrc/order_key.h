@@ -26,8 +26,6 @@ BIP_HD uint32_t tie_key(uint32_t index) { return ~(index * 2654435761u); }
 BIP_HD uint32_t index_of_tie_key(uint32_t key) { return ~key * 244002641u; }
 
 // Unique per entry; an entry is kept when its key is at least the k-th largest.
-BIP_HD uint64_t order_key(float score, uint32_t index) {
-  return (static_cast<uint64_t>(score_key(score)) << 32) | tie_key(index);
-}
+BIP_HD uint64_t order_key(float score, uint32_t index) { return (static_cast<uint64_t>(score_key(score)) << 32) | tie_key(index); }
 
 }  // namespace bip
