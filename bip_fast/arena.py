@@ -18,7 +18,7 @@ from torch import Tensor
 from .ops import DTYPES, StepPlan, kernels
 from .patterns import Budget, selection_groups
 
-__all__ = ["Arena", "Member", "pack_mask", "unpack_mask"]
+__all__ = ["Arena", "Member", "unpack_mask"]
 
 
 class Member(NamedTuple):
@@ -91,9 +91,9 @@ class Arena:
             theta_end = start if slot.has_theta else theta_end
         self.slot_of = {slot.member.param: slot for slot in self.slots}
         self.pruned = [slot for slot in self.slots if slot.member.pruned]
-        self.momentum = torch.zeros(start, device=device)
-        self.theta = torch.zeros(theta_end, device=device)
-        self.scores = torch.zeros(pruned_end, device=device)
+        self.momentum = torch.zeros(start, dtype=torch.float32, device=device)
+        self.theta = torch.zeros(theta_end, dtype=torch.float32, device=device)
+        self.scores = torch.zeros(pruned_end, dtype=torch.float32, device=device)
         self.mask = torch.zeros(pruned_end // 32, dtype=torch.int32, device=device)
         self.score_momentum: Tensor | None = None  # made when a mask_momentum asks for it
         self.num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
@@ -109,7 +109,7 @@ class Arena:
         return self.mask[slot.start // 32 :][: -(-slot.numel // 32)]
 
     def state_of(self, slot: Slot) -> dict[str, Tensor]:
-        """The slot's state as views: shaped like the parameter and with its strides, but for ``mask``, whose words are in memory order."""
+        """The slot's state as views: shaped like the parameter and with its strides, but for ``mask``, the words in memory order."""
         state = {"momentum": self._view(self.momentum, slot)}
         if slot.has_theta:
             state["theta"] = self._view(self.theta, slot)
@@ -122,6 +122,15 @@ class Arena:
     def mask_of(self, slot: Slot) -> Tensor:
         """A new bool tensor shaped like the parameter, with its strides."""
         return unpack_mask(self.words(slot), slot.numel).as_strided(slot.shape, slot.stride)
+
+    def saved_state_of(self, slot: Slot) -> dict[str, Tensor]:
+        """`state_of`, but the mask words are in index order (row-major), so that they do not depend on anyone's layout."""
+        state = self.state_of(slot)
+        return state | {"mask": pack_mask(self.mask_of(slot).flatten())} if slot.member.pruned else state
+
+    def kept(self) -> Tensor:
+        """Number of ones in all masks."""
+        return unpack_mask(self.mask, 32 * self.mask.numel()).sum()
 
     # --- values ----------------------------------------------------------------------------------------------------------------------
 
@@ -140,10 +149,9 @@ class Arena:
             slot.member.param.detach().zero_()  # as the mask words are: the projection writes what it turns on
 
     def load(self, slot: Slot, state: dict[str, Tensor]) -> None:
-        """Copy a state of the names and shapes of `state_of`, from any layout, device and dtype, and rewrite z = m*theta."""
+        """Copy a state such as `saved_state_of` gives, from any layout, device and dtype, and rewrite z = m*theta."""
         if slot.member.pruned:
-            saved = state["theta"]
-            mask = unpack_mask(state["mask"].to(self.device), slot.numel).as_strided(saved.shape, saved.stride())
+            mask = unpack_mask(state["mask"].to(self.device), slot.numel).view(slot.shape)
             in_order = torch.empty_strided(slot.shape, slot.stride, dtype=torch.bool, device=self.device).copy_(mask)
             self.words(slot).copy_(pack_mask(in_memory_order(in_order)))
         if "score_momentum" in state:
@@ -179,11 +187,16 @@ class Arena:
         for slot, storage in zip(self.slots, self._storages, strict=True):
             p = slot.member.param
             if self._storage(p) != storage:
+                if self._storage(p)[1:] == storage[1:]:
+                    raise RuntimeError(
+                        f"the memory of {slot.member.label} was replaced by someone else (.data = ..., share_memory_(), a new load with "
+                        "assign). Do that before you make FastBiP, or make a new FastBiP and load the state_dict() of this one"
+                    )
                 now = f"{p.dtype} of shape {tuple(p.shape)} and strides {p.stride()} on {p.device}"
                 before = f"{slot.dtype} of shape {tuple(slot.shape)} and strides {slot.stride} on {self.device}"
                 raise RuntimeError(
-                    f"{slot.member.label} was moved by someone else: it is now {now}, was {before}, in another place of memory. Move or "
-                    "convert the model before you make FastBiP, or make a new FastBiP and load the state_dict() of this one"
+                    f"{slot.member.label} was moved by someone else: it is now {now}, was {before}. Move or convert the model "
+                    "before you make FastBiP, or make a new FastBiP and load the state_dict() of this one"
                 )
 
     def check_untouched(self) -> None:
@@ -240,7 +253,7 @@ class Arena:
                     f"the gradient of {slot.member.label} must be dense, on {self.device}, and float32, bfloat16 or float16, "
                     f"got a {kind} one of {g.dtype} on {g.device}"
                 )
-            if not _same_layout(g, slot.shape, slot.stride):
+            if not _same_layout(g, slot.shape, slot.stride) or g.is_neg():
                 g = torch.empty_strided(slot.shape, slot.stride, dtype=g.dtype, device=self.device).copy_(g)
             alive.append(g)
             pointers[i], dtypes[i] = g.data_ptr(), DTYPES[g.dtype]

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .arena import Arena
+from .arena import Arena, Slot, unpack_mask
 from .options import check_group
+from .phases import Phases
 
-__all__ = ["EXTRA", "fitting"]
+__all__ = ["EXTRA", "extra", "fitting"]
 
-EXTRA = "bip"  # the key of a state_dict for what belongs to no parameter: cycle, frozen, num_nonfinite
+EXTRA = "bip"  # the key of a state_dict for what belongs to no parameter
 _MAY_BE_MISSING = "score_momentum"  # zero until a mask_momentum asks for it
+
+
+def extra(arena: Arena, phases: Phases) -> dict[str, Any]:
+    """What is saved under `EXTRA`: the cycle of phases, the counter, and how many weights the masks keep, to notice damage."""
+    return {**phases.state(), "num_nonfinite": arena.num_nonfinite.clone(), "kept": int(arena.kept())}
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -21,15 +28,27 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def fitting(
-    arena: Arena, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+    arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
+    """`_fitting`, with every way in which a damaged state can fail as a ValueError."""
+    try:
+        return _fitting(arena, phases, param_groups, state_dict)
+    except (AttributeError, KeyError, TypeError, RuntimeError, IndexError) as error:  # NotImplementedError is a RuntimeError
+        raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with {type(error).__name__}: {error}") from error
+
+
+def _fitting(
+    arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
 ) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
     """Groups, and the state of every slot of ``arena``, of a ``state_dict`` that fits an optimizer with ``param_groups``.
 
     Raises:
-        ValueError: it is from another optimizer, for other parameters or groups, or has options out of range.
+        ValueError: it is from another optimizer, for other parameters or groups, damaged, or has options out of range.
     """
-    if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not {"cycle", "frozen", "num_nonfinite"} <= state_dict[EXTRA].keys():
+    if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not extra(arena, phases).keys() <= state_dict[EXTRA].keys():
         raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with the keys {list(state_dict)}")
+    phases.check_state(state_dict[EXTRA])
+    int(state_dict[EXTRA]["num_nonfinite"])
     groups = state_dict["param_groups"]
     expected, given = ([(len(group["params"]), group.get("prune")) for group in side] for side in (param_groups, groups))
     if expected != given:
@@ -38,13 +57,32 @@ def fitting(
         check_group({**own, **group})
     params = [p for group in param_groups for p in group["params"]]
     number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
-    states = []
+    states, kept = [], 0
     for slot in arena.slots:
         state, own_shapes = state_dict["state"].get(number[slot.member.param], {}), _shapes(arena.state_of(slot))
         if _shapes(state) != own_shapes:
             raise ValueError(f"state_dict must hold {own_shapes} for {slot.member.label}, got {_shapes(state)}")
-        u = state.get(_MAY_BE_MISSING)
-        if u is not None and tuple(u.shape) != own_shapes.get("scores"):
-            raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {own_shapes.get('scores')} for {slot.member.label}")
+        _check_values(slot, state)
+        if slot.member.pruned and groups[slot.member.row].get("sparsity") is None:
+            raise ValueError(f"state_dict must have a sparsity for {slot.member.label}, got None")
+        kept += int(unpack_mask(state["mask"], slot.numel).sum()) if slot.member.pruned else 0
         states.append(state)
+    if kept != state_dict[EXTRA]["kept"]:
+        raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {state_dict[EXTRA]['kept']} were saved")
     return groups, states
+
+
+def _check_values(slot: Slot, state: dict[str, Tensor]) -> None:
+    """ValueError for a tensor of another kind than was saved."""
+    for name, x in state.items():
+        kind = x.dtype == torch.int32 if name == "mask" else x.is_floating_point()
+        if not kind or x.layout != torch.strided or x.device.type == "meta":
+            expected = "int32" if name == "mask" else "a floating-point type"
+            raise ValueError(
+                f"state_dict must hold {name} as a dense tensor of {expected} for {slot.member.label}, got {x.dtype} on {x.device}"
+            )
+    u = state.get(_MAY_BE_MISSING)
+    if u is not None and (not slot.member.pruned or u.shape != slot.shape):
+        raise ValueError(
+            f"state_dict must hold {_MAY_BE_MISSING} of shape {tuple(slot.shape)} for {slot.member.label}, got {tuple(u.shape)}"
+        )

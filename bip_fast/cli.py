@@ -1,13 +1,15 @@
 """The command `bip-fast`: `prune` trains and prunes a network, `report` shows a saved one, `doctor` says what works here.
 
-Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 130 interrupted (the checkpoint is good), and for `doctor` 1 when
-something needed is missing. The core of bip_fast needs none of the packages that are used here.
+Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 130 interrupted and 143 terminated (the checkpoint is good), 141 when
+nobody reads the output any more, and for `doctor` 1 when something needed is missing. The core of bip_fast needs none of the packages
+that are used here.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -119,7 +121,11 @@ def command_prune(options: dict[str, Any]) -> int:
     from .experiments.run import RunFolder, Stop
     from .experiments.settings import FIELDS, Settings
 
+    if str(options.get("out", "out")) == "." and not options.get("overwrite"):
+        raise ExperimentError("--out must name a folder of its own, got the current one")
     given = {name: value for name, value in options.items() if name in FIELDS}
+    if given.get("checkpoint") and Path(given["checkpoint"]).is_file():
+        given["checkpoint"] = str(Path(given["checkpoint"]).resolve())  # --resume may come from another folder
     resume = "resume" in options
     if resume and options.get("overwrite"):
         raise ExperimentError("--resume continues a run and --overwrite starts again: give one of them")
@@ -138,21 +144,25 @@ def command_prune(options: dict[str, Any]) -> int:
     device = pick_device(options["device"])
     data = load(settings.data, options.get("data_dir"))
     from .experiments.prune import Job
+    from .ops import kernels
 
+    kernels()  # before anything is trained
     job = Job(settings, folder, data, device, display.make())
-    if resume:
-        job.resume()
-    else:
-        job.start()
-        folder.open(settings, overwrite=bool(options.get("overwrite")))
-    if data.note:
-        print(f"note: {data.note}", file=sys.stderr)
     try:
+        if resume:
+            job.resume()
+        else:
+            job.start()
+            folder.open(settings, overwrite=bool(options.get("overwrite")))
+        if data.note:
+            print(f"note: {data.note}", file=sys.stderr)
         result = job.run()
     except Stop as stop:
         where = "" if "data_dir" not in options else f" --data-dir {options['data_dir']}"
         print(f"stopped; continue with: bip-fast prune --resume {path}{where}", file=sys.stderr)
         return 128 + stop.number
+    finally:
+        folder.release()
     print_result(result, path)
     return 0
 
@@ -200,13 +210,13 @@ def command_report(options: dict[str, Any]) -> int:
     from .experiments.run import read_state_dict
     from .report import report
 
-    path = options["file"]
+    path: Path = options["file"]
     if path.is_dir():
         path = path / "model.safetensors"
     try:
         table = report(read_state_dict(path))
-    except ValueError as error:
-        raise ExperimentError(f"{path}: {error}") from error
+    except (ValueError, RuntimeError) as error:  # torch cannot count in every kind of tensor
+        raise ExperimentError(f"{path}: {' '.join(str(error).split())}") from error
     print(json.dumps(table.as_dict(), indent=2) if options["json"] else table)
     return 0
 
@@ -222,6 +232,9 @@ COMMANDS = {"prune": command_prune, "report": command_report, "doctor": command_
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     top = parser()
     try:
         options = vars(top.parse_args(arguments))
@@ -233,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return COMMANDS[command](options)
-    except ExperimentError as error:
+    except (ExperimentError, ImportError) as error:  # ImportError: the kernels are not built
         print(f"bip-fast {command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `bip-fast report ... | head`

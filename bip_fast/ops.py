@@ -23,7 +23,7 @@ except ImportError as error:  # let `bip-fast doctor` say what is wrong
 else:
     _C_ERROR = None
 
-__all__ = ["BACKENDS", "DTYPES", "PHASES", "StepPlan", "build_info", "kernels", "topk_mask"]
+__all__ = ["BACKENDS", "DTYPES", "PHASES", "StepPlan", "backend", "build_info", "is_ordinary", "kernels", "topk_mask"]
 
 BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # bip::DType
@@ -140,6 +140,12 @@ class StepPlan:
             )
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """False for a tensor without memory of its own to point at: fake, sharded, or another subclass that redefines every operation."""
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim does: a compiled graph calls this as it is
 def topk_mask(scores: Tensor, k: int) -> Tensor:
     """Mask of the ``k`` largest scores: exactly ``k`` ones, the same on every device.
 
@@ -161,8 +167,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         >>> topk_mask(torch.tensor([0.3, 0.9, 0.1]), 2)
         tensor([ True,  True, False])
     """
-    if not isinstance(scores, Tensor) or scores.layout != torch.strided or scores.dtype not in DTYPES:
-        got = f"{scores.layout} tensor of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+    if not isinstance(scores, Tensor) or scores.layout != torch.strided or scores.dtype not in DTYPES or not is_ordinary(scores):
+        got = f"{type(scores).__name__} of {scores.dtype}, {scores.layout}" if isinstance(scores, Tensor) else type(scores).__name__
         raise TypeError(f"scores must be a dense tensor of float32, bfloat16 or float16, got {got}")
     try:
         k = operator.index(k)
@@ -174,7 +180,7 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     if n >= MAX_GROUP:
         raise ValueError(f"scores must have fewer than 2**32 entries, got {n}")
     kernel = backend(scores.device)
-    flat = scores.detach().to(torch.float32).contiguous()
+    flat = scores.detach().resolve_neg().to(torch.float32).contiguous()
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     workspace = torch.empty(max(kernel.topk_workspace_bytes(n), 1), dtype=torch.uint8, device=scores.device)
     with launch_guard(scores.device):

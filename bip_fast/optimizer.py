@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from .arena import Arena, Member, Slot
-from .checkpoint import EXTRA, fitting
+from .checkpoint import EXTRA, extra, fitting
 from .ops import StepPlan, backend
 from .options import GROUP_KEYS, check_group, check_levels, check_lower_steps, hyper_table, resolve_density
 from .phases import Phases
-from .prunable import is_pruned, members_of, param_groups_of, split_names
+from .prunable import frozen_of, is_pruned, members_of, param_groups_of, split_names
 
 if TYPE_CHECKING:
     from .report import Report
 
 __all__ = ["FastBiP"]
+
+
+def _value(option: Any) -> Any:
+    """A tensor's value at this moment, so that a change in place is seen."""
+    return option.tolist() if isinstance(option, Tensor) and option.device.type != "meta" else option
 
 
 class FastBiP(torch.optim.Optimizer):
@@ -56,8 +61,9 @@ class FastBiP(torch.optim.Optimizer):
         lower_steps: lower steps per upper step.
         exclude: names, `fnmatch` patterns, modules or parameters that stay dense; one or many.
 
-    All but the last three are keys of parameter groups too, and ``prune=False`` makes a group dense. Hyper-parameters may change at any
-    time, by schedulers or by hand; a new sparsity or scope counts from the next upper or joint step.
+    All but the last three are keys of parameter groups too, and ``prune=False`` makes a group dense; so do frozen parameters stay.
+    Hyper-parameters may change at any time, by schedulers or by hand; a new sparsity (density is turned into it once) or scope counts
+    from the next upper or joint step.
 
     Raises:
         ValueError: an argument is out of range, or nothing is there to prune.
@@ -118,11 +124,13 @@ class FastBiP(torch.optim.Optimizer):
         self._names, self._excluded = given.names, given.excluded
         self._reset()
         super().__init__(given.groups, defaults)
+        self._building = False
         if not any(member.pruned for member in self._members()):
             raise ValueError("nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions")
         self._grow(len(self.param_groups))
 
     def _reset(self) -> None:
+        self._building = True  # add_param_group only collects
         self._arena: Arena | None = None  # None: not yet made, or finalized
         self._plan: StepPlan | None = None
         self._planned: Any = None  # the selection groups the plan was made for
@@ -139,11 +147,14 @@ class FastBiP(torch.optim.Optimizer):
         group["params"], names = split_names(group["params"])
         resolve_density(group)
         check_group(self.defaults | group)
+        if not self._building:
+            self._arena_of("add a parameter group")
         super().add_param_group(group)
-        if self._arena is None:  # still in __init__, which grows once for all groups
+        if self._building:  # __init__ grows once for all groups
             return
         try:
             self._names |= names
+            self._excluded |= frozen_of(group["params"])
             self._grow(1)
         except BaseException:
             self.param_groups.pop()  # as it was: the new group is the last
@@ -152,6 +163,7 @@ class FastBiP(torch.optim.Optimizer):
     def _members(self) -> list[Member]:
         return members_of(self.param_groups, self._names, self._excluded)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _grow(self, new_groups: int) -> None:
         """Make the arena anew for the last ``new_groups`` groups too, keep the state of the others, and project."""
@@ -168,7 +180,7 @@ class FastBiP(torch.optim.Optimizer):
         plan = self._make_plan(arena)
         for slot in arena.slots:
             if old is not None and slot.member.param in old.slot_of:
-                arena.load(slot, old.state_of(old.slot_of[slot.member.param]))
+                arena.load(slot, old.saved_state_of(old.slot_of[slot.member.param]))
             else:
                 arena.start(slot)
         if old is not None:
@@ -186,7 +198,7 @@ class FastBiP(torch.optim.Optimizer):
     def _make_plan(self, arena: Arena) -> StepPlan:
         if any(group["mask_momentum"] > 0 for group in self.param_groups):
             arena.ensure_score_momentum()
-        return arena.plan([(group["sparsity"], group["scope"]) for group in self.param_groups])
+        return arena.plan([(float(group["sparsity"] or 0), group["scope"]) for group in self.param_groups])  # None: nothing is pruned
 
     def _use(self, plan: StepPlan) -> None:
         arena = self._arena_of("step")
@@ -195,7 +207,7 @@ class FastBiP(torch.optim.Optimizer):
 
     def _check_options(self, members: Iterable[Member]) -> None:
         """Check the options of all groups if they have changed since the last time."""
-        seen = [tuple(group[key] for key in GROUP_KEYS) for group in self.param_groups]
+        seen = [tuple(_value(group.get(key)) for key in (*GROUP_KEYS, "density")) for group in self.param_groups]
         if seen == self._checked:
             return
         for group in self.param_groups:
@@ -232,6 +244,7 @@ class FastBiP(torch.optim.Optimizer):
         """Context manager: steps inside are joint ones and do not count in the cycle of phases."""
         return self._phases.force("joint")
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim does: a compiled loop calls the step as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the current `phase`; mutates parameters, theta, momenta, scores and masks.
@@ -244,9 +257,10 @@ class FastBiP(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a parameter was moved or written by someone else, masks are frozen and the phase would move them, a gradient is
-                sparse, or `finalize` was called. Nothing has changed then.
+                sparse, or `finalize` was called. No parameter and no state has changed then.
         """
-        self._arena_of("step")
+        self._arena_of("step").check_untouched()
+        self._phases.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -277,6 +291,8 @@ class FastBiP(torch.optim.Optimizer):
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 
     def _slot(self, p: Tensor) -> Slot:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p must be a parameter, got {type(p).__name__}")
         slot = self._arena_of("look at a parameter").slot_of.get(p)
         if slot is None or not slot.member.pruned:
             what = slot.member.label if slot else f"a parameter of shape {tuple(p.shape)}, which this optimizer does not have"
@@ -336,12 +352,13 @@ class FastBiP(torch.optim.Optimizer):
         """As of any optimizer; tensors are views of the state, so save or copy them before the next step.
 
         Per pruned parameter: ``theta``, ``scores``, ``momentum`` (fp32, shaped like it), ``mask`` (int32 words: bit i%32 of word i/32 is
-        entry i in memory order) and ``score_momentum`` if one is used. The key "bip" holds the phase.
+        entry i of the flattened parameter) and ``score_momentum`` if one is used. The key "bip" holds the phase.
         """
         arena = self._arena_of("save")
         state = super().state_dict()
-        state[EXTRA] = {"cycle": self._phases.cycle, "frozen": self._phases.frozen, "num_nonfinite": arena.num_nonfinite.clone()}
-        return state
+        number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        state["state"] = {number[slot.member.param]: arena.saved_state_of(slot) for slot in arena.slots}
+        return state | {EXTRA: extra(arena, self._phases)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -356,7 +373,7 @@ class FastBiP(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = dict(changed) if changed is not None else state_dict
-        groups, states = fitting(arena, self.param_groups, state_dict)
+        groups, states = fitting(arena, self._phases, self.param_groups, state_dict)
         arena.check_place()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
@@ -364,7 +381,7 @@ class FastBiP(torch.optim.Optimizer):
             arena.load(slot, state)
         arena.record()
         self._use(self._make_plan(arena))
-        self._phases.set(int(state_dict[EXTRA]["cycle"]), bool(state_dict[EXTRA]["frozen"]))
+        self._phases.load(state_dict[EXTRA])
         arena.num_nonfinite.copy_(state_dict[EXTRA]["num_nonfinite"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -372,7 +389,8 @@ class FastBiP(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle. A copy has copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
         arena = self._arena_of("copy")
-        state = super().__getstate__()
+        arena.check_untouched()  # a copy has the parameters from their state
+        state = super().__getstate__() | {"state": {slot.member.param: arena.saved_state_of(slot) for slot in arena.slots}}
         names = [self._names.get(p) for group in self.param_groups for p in group["params"]]
         excluded = [p in self._excluded for group in self.param_groups for p in group["params"]]
         return state | {"_phases": self._phases, "names": names, "excluded": excluded, "num_nonfinite": arena.num_nonfinite}
@@ -382,6 +400,7 @@ class FastBiP(torch.optim.Optimizer):
         names, excluded, num_nonfinite = (state.pop(key) for key in ("names", "excluded", "num_nonfinite"))
         super().__setstate__(state)
         self._reset()
+        self._building = False
         params = [p for group in self.param_groups for p in group["params"]]
         self._names = {p: name for p, name in zip(params, names, strict=True) if name is not None}
         self._excluded = {p for p, out in zip(params, excluded, strict=True) if out}

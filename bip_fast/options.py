@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -27,13 +26,14 @@ class _Range(NamedTuple):
     contains: Callable[[float], bool]
 
 
-_NOT_NEGATIVE = _Range("a finite number of at least 0", lambda x: 0 <= x < math.inf)
+_LARGEST = float(np.finfo(np.float32).max)  # what the kernels can hold
+_NOT_NEGATIVE = _Range("a finite float32 number of at least 0", lambda x: 0 <= x <= _LARGEST)
 _RANGES = {
     "sparsity": _Range("in [0, 1)", lambda x: 0 <= x < 1),
     "density": _Range("in (0, 1]", lambda x: 0 < x <= 1),
     "lr": _NOT_NEGATIVE,
     "mask_lr": _NOT_NEGATIVE,
-    "gamma": _Range("greater than 0", lambda x: x > 0),
+    "gamma": _Range("greater than 0", lambda x: x > 0 and 1 / x <= _LARGEST),
     "momentum": _NOT_NEGATIVE,
     "mask_momentum": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
@@ -42,7 +42,10 @@ _CHOICES = {"levels": LEVELS, "pattern": PATTERNS, "scope": SCOPES}
 
 
 def _check_number(name: str, value: Any) -> None:
-    number = isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    """A number, or for what schedulers move a tensor with one."""
+    number = isinstance(value, Real) or (name in HYPER_KEYS and isinstance(value, torch.Tensor) and value.numel() == 1)
+    if number and isinstance(value, torch.Tensor) and (value.is_complex() or value.device.type == "meta"):
+        number = False
     if not number or not _RANGES[name].contains(float(value)):
         raise ValueError(f"{name} must be {_RANGES[name].expected}, got {value!r}")
 
@@ -88,7 +91,10 @@ def resolve_density(options: dict[str, Any]) -> None:
     if options.get("sparsity") is not None:
         raise ValueError(f"give one of sparsity and density, got both: sparsity={options['sparsity']!r} and density={density!r}")
     _check_number("density", density)
-    options["sparsity"] = 1 - float(density)
+    # Rounded, so that density=0.7 and sparsity=0.3 are one selection group and not two that differ in the last bit.
+    options["sparsity"] = round(1 - float(density), 12)
+    if options["sparsity"] >= 1:
+        raise ValueError(f"density must be at least 1e-12, got {density!r}")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -100,12 +106,16 @@ def check_group(group: dict[str, Any]) -> None:
     for name in _OF_THE_OPTIMIZER:
         if name in group:
             raise ValueError(f"{name} belongs to the optimizer, not to a parameter group, got {group[name]!r}")
+    if group.get("density") is not None:
+        raise ValueError(f"density of a group that exists is its sparsity: set sparsity to 1 - density, got density={group['density']!r}")
     for name in HYPER_KEYS[:-1]:
         _check_number(name, group[name])
     _check_flag("nesterov", group["nesterov"])
     _check_flag("prune", group["prune"])
     _check_choice("pattern", group["pattern"])
     _check_choice("scope", group["scope"])
+    if group["nesterov"] and not group["momentum"] > 0:
+        raise ValueError(f"nesterov needs a momentum greater than 0, got momentum={group['momentum']!r}")
     if group["sparsity"] is not None:
         _check_number("sparsity", group["sparsity"])
 

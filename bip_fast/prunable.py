@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .arena import Member
-from .ops import DTYPES
+from .ops import DTYPES, is_ordinary
 
-__all__ = ["Given", "is_pruned", "members_of", "param_groups_of", "split_names"]
+__all__ = ["Given", "frozen_of", "is_pruned", "members_of", "param_groups_of", "split_names"]
 
 
 class Given(NamedTuple):
@@ -22,7 +24,8 @@ class Given(NamedTuple):
 
     groups: list[dict[str, Any]]
     names: dict[Tensor, str]
-    excluded: set[Tensor]
+    excluded: set[Tensor]  # dense although their group is pruned
+    aliases: list[tuple[str, Tensor]]  # every name, of tied parameters too
 
 
 def split_names(params: Any) -> tuple[list[Any], dict[Tensor, str]]:
@@ -38,10 +41,18 @@ def _module_groups(model: nn.Module) -> Given:
     layers = (layer for layer in model.modules() if isinstance(layer, (_ConvNd, nn.Linear)))
     weights = {layer._parameters.get("weight") for layer in layers}  # None where a parametrization computes the weight
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    aliases: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
     pruned = [p for p in names if p in weights]
     dense = [p for p in names if p not in weights]
     groups: list[dict[str, Any]] = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
-    return Given([group for group in groups if group["params"]], names, set())
+    computed = [
+        name for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)) and "weight" not in layer._parameters
+    ]
+    if computed and not pruned:
+        raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
+    if computed:
+        warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
+    return Given([group for group in groups if group["params"]], names, set(), aliases)
 
 
 def _list_groups(params: Any) -> Given:
@@ -60,15 +71,20 @@ def _list_groups(params: Any) -> Given:
         members, named = split_names(group["params"])
         names |= named
         groups.append({**group, "params": members})
-    return Given(groups, names, set())
+    return Given(groups, names, frozen_of(p for group in groups for p in group["params"]), [(name, p) for p, name in names.items()])
 
 
-def _excluded_by(item: Any, prunable: list[Tensor], names: dict[Tensor, str]) -> set[Tensor]:
+def frozen_of(params: Iterable[Any]) -> set[Tensor]:
+    """Parameters that do not learn, so that nobody expects them to change."""
+    return {p for p in params if isinstance(p, Tensor) and p.is_leaf and not p.requires_grad}
+
+
+def _excluded_by(item: Any, prunable: list[Tensor], aliases: list[tuple[str, Tensor]]) -> set[Tensor]:
     """Parameters that one entry of ``exclude`` means; ValueError if there are none."""
     if isinstance(item, str):
-        if not names:
+        if not aliases:
             raise ValueError(f"exclude has the name {item!r}, but the parameters came without names; pass the model or named_parameters()")
-        found = {p for p in prunable if any(fnmatchcase(names.get(p, ""), pattern) for pattern in (item, item + ".*"))}
+        found = {p for name, p in aliases if fnmatchcase(name, item) or fnmatchcase(name, item + ".*")} & set(prunable)
         what = repr(item)
     elif isinstance(item, nn.Module):
         own = set(item.parameters())
@@ -100,8 +116,10 @@ def param_groups_of(params: nn.Module | Iterable[Any], exclude: Any) -> Given:
         for p in group["params"]
         if isinstance(p, Tensor) and not is_lazy(p) and is_pruned({"prune": True, **group}, p, set())
     ]
+    if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
+        raise TypeError(f"exclude must be or hold names, modules and parameters, got {type(exclude).__name__}")
     for item in [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else exclude:
-        given.excluded.update(_excluded_by(item, prunable, given.names))
+        given.excluded.update(_excluded_by(item, prunable, given.aliases))
     return given
 
 
@@ -119,7 +137,7 @@ def _check_param(p: Tensor, label: str, device: torch.device) -> None:
     """Raise ValueError unless the kernels can work on ``p`` where it lies."""
     if is_lazy(p):
         raise ValueError(f"{label} has no shape yet; run the model once on an example before you make the optimizer")
-    if hasattr(p, "__tensor_flatten__"):
+    if not is_ordinary(p):
         raise ValueError(f"{label} must be an ordinary tensor, got {type(p).__name__}")
     if p.layout != torch.strided or p.dtype not in DTYPES:
         raise ValueError(f"{label} must be a dense tensor of float32, bfloat16 or float16, got {p.layout} of {p.dtype}")
@@ -144,4 +162,14 @@ def members_of(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor,
         label = names.get(p) or f"parameter {number} of shape {'?' if is_lazy(p) else tuple(p.shape)}"
         _check_param(p, label, params[0][2].device)
         members.setdefault(p, Member(p, label, is_pruned(group, p, excluded), row))
+    _check_apart(list(members.values()))
     return list(members.values())
+
+
+def _check_apart(members: list[Member]) -> None:
+    """ValueError when two parameters share memory: each would be pruned as if the other did not exist."""
+    placed = sorted((m.param.data_ptr(), m.param.data_ptr() + m.param.numel() * m.param.element_size(), m.label) for m in members)
+    placed = [place for place in placed if place[0] < place[1] and place[0]]
+    for (_, end, first), (begin, _, second) in pairwise(placed):
+        if begin < end:
+            raise ValueError(f"{first} and {second} share memory; tie them as one parameter (`a.weight = b.weight`)")

@@ -83,9 +83,16 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(left + right).rstrip()
 
 
+def _nonzero(x: Tensor) -> int:
+    if x.layout != torch.strided or x.device.type == "meta" or x.is_quantized:
+        raise ValueError(f"cannot count zeros in a tensor of {x.layout}, {x.dtype} on {x.device}")
+    x = x.detach()
+    return int(torch.count_nonzero(x.float() if x.element_size() == 1 else x))  # torch cannot count in 8-bit floats
+
+
 def layer_table(tensors: Iterable[tuple[str, Tensor]]) -> Report:
     """Report of named weights of any shape, on any device."""
-    return Report(tuple(Row(name, tuple(x.shape), int(torch.count_nonzero(x.detach())), x.numel()) for name, x in tensors))
+    return Report(tuple(Row(name, tuple(x.shape), _nonzero(x), x.numel()) for name, x in tensors))
 
 
 def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:

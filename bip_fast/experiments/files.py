@@ -10,6 +10,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import lzma
+import math
 import pickle
 import struct
 import tarfile
@@ -68,7 +70,7 @@ def _idx(folder: Path, name: str, dimensions: int) -> tuple[np.ndarray, bool]:
     if len(contents) < start or contents[:4] != bytes((0, 0, 8, dimensions)):
         raise ExperimentError(f"{path} is not an IDX file of bytes with {dimensions} dimension(s)")
     shape = struct.unpack(f">{dimensions}I", contents[4:start])
-    expected = int(np.prod(shape, dtype=np.int64))
+    expected = math.prod(shape)
     if len(contents) - start != expected:
         raise ExperimentError(f"{path} is damaged: its header promises {expected} bytes, got {len(contents) - start}")
     return np.frombuffer(contents, np.uint8, offset=start).reshape(shape), _is_official(name, contents)
@@ -155,8 +157,8 @@ def _contents(folder: Path, inner: str, names: Sequence[str]) -> dict[str, tuple
                 stream = tar.extractfile(member) if name in names else None
                 if stream is not None:
                     found[name] = (archive / name, stream.read())
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ExperimentError(f"{archive} is damaged: {error}") from error
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        raise ExperimentError(f"{archive} is damaged: {' '.join(str(error).split())}") from error
     for name in names:
         if name not in found:
             raise ExperimentError(f"{inner}/{name} is missing in {archive}")

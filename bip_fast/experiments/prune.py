@@ -6,6 +6,7 @@ looked at twice: at the end of each stage, for the report. Nothing is chosen by 
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from pathlib import Path
@@ -58,9 +59,12 @@ def pruner(model: nn.Module, settings: Settings) -> bip_fast.FastBiP:
     )
 
 
-def _check(model: nn.Module, name: str, data: Dataset) -> None:
-    """Raises ExperimentError unless ``model`` makes logits of two images of the data set and has weights to prune."""
-    shape = (2, *data.train_images.shape[1:])
+def _check(model: nn.Module, settings: Settings, data: Dataset) -> None:
+    """Raises ExperimentError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved.
+
+    All on a copy, so that a long training does not end in an error that could have been seen before it.
+    """
+    name, shape = settings.model, (2, *data.train_images.shape[1:])
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(shape))
@@ -73,6 +77,16 @@ def _check(model: nn.Module, name: str, data: Dataset) -> None:
         raise ExperimentError(f"--model {name} must give logits of shape {expected} for images of shape {shape}, got {found}")
     if not weights(model):
         raise ExperimentError(f"--model {name} has no Conv or Linear layer to prune")
+    try:
+        trial = copy.deepcopy(model).train()
+        optimizer = pruner(trial, settings)
+        trial(torch.zeros(shape)).sum().backward()
+        optimizer.step()
+        if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
+            raise TypeError("its state_dict() holds more than tensors")
+    except Exception as error:  # the user's code may raise anything
+        message = " ".join(str(error).split())
+        raise ExperimentError(f"--model {name} cannot be trained and pruned: {type(error).__name__}: {message}") from error
 
 
 class Job:
@@ -82,8 +96,12 @@ class Job:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
         self.data = (hold_out(data, VALIDATION) if settings.validate else data).to(device)
         torch.manual_seed(settings.seed)
-        model = resnet.build(settings.model, data.channels, data.classes, settings.width)
-        _check(model, settings.model, data)
+        try:
+            model = resnet.build(settings.model, data.channels, data.classes, settings.width)
+        except (RuntimeError, MemoryError) as error:
+            raise ExperimentError(f"cannot build --model {settings.model}: {' '.join(str(error).split())[:160]}") from error
+        _check(model, settings, data)
+        torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.recipes = recipes(settings)
         self.steps = batch_count(self.data, settings.batch_size)
@@ -129,6 +147,7 @@ class Job:
         Raises:
             ExperimentError: the checkpoint is damaged or does not fit the model.
         """
+        self.folder.lock()
         self.folder.remove_leftovers()
         state = self.folder.load_checkpoint()
         if state is None:
@@ -144,7 +163,7 @@ class Job:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             raise ExperimentError(
                 f"{self.folder.path / 'checkpoint.pt'} does not fit this version; --overwrite starts again ({message})"

@@ -10,9 +10,9 @@ report.json         every figure; written last, so a folder with one is finished
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from . import ExperimentError
 from .settings import FIELDS, Settings, option
 
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+
 __all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "write_safetensors"]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
@@ -37,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: int | None = None  # the folder itself, open and locked
 
     @property
     def finished(self) -> bool:
@@ -52,18 +55,45 @@ class RunFolder:
         Raises:
             ExperimentError: it belongs to another run and ``overwrite`` is not set, or it cannot be written.
         """
+        there = [name for name in FILES if (self.path / name).exists()]
+        if not self.begun and not overwrite and there:
+            raise ExperimentError(f"{self.path} has {', '.join(there)}, but no run; --overwrite replaces them, --out names another folder")
+        if settings.checkpoint and Path(settings.checkpoint).resolve() in [(self.path / name).resolve() for name in FILES]:
+            raise ExperimentError(f"--checkpoint {settings.checkpoint} would be overwritten by the run in {self.path}; give another --out")
         if self.begun and not overwrite:
             if self.finished:
                 raise ExperimentError(f"{self.path} holds a finished run; --overwrite runs it again, --out names another folder")
             raise ExperimentError(f"{self.path} holds a run that is not finished; --resume continues it, --overwrite starts again")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
             self.remove_leftovers()
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
             self.write_json("config.json", settings.as_dict())
         except OSError as error:
             raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def lock(self) -> None:
+        """Hold the folder until `release`, or until this process ends, so that no two runs write into it.
+
+        Raises:
+            ExperimentError: another process has it.
+        """
+        if fcntl is None:
+            return
+        self._held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExperimentError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def settings(self, given: dict[str, Any]) -> Settings:
         """Settings of the run that began here; ``given`` options must agree with them.
@@ -84,20 +114,20 @@ class RunFolder:
                 )
         try:
             return Settings.of(stored)
-        except TypeError as error:
-            raise ExperimentError(f"{self.path / 'config.json'} is damaged: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ExperimentError(f"{self.path / 'config.json'} is damaged: {_one_line(error)}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:
             value = json.loads((self.path / name).read_text())
-        except (OSError, ValueError) as error:
-            raise ExperimentError(f"{self.path / name} is damaged: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ExperimentError(f"{self.path / name} is damaged: {_one_line(error)}") from error
         if not isinstance(value, dict):
             raise ExperimentError(f"{self.path / name} is damaged: expected an object")
         return value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        self.write(name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+        self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
         """Run ``save`` on a file beside ``name``, bring it to the disk, then take its place: the old one stays whole until then."""
@@ -126,12 +156,12 @@ class RunFolder:
             return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file raises nearly anything
             raise ExperimentError(f"{path} is damaged; --overwrite starts again ({_one_line(error)})") from error
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 
 
@@ -163,7 +193,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) and isinstance(name, str) for name, x in state.items()):
         raise ExperimentError(f"{path} does not hold a state dict (names and tensors)")
     return {name.removeprefix("module."): x for name, x in state.items()}  # DataParallel's prefix
 

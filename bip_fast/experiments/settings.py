@@ -15,6 +15,8 @@ from .data import DATA
 __all__ = ["LEVELS", "PRESETS", "Settings"]
 
 LEVELS = ("alternating", "joint")
+_NONE = type(None)
+_TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, _NONE), "str | None": (str, _NONE)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Settings:
 
     def check(self) -> None:
         """Raises ExperimentError for the first value out of range."""
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), _TYPES[str(field.type)]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise ExperimentError(f"{option(field.name)} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
+        if self.seed >= 2**63:
+            raise ExperimentError(f"--seed must be less than 2**63, got {self.seed}")
+        if self.checkpoint == "":
+            raise ExperimentError("--checkpoint must name a file, got an empty name")
         if not 0 <= self.sparsity < 1:
             hint = f" (write {self.sparsity / 100:g} for {self.sparsity:g} %)" if 1 < self.sparsity < 100 else ""
             raise ExperimentError(f"--sparsity must be in [0, 1), got {self.sparsity:g}{hint}")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..report import weights
+from . import ExperimentError
 from .data import Dataset, Position, batch_count, epoch_order, ordered_batches, train_batch
 
 __all__ = ["Cursor", "Recipe", "Score", "evaluate", "kept_flags", "train"]
@@ -62,6 +63,10 @@ class Cursor:
 
     def end_epoch(self, model: nn.Module, lr: float) -> None:
         loss, accuracy = self.running()
+        if not math.isfinite(loss):
+            raise ExperimentError(
+                f"the training loss is {loss} in epoch {self.epoch + 1}; smaller --lr, --pretrain-lr or --mask-lr may help"
+            )
         flags = kept_flags(model)
         changed = sum(int((flags[name] != self.flags[name]).sum()) for name in self.flags)
         total = sum(x.numel() for x in flags.values())
