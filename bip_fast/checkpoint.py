@@ -48,7 +48,8 @@ def _fitting(
     if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not extra(arena, phases).keys() <= state_dict[EXTRA].keys():
         raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with the keys {list(state_dict)}")
     phases.check_state(state_dict[EXTRA])
-    int(state_dict[EXTRA]["num_nonfinite"])
+    if torch.as_tensor(state_dict[EXTRA]["num_nonfinite"]).numel() != 1:
+        raise ValueError("state_dict must hold one number as num_nonfinite, got several")
     groups = state_dict["param_groups"]
     expected, given = ([(len(group["params"]), group.get("prune")) for group in side] for side in (param_groups, groups))
     if expected != given:

@@ -174,7 +174,8 @@ def test_a_step_does_not_synchronise(cuda):
     opt.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(4):
+        for i in range(4):
+            opt.param_groups[0]["lr"] = 0.1 / (i + 1)  # as under a scheduler: new hyper-parameters go to the device
             opt.step()
         topk_mask(params[0].detach(), 100)
     finally:

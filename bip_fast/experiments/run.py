@@ -114,7 +114,7 @@ class RunFolder:
                 )
         try:
             return Settings.of(stored)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (ExperimentError, TypeError, ValueError, AttributeError) as error:
             raise ExperimentError(f"{self.path / 'config.json'} is damaged: {_one_line(error)}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
