@@ -28,6 +28,7 @@ from setuptools.errors import CompileError, OptionError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+OLDEST_GPU = (7, 0)  # the kernels take their parameters as __grid_constant__
 OLDEST_NVCC = (11, 8)  # the toolkit of the oldest torch wheels this package supports
 
 # No fast-math and no contraction of a*b+c anywhere: results on CPU and GPU are equal bit for bit. No -march either, so that one
@@ -96,15 +97,22 @@ def choose_architectures(environ: Mapping[str, str], nvcc: Nvcc) -> list[str]:
     if wanted == [""]:
         default = [arch for arch in DEFAULT_ARCHITECTURES if arch in nvcc.known]
         return [*default[:-1], default[-1] + "+PTX"]  # newer GPUs compile the PTX of the newest when the module is first used
+    chosen = []
     for arch in wanted:
         form = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", arch)
         if not form:
-            raise OptionError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0a;12.0+PTX', got {arch!r}")
+            raise OptionError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0a;12.0+PTX' (numbers, not names), got {arch!r}")
+        if tuple(map(int, form[1].split("."))) < OLDEST_GPU:
+            print(f"leaving out {arch} of TORCH_CUDA_ARCH_LIST: the kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}")
+            continue
         if form[1] not in nvcc.known:
             raise OptionError(
                 "TORCH_CUDA_ARCH_LIST has {}, but {} (CUDA {}.{}) knows {}".format(arch, nvcc.path, *nvcc.version, " ".join(nvcc.known))
             )
-    return list(dict.fromkeys(wanted))
+        chosen.append(arch)
+    if not chosen:
+        raise OptionError(f"TORCH_CUDA_ARCH_LIST must have a GPU of compute capability 7.0 or newer, got {' '.join(wanted)!r}")
+    return list(dict.fromkeys(chosen))
 
 
 def gencode(architectures: list[str]) -> list[str]:

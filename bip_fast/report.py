@@ -104,7 +104,11 @@ def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         found = [(name, x) for name, x in source.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
     first: dict[Any, tuple[str, Tensor]] = {}
     for name, x in found:
-        storage = (x.data_ptr(), tuple(x.shape), tuple(x.stride())) if x.numel() and x.device.type != "meta" else name
+        storage = (
+            (x.data_ptr(), tuple(x.shape), tuple(x.stride()))
+            if x.numel() and x.layout == torch.strided and x.device.type != "meta"
+            else name
+        )
         first.setdefault(storage, (name, x))
     return list(first.values())
 

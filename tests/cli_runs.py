@@ -14,6 +14,12 @@ def narrow(channels, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 def random(channels, classes):
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes))
+def frozen(channels, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).requires_grad_(False)
+def normed(channels, classes):
+    return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, classes)))
+def double(channels, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes).double())
 def large(channels, classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
 """

@@ -123,8 +123,15 @@ def test_nonsense_in_the_architecture_list_is_an_error(build: ModuleType, nvcc: 
 
 
 def test_an_architecture_that_nvcc_does_not_know_is_an_error(build: ModuleType, nvcc: object) -> None:
-    with pytest.raises(build.OptionError, match=r"has 3\.5, but nvcc \(CUDA 13\.0\) knows 7\.5 8\.0"):
-        build.choose_architectures({"TORCH_CUDA_ARCH_LIST": "8.0 3.5"}, nvcc)
+    with pytest.raises(build.OptionError, match=r"has 7\.0, but nvcc \(CUDA 13\.0\) knows 7\.5 8\.0"):
+        build.choose_architectures({"TORCH_CUDA_ARCH_LIST": "8.0 7.0"}, nvcc)
+
+
+def test_architectures_too_old_for_the_kernels_are_left_out(build: ModuleType, nvcc: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.choose_architectures({"TORCH_CUDA_ARCH_LIST": "5.2 6.0 8.0 9.0+PTX"}, nvcc) == ["8.0", "9.0+PTX"]
+    assert capsys.readouterr().out.count("leaving out") == 2
+    with pytest.raises(build.OptionError, match=r"7\.0 or newer, got '5\.2 6\.0'"):
+        build.choose_architectures({"TORCH_CUDA_ARCH_LIST": "5.2 6.0"}, nvcc)
 
 
 def test_gencode(build: ModuleType) -> None:

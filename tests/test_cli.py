@@ -1,6 +1,7 @@
 """The command line as a person meets it: whole runs of a tiny network, errors in one line, report, doctor."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from cli_runs import FILES, OWN, SMALL, load_weights, one_line, prune
 import bip_fast
 from bip_fast import cli, ops, report
 from bip_fast.experiments import data, display, resnet
+from bip_fast.experiments.run import RunFolder
+from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import evaluate
 
 if missing := cli.missing_extras():
@@ -174,6 +177,14 @@ BAD = {
     "--momentum 1": "--momentum must be in [0, 1), got 1",
     "--freeze 2": "--freeze must be in [0, 1], got 2",
     "--seed -1": "--seed must be at least 0, got -1",
+    "--seed 9223372036854775808": "--seed must be less than 2**63",
+    "--width 100000000": "cannot build --model resnet20",
+    "--checkpoint=": "--checkpoint must name a file",
+    "--out=": "--out must name a folder of its own",
+    "--out mine": "mine has model.safetensors, but no run",
+    "--model own.py:frozen": "own.py:frozen cannot be trained and pruned",
+    "--model own.py:normed": "own.py:normed cannot be trained and pruned: ValueError: nothing to prune: a parametrization",
+    "--model own.py:double": "failed on images of shape (2, 1, 8, 8): RuntimeError",
     "--levels both": "--levels must be one of alternating, joint, got 'both'",
     "--data mnist": "--data must be one of digits, fashion-mnist, cifar10, cifar100, got 'mnist'",
     "--data cifar10": "--data cifar10 needs --data-dir",
@@ -208,6 +219,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
     Path("text.pt").write_text("not weights")
     Path("text.safetensors").write_text("not weights")
     Path("own.py").write_text(OWN)
+    Path("mine").mkdir()
+    Path("mine/model.safetensors").write_text("somebody else's")
     torch.save([1, 2], "list.pt")
     torch.save({"a": torch.ones(2)}, "other.pt")
     torch.save(resnet.build("resnet20", 1, 10, width=4).state_dict(), "wide.pt")
@@ -217,6 +230,33 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
     assert BAD[options] in one_line(captured.err)
     assert captured.out == ""
     assert set(Path().iterdir()) == before
+    assert Path("mine/model.safetensors").read_text() == "somebody else's"
+
+
+def test_a_run_does_not_replace_the_weights_it_starts_from(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert prune(tmp_path / "run", "--overwrite", "--checkpoint", str(tmp_path / "run" / "model.safetensors")) == 2
+    assert "would be overwritten" in one_line(capsys.readouterr().err)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_diverges_says_so(tmp_path, capsys):
+    assert prune(tmp_path / "run", "--pretrain-lr", "1e30") == 2
+    assert "the training loss is nan in epoch" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path, capsys):
+    """As long as one run has it, also with --overwrite and --resume."""
+    holder = RunFolder(tmp_path)
+    holder.lock()
+    (tmp_path / "config.json").write_text(json.dumps(Settings().as_dict()))
+    for options in (["--out", str(tmp_path), "--overwrite"], ["--resume", str(tmp_path)]):
+        assert cli.main(["prune", *options]) == 2
+        assert "is in use by another run" in one_line(capsys.readouterr().err)
+    holder.release()
+    assert prune(tmp_path, "--overwrite", "--pretrain-epochs", "0", "--epochs", "1") == 0
 
 
 def test_report_prints_the_table_of_a_file_and_of_a_run(finished, tmp_path, capsys):
@@ -230,11 +270,22 @@ def test_report_prints_the_table_of_a_file_and_of_a_run(finished, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere.pt", "there is no file"), (".", "there is no file"), ("flat.pt", "no weights of two")]
+    ("name", "message"),
+    [
+        ("nowhere.pt", "there is no file"),
+        (".", "there is no file"),
+        ("flat.pt", "no weights of two"),
+        ("numbers.pt", "does not hold a state dict"),
+        ("sparse.pt", "cannot count zeros"),
+        ("meta.pt", "cannot count zeros"),
+    ],
 )
 def test_report_of_nothing_is_one_line(tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(tmp_path)
     torch.save({"bias": torch.ones(3)}, "flat.pt")
+    torch.save({1: torch.ones(3, 3)}, "numbers.pt")
+    torch.save({"a": torch.eye(3).to_sparse()}, "sparse.pt")
+    torch.save({"a": torch.ones(3, 3, device="meta")}, "meta.pt")
     assert cli.main(["report", name]) == 2
     assert message in one_line(capsys.readouterr().err)
 

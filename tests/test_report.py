@@ -21,6 +21,11 @@ class Network(nn.Module):
         self.tied.weight = self.fc.weight
 
 
+def test_eight_bit_floats_are_counted():
+    x = torch.eye(4).to(torch.float8_e4m3fn)
+    assert [(row.kept, row.total) for row in report({"a": x})] == [(4, 16)]
+
+
 @pytest.fixture
 def model():
     model = Network()

@@ -165,6 +165,15 @@ def damage(name):
     return change
 
 
+def change_checkpoint(change):
+    def damage(folder):
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        change(state)
+        torch.save(state, folder / "checkpoint.pt")
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
@@ -176,6 +185,11 @@ def damage(name):
         ([], lambda folder: (folder / "config.json").write_text('{"speed": 1}'), "unknown settings: speed"),
         ([], lambda folder: (folder / "config.json").write_text('{"sparsity": "most"}'), "config.json is damaged"),
         ([], lambda folder: torch.save({"model": {}}, folder / "checkpoint.pt"), "does not fit the model"),
+        ([], change_checkpoint(lambda state: state["cursor"].update(epoch=99)), "does not fit this version"),
+        ([], change_checkpoint(lambda state: state["cursor"].update(step="x")), "does not fit this version"),
+        ([], change_checkpoint(lambda state: state["optimizer"].update(param_groups=None)), "does not fit this version"),
+        ([], change_checkpoint(lambda state: state.update(done={})), "does not fit this version"),
+        ([], lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
         ([], lambda folder: torch.save({"step": 1}, folder / "checkpoint.pt"), "checkpoint.pt does not fit this version"),
     ],
 )

@@ -159,7 +159,9 @@ class Job:
                 self._begin_pruning()
             self.optimizer.load_state_dict(state["optimizer"])
             self.cursor = Cursor.from_state(state["cursor"], self.device)
-            self.done = state["done"]
+            if not (0 <= self.cursor.epoch <= self.recipes[self.stage].epochs and 0 <= self.cursor.step < self.steps):
+                raise ValueError(f"epoch {self.cursor.epoch}, batch {self.cursor.step} are not in this run")
+            self.done = {name: dict(state["done"][name]) for name in self.done}
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
