@@ -146,3 +146,12 @@ class Lockstep:
 def run_of(model: torch.nn.Module, **options) -> Lockstep:
     """A Module in lock-step, at rates that move masks."""
     return Lockstep(model.parameters(), lambda: FastBiP(model, **(MOVING | options)), pruned_of(model))
+
+
+def after_steps(params: list[Tensor], steps: int = 3, **options) -> FastBiP:
+    """An optimizer some steps into its run."""
+    opt = FastBiP(params, **(MOVING | options))
+    for i in range(steps):
+        fill_gradients([p for group in opt.param_groups for p in group["params"]], i)
+        opt.step()
+    return opt
