@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arena import Arena, Member, Slot
+from .arena import Arena, Slot
 from .checkpoint import EXTRA, extra, fitting
-from .ops import StepPlan, backend
-from .options import GROUP_KEYS, check_group, check_levels, check_lower_steps, hyper_table, resolve_density
+from .engine import Engine
+from .options import check_group, check_levels, check_lower_steps, resolve_density
 from .phases import Phases
-from .prunable import frozen_of, is_pruned, members_of, param_groups_of, split_names
+from .prunable import frozen_of, is_pruned, param_groups_of, split_names
 
 if TYPE_CHECKING:
     from .report import Report
 
 __all__ = ["FastBiP"]
-
-
-def _value(option: Any) -> Any:
-    """A tensor's value at this moment, so that a change in place is seen."""
-    return option.tolist() if isinstance(option, Tensor) and option.device.type != "meta" else option
 
 
 class FastBiP(torch.optim.Optimizer):
@@ -125,16 +119,11 @@ class FastBiP(torch.optim.Optimizer):
         self._reset()
         super().__init__(given.groups, defaults)
         self._building = False
-        if not any(member.pruned for member in self._members()):
-            raise ValueError("nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions")
-        self._grow(len(self.param_groups))
+        self._build({}, project=True)
 
     def _reset(self) -> None:
         self._building = True  # add_param_group only collects
-        self._arena: Arena | None = None  # None: not yet made, or finalized
-        self._plan: StepPlan | None = None
-        self._planned: Any = None  # the selection groups the plan was made for
-        self._checked: Any = None  # the options that were last found valid
+        self._engine: Engine | None = None  # None: not yet made, or finalized
         self._finished: Report | None = None
 
     # --- parameter groups ------------------------------------------------------------------------------------------------------------
@@ -147,83 +136,39 @@ class FastBiP(torch.optim.Optimizer):
         group["params"], names = split_names(group["params"])
         resolve_density(group)
         check_group(self.defaults | group)
-        if not self._building:
-            self._arena_of("add a parameter group")
-        super().add_param_group(group)
-        if self._building:  # __init__ grows once for all groups
+        if self._building:  # __init__ builds once for all groups
+            super().add_param_group(group)
             return
+        self._arena_of("add a parameter group").check_untouched()
+        excluded = self._excluded | frozen_of(group["params"])
+        if self._phases.frozen and any(is_pruned(self.defaults | group, p, excluded) for p in group["params"]):
+            raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
+        super().add_param_group(group)
+        before = self._names, self._excluded
+        self._names, self._excluded = self._names | names, excluded
         try:
-            self._names |= names
-            self._excluded |= frozen_of(group["params"])
-            self._grow(1)
+            self._build(self._running("add a parameter group").saved_state(), project=not self._phases.frozen)
         except BaseException:
             self.param_groups.pop()  # as it was: the new group is the last
+            self._names, self._excluded = before
             raise
 
-    def _members(self) -> list[Member]:
-        return members_of(self.param_groups, self._names, self._excluded)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _grow(self, new_groups: int) -> None:
-        """Make the arena anew for the last ``new_groups`` groups too, keep the state of the others, and project."""
-        members, old = self._members(), self._arena
-        device = members[0].param.device if members else torch.device("cpu")
-        backend(device)
-        self._check_options(members)
+    def _build(self, states: Mapping[Tensor, dict[str, Tensor]], project: bool) -> None:
+        """The engine for the groups as they are now."""
+        old = self._engine
+        engine = Engine(self.param_groups, self._names, self._excluded, states, project)
         if old is not None:
-            old.check_untouched()
-            if self._phases.frozen and len(old.pruned) < sum(member.pruned for member in members):
-                raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
-        # Nothing is written before all memory is there.
-        arena = Arena(members, device)
-        plan = self._make_plan(arena)
-        for slot in arena.slots:
-            if old is not None and slot.member.param in old.slot_of:
-                arena.load(slot, old.saved_state_of(old.slot_of[slot.member.param]))
-            else:
-                arena.start(slot)
-        if old is not None:
-            arena.num_nonfinite.copy_(old.num_nonfinite)
-        arena.record()
-        self._arena = arena
-        self._use(plan)
-        if not self._phases.frozen:
-            self._run("upper", arena.no_gradients())
+            engine.arena.num_nonfinite.copy_(old.arena.num_nonfinite)
+        self._engine = engine
+        self.state.update(engine.state())
 
-    def _selection(self) -> list[tuple[Any, ...]]:
-        """What the selection groups depend on."""
-        return [(group["sparsity"], group["scope"], group["mask_momentum"] > 0) for group in self.param_groups]
-
-    def _make_plan(self, arena: Arena) -> StepPlan:
-        if any(group["mask_momentum"] > 0 for group in self.param_groups):
-            arena.ensure_score_momentum()
-        return arena.plan([(float(group["sparsity"] or 0), group["scope"]) for group in self.param_groups])  # None: nothing is pruned
-
-    def _use(self, plan: StepPlan) -> None:
-        arena = self._arena_of("step")
-        self._plan, self._planned = plan, self._selection()
-        self.state.update({slot.member.param: arena.state_of(slot) for slot in arena.slots})
-
-    def _check_options(self, members: Iterable[Member]) -> None:
-        """Check the options of all groups if they have changed since the last time."""
-        seen = [tuple(_value(group.get(key)) for key in (*GROUP_KEYS, "density")) for group in self.param_groups]
-        if seen == self._checked:
-            return
-        for group in self.param_groups:
-            check_group(group)
-        for member in members:
-            group = self.param_groups[member.row]
-            if member.pruned and group["sparsity"] is None:
-                raise ValueError(f"give one of sparsity and density, got neither, for {member.label}")
-            if member.pruned != is_pruned(group, member.param, self._excluded):
-                raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r} for {member.label}")
-        self._checked = seen
+    def _running(self, what: str) -> Engine:
+        if self._engine is None:
+            raise RuntimeError(f"cannot {what}: finalize() was called, the optimizer has let go of the model")
+        return self._engine
 
     def _arena_of(self, what: str) -> Arena:
-        if self._arena is None:
-            raise RuntimeError(f"cannot {what}: finalize() was called, the optimizer has let go of the model")
-        return self._arena
+        return self._running(what).arena
 
     # --- steps -----------------------------------------------------------------------------------------------------------------------
 
@@ -259,16 +204,17 @@ class FastBiP(torch.optim.Optimizer):
             RuntimeError: a parameter was moved or written by someone else, masks are frozen and the phase would move them, a gradient is
                 sparse, or `finalize` was called. No parameter and no state has changed then.
         """
-        self._arena_of("step").check_untouched()
+        self._running("step")
         self._phases.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        arena, phase = self._arena_of("step"), self._phases.check()
-        arena.check_untouched()
-        gradients, alive = arena.gradients()
-        self._run(phase, gradients, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf"))
+        engine, phase = self._running("step"), self._phases.check()
+        engine.arena.check_untouched()
+        gradients, alive = engine.arena.gradients()
+        if engine.run(phase, gradients, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf")):
+            self.state.update(engine.state())
         del alive  # the kernels are launched; memory freed now is reused behind them on the stream
         self._phases.advance()
         return loss
@@ -278,15 +224,6 @@ class FastBiP(torch.optim.Optimizer):
         if not isinstance(value, Tensor):
             return None
         return value.to(device=self._arena_of("step").device, dtype=torch.float32)
-
-    def _run(self, phase: str, gradients: np.ndarray, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        arena = self._arena_of("step")
-        self._check_options(slot.member for slot in arena.slots)
-        if self._plan is None or (phase != "lower" and self._planned != self._selection()):
-            self._use(self._make_plan(arena))
-        assert self._plan is not None
-        self._plan.run(phase, hyper_table(self.param_groups), gradients, arena.num_nonfinite, grad_scale, found_inf)
-        arena.mark_written()
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 
@@ -336,11 +273,11 @@ class FastBiP(torch.optim.Optimizer):
         Raises:
             RuntimeError: a parameter was moved or written by someone else, so its zeros are not certain. Nothing has changed then.
         """
-        if self._arena is None:
+        if self._engine is None:
             return
-        self._arena.check_untouched()
+        self._engine.arena.check_untouched()
         self._finished = self.report()
-        self._arena = self._plan = None
+        self._engine = None
         self.state.clear()
         for group in self.param_groups:
             group["params"] = []
@@ -357,7 +294,7 @@ class FastBiP(torch.optim.Optimizer):
         arena = self._arena_of("save")
         state = super().state_dict()
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        state["state"] = {number[slot.member.param]: arena.saved_state_of(slot) for slot in arena.slots}
+        state["state"] = {number[p]: saved for p, saved in self._running("save").saved_state().items()}
         return state | {EXTRA: extra(arena, self._phases)}
 
     @torch.no_grad()
@@ -368,7 +305,8 @@ class FastBiP(torch.optim.Optimizer):
             ValueError: it belongs to other parameters, groups or another optimizer. Nothing has changed then.
             RuntimeError: a parameter was moved by someone else.
         """
-        arena = self._arena_of("load")
+        engine = self._running("load")
+        arena = engine.arena
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -380,7 +318,8 @@ class FastBiP(torch.optim.Optimizer):
         for slot, state in zip(arena.slots, states, strict=True):
             arena.load(slot, state)
         arena.record()
-        self._use(self._make_plan(arena))
+        engine.replan()
+        self.state.update(engine.state())
         self._phases.load(state_dict[EXTRA])
         arena.num_nonfinite.copy_(state_dict[EXTRA]["num_nonfinite"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -390,7 +329,7 @@ class FastBiP(torch.optim.Optimizer):
         """For copy and pickle. A copy has copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
         arena = self._arena_of("copy")
         arena.check_untouched()  # a copy has the parameters from their state
-        state = super().__getstate__() | {"state": {slot.member.param: arena.saved_state_of(slot) for slot in arena.slots}}
+        state = super().__getstate__() | {"state": self._running("copy").saved_state()}
         names = [self._names.get(p) for group in self.param_groups for p in group["params"]]
         excluded = [p in self._excluded for group in self.param_groups for p in group["params"]]
         return state | {"_phases": self._phases, "names": names, "excluded": excluded, "num_nonfinite": arena.num_nonfinite}
@@ -404,10 +343,5 @@ class FastBiP(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         self._names = {p: name for p, name in zip(params, names, strict=True) if name is not None}
         self._excluded = {p for p, out in zip(params, excluded, strict=True) if out}
-        arena = Arena(self._members(), num_nonfinite.device)
-        for slot in arena.slots:
-            arena.load(slot, self.state[slot.member.param])
-        arena.num_nonfinite.copy_(num_nonfinite)
-        arena.record()
-        self._arena = arena
-        self._use(self._make_plan(arena))
+        self._build(dict(self.state), project=False)
+        self._arena_of("copy").num_nonfinite.copy_(num_nonfinite)

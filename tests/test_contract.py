@@ -94,7 +94,7 @@ def test_strides_of_dimensions_of_one_do_not_matter(backend):
     run = Lockstep([p], lambda: FastBiP([p], **MOVING))
     grad = torch.randn(6, 5, generator=backend.generator(0)).to(backend.device)
     p.grad = grad.as_strided((6, 5, 1, 1), (5, 1, 7, 3))
-    assert run.opt._arena.gradients()[0]["data"][0] == grad.data_ptr()
+    assert run.opt._engine.arena.gradients()[0]["data"][0] == grad.data_ptr()
     run.step("joint")
 
 
