@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.workload import DENSITY, copy_seconds, synchronize
+from bench.workload import DENSITY, copy_seconds, processor_name, synchronize
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,15 +24,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda needs a CUDA device and a torch that sees it")
     if threads := config.getoption("--bench-threads"):
         torch.set_num_threads(threads)
-
-
-def processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip().removesuffix(" Processor")
-    return platform.processor() or platform.machine()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 import bip_fast
-from bench.conftest import processor_name
 from bench.report import folder_name
+from bench.workload import processor_name
 from bip_fast.experiments import resnet
 from bip_fast.experiments.data import Dataset, load, split
 from bip_fast.experiments.prune import dense_optimizer, pruner, recipes

@@ -6,11 +6,13 @@ come from a rotating pool, so what a step reads was last touched hundreds of meg
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,15 @@ POOL = 4  # sets of gradients
 STEP_BYTES = {"lower": 24.1, "upper": 16.3, "joint": 32.3}
 SGD_BYTES = 20.0  # read gradient, weight, momentum; write weight, momentum
 TOPK_BYTES = 5.0  # read a score, write a mask byte
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip().removesuffix(" Processor")
+    return platform.processor() or platform.machine()
 
 
 def resnet18_shapes() -> list[tuple[int, ...]]:
