@@ -6,7 +6,7 @@
 ResNet-20 on 10,000 training images at stride 2 (14x14), all 10,000 test images. Each seed trains one dense network; from it every method
 gets the same number of forward and backward passes, on the same batches: BiP alternating spends every second one on the masks. "dense" is
 the same network trained on for as long. The masks of all methods are an exact global top-k over all Conv and Linear weights.
-A finished cell is kept in --work, so an interrupted comparison continues where it was. About 20 minutes on two CPU cores.
+A finished cell is kept in --work, so an interrupted comparison continues where it was. On two CPU cores 0.95 and 0.98 take 14 minutes.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class _Backend(Protocol):
         grad_scale: int,
         found_inf: int,
         num_nonfinite: int,
+        counters: int,
         workspace: int,
         where: int,
     ) -> None: ...
@@ -42,6 +43,7 @@ tensor_dtype: np.dtype[np.void]
 gradient_dtype: np.dtype[np.void]
 hyper_dtype: np.dtype[np.void]
 group_dtype: np.dtype[np.void]
+counters_dtype: np.dtype[np.void]
 cpu: _Backend
 cuda: _Backend  # only where build_info()["cuda"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .ops import DTYPES, StepPlan, kernels
-from .patterns import Budget, selection_groups
+from .patterns import Budget, SelectionGroup, selection_groups
 
 __all__ = ["Arena", "Member", "unpack_mask"]
 
@@ -212,9 +212,12 @@ class Arena:
 
     # --- tables for the kernels ------------------------------------------------------------------------------------------------------
 
-    def plan(self, options: Sequence[tuple[float, str]]) -> StepPlan:
-        """Launch recipe under the (sparsity, scope) of every parameter group."""
-        groups = selection_groups([Budget(slot.numel, *options[slot.member.row]) for slot in self.pruned])
+    def selection(self, options: Sequence[tuple[float, str]]) -> list[SelectionGroup]:
+        """Which pruned tensors compete for how many places, under the (sparsity, scope) of every parameter group."""
+        return selection_groups([Budget(slot.numel, *options[slot.member.row]) for slot in self.pruned])
+
+    def plan(self, groups: Sequence[SelectionGroup], hypers: np.ndarray) -> StepPlan:
+        """Launch recipe for a `selection`."""
         table = np.zeros(len(self.slots), dtype=kernels().tensor_dtype)
         table["group"] = -1
         for number, group in enumerate(groups):
@@ -230,7 +233,7 @@ class Arena:
                 row[name] = view.data_ptr()
         budgets = np.zeros(len(groups), dtype=kernels().group_dtype)
         budgets["numel"], budgets["kept"] = [group.numel for group in groups], [group.kept for group in groups]
-        return StepPlan(self.device, table, budgets)
+        return StepPlan(self.device, table, budgets, hypers)
 
     def no_gradients(self) -> np.ndarray:
         """A table without any gradient."""

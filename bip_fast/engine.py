@@ -66,17 +66,41 @@ class Engine:
         if project:
             self.run("upper", self.arena.no_gradients())
 
-    def _selection(self) -> list[tuple[Any, ...]]:
-        """What the selection groups depend on."""
-        return [(group["sparsity"], group["scope"], group["mask_momentum"] > 0) for group in self._groups]
+    def _options(self) -> list[tuple[float, str]]:
+        """(sparsity, scope) of every parameter group."""
+        return [(float(group["sparsity"] or 0), group["scope"]) for group in self._groups]  # None: nothing in it is pruned
 
     def replan(self) -> None:
         """Make the plan for the options as they are now."""
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
-        options = [(float(group["sparsity"] or 0), group["scope"]) for group in self._groups]  # None: nothing in it is pruned
-        self._plan: StepPlan = self.arena.plan(options)
-        self._planned = self._selection()
+        self._planned = self._options()
+        self._selection = self.arena.selection(self._planned)
+        self._with_score_momentum = self.arena.score_momentum is not None
+        self.plan: StepPlan = self.arena.plan(self._selection, hyper_table(self._groups))
+
+    def refresh(self, phase: str) -> bool:
+        """Bring the plan up to date with the options, before a step of ``phase``; True when it is a new one.
+
+        Step sizes and numbers of kept weights are written where the plan has them. A new plan is needed only when other tensors compete
+        with each other, or when a mask momentum needs memory.
+        """
+        self._check_options()
+        new = False
+        if phase != "lower":
+            if not self._with_score_momentum and any(group["mask_momentum"] > 0 for group in self._groups):
+                new = True
+            elif self._planned != self._options():
+                selection = self.arena.selection(self._options())
+                new = [group.members for group in selection] != [group.members for group in self._selection]
+                if not new:
+                    self._planned, self._selection = self._options(), selection
+                    self.plan.set_kept([group.kept for group in selection])
+        if new:
+            self.replan()
+        else:
+            self.plan.set_hypers(hyper_table(self._groups))
+        return new
 
     def _check_options(self) -> None:
         """Check the options of all groups if they have changed since the last time."""
@@ -95,13 +119,10 @@ class Engine:
 
     def run(self, phase: str, gradients: np.ndarray, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> bool:
         """One step of the kernels; True when the state has got new tensors."""
-        self._check_options()
-        stale = phase != "lower" and self._planned != self._selection()
-        if stale:
-            self.replan()
-        self._plan.run(phase, hyper_table(self._groups), gradients, self.arena.num_nonfinite, grad_scale, found_inf)
+        new = self.refresh(phase)
+        self.plan.run(phase, gradients, self.arena.num_nonfinite, grad_scale, found_inf)
         self.arena.mark_written()
-        return stale
+        return new
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""

@@ -70,71 +70,93 @@ def launch_where(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else torch.get_num_threads()
 
 
-def device_table(table: np.ndarray, device: torch.device) -> Tensor:
-    """Bytes of a numpy table in ``device`` memory. At least one byte, so that it has an address."""
-    data = torch.from_numpy(np.frombuffer(table.tobytes() or b"\0", dtype=np.uint8).copy())
-    return data if device.type == "cpu" else data.pin_memory().to(device, non_blocking=True)
+class DeviceTable:
+    """A numpy table in ``device`` memory, at one address for good: kernels in a captured graph see what `update` writes."""
+
+    def __init__(self, table: np.ndarray, device: torch.device) -> None:
+        self._host, self._device = table.tobytes(), device
+        self._memory = self._staged().to(device, non_blocking=True)
+
+    def _staged(self) -> Tensor:
+        """The bytes, where a copy to the device does not wait. At least one, so that there is an address."""
+        data = torch.from_numpy(np.frombuffer(self._host or b"\0", dtype=np.uint8).copy())
+        return data if self._device.type == "cpu" else data.pin_memory()
+
+    def update(self, table: np.ndarray) -> None:
+        """Write a table of the same size, in order with the work on the current stream; nothing where it has not changed."""
+        host = table.tobytes()
+        if host != self._host:
+            self._host = host
+            self._memory.copy_(self._staged(), non_blocking=True)
+
+    @property
+    def address(self) -> int:
+        return self._memory.data_ptr()
 
 
 class StepPlan:
-    """One launch recipe: tables that stay the same from step to step, and the workspace.
+    """One launch recipe: tables at fixed addresses, the workspace, and the counters of the selection.
 
     Args:
         device: where parameters, state and tables live.
         tensors: rows of ``tensor_dtype``, pruned and dense, whose pointers stay valid as long as the plan.
         groups: rows of ``group_dtype``, one per selection group.
+        hypers: rows of ``hyper_dtype``, one per parameter group.
     """
 
-    def __init__(self, device: torch.device, tensors: np.ndarray, groups: np.ndarray) -> None:
+    def __init__(self, device: torch.device, tensors: np.ndarray, groups: np.ndarray, hypers: np.ndarray) -> None:
         tile = kernels().TILE
         tiles = (tensors["numel"] + tile - 1) // tile
         tensors["first_tile"] = np.cumsum(tiles) - tiles
+        groups["first"] = np.cumsum(groups["numel"]) - groups["numel"]
         self.device = device
         self.backend = backend(device)
         self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
-        self._tensors = device_table(tensors, device)
-        self._groups = device_table(groups, device)
-        self._tile_tensor = device_table(np.repeat(np.arange(len(tensors), dtype=np.int32), tiles), device)
-        self._hypers_host = b""
-        self._hypers: Tensor | None = None
+        self._tensors = DeviceTable(tensors, device)
+        self._tile_tensor = DeviceTable(np.repeat(np.arange(len(tensors), dtype=np.int32), tiles), device)
+        self._group_rows, self._groups = groups, DeviceTable(groups, device)
+        self._hypers = DeviceTable(hypers, device)
         size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_tiles)
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+        self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
 
-    def run(
-        self,
-        phase: str,
-        hypers: np.ndarray,
-        gradients: np.ndarray,
-        num_nonfinite: Tensor,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def set_kept(self, kept: list[int]) -> None:
+        """How many entries of every selection group are kept from the next upper or joint step on."""
+        self._group_rows["kept"] = kept
+        self._groups.update(self._group_rows)
+
+    def set_hypers(self, hypers: np.ndarray) -> None:
+        """Hyper-parameters of every parameter group from the next step on."""
+        self._hypers.update(hypers)
+
+    def counters(self) -> np.ndarray:
+        """Rows of ``counters_dtype``, one per selection group. Waits for the device."""
+        return np.frombuffer(self._counters.cpu().numpy().tobytes(), dtype=kernels().counters_dtype)[: self.num_groups]
+
+    def run(self, phase: str, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of the kernels. Mutates parameters, theta, v, s, u and masks behind the pointers of the plan, and ``num_nonfinite``.
 
         Args:
             phase: "lower", "upper" or "joint".
-            hypers: rows of ``hyper_dtype``.
             gradients: one row of ``gradient_dtype`` per tensor.
             num_nonfinite: int64 scalar.
             grad_scale, found_inf: fp32 scalars on the device, as a GradScaler sets them.
         """
-        host = hypers.tobytes()
-        if host != self._hypers_host or self._hypers is None:
-            self._hypers, self._hypers_host = device_table(hypers, self.device), host
         with launch_guard(self.device):
             self.backend.step(
                 phase=PHASES[phase],
-                tensors=self._tensors.data_ptr(),
+                tensors=self._tensors.address,
                 num_tensors=self.num_tensors,
-                tile_tensor=self._tile_tensor.data_ptr(),
+                tile_tensor=self._tile_tensor.address,
                 num_tiles=self.num_tiles,
-                groups=self._groups.data_ptr(),
+                groups=self._groups.address,
                 num_groups=self.num_groups,
-                hypers=self._hypers.data_ptr(),
+                hypers=self._hypers.address,
                 gradients=gradients,
                 grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,
                 found_inf=found_inf.data_ptr() if found_inf is not None else 0,
                 num_nonfinite=num_nonfinite.data_ptr(),
+                counters=self._counters.data_ptr(),
                 workspace=self._workspace.data_ptr(),
                 where=launch_where(self.device),
             )

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <initializer_list>
+#include <string>
 
 #include "bip.h"
 
@@ -51,7 +52,7 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
       "step",
       [run_step](int phase, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
                  int64_t num_groups, uintptr_t hypers, const py::array& gradients, uintptr_t grad_scale, uintptr_t found_inf,
-                 uintptr_t num_nonfinite, uintptr_t workspace, uintptr_t where) {
+                 uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace, uintptr_t where) {
         if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
           throw py::value_error("gradients must have one row per tensor");
         const bip::Step step{static_cast<bip::Phase>(phase),
@@ -66,13 +67,14 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
                              at<float>(grad_scale),
                              at<float>(found_inf),
                              at<int64_t>(num_nonfinite),
+                             at<bip::Counters>(counters),
                              at<void>(workspace)};
         py::gil_scoped_release release;
         run_step(step, where);
       },
       py::kw_only(), py::arg("phase"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"), py::arg("num_tiles"),
       py::arg("groups"), py::arg("num_groups"), py::arg("hypers"), py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"),
-      py::arg("num_nonfinite"), py::arg("workspace"), py::arg("where"));
+      py::arg("num_nonfinite"), py::arg("counters"), py::arg("workspace"), py::arg("where"));
   backend.def(
       "topk",
       [run_topk](uintptr_t scores, int64_t n, int64_t k, uintptr_t mask, uintptr_t workspace, uintptr_t where) {
@@ -99,17 +101,26 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       {BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"), BIP_FIELD(Hyper, momentum, "f4"),
        BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"), BIP_FIELD(Hyper, nesterov, "i4")},
       sizeof(bip::Hyper));
-  m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8")}, sizeof(bip::Group));
+  m.attr("group_dtype") =
+      table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, first, "i8")}, sizeof(bip::Group));
+  m.attr("counters_dtype") =
+      table_dtype({BIP_FIELD(Counters, steps, "i8"), BIP_FIELD(Counters, first, "i8"), BIP_FIELD(Counters, missed, "i8"),
+                   BIP_FIELD(Counters, crowded, "i8"), BIP_FIELD(Counters, candidates, "i8"), BIP_FIELD(Counters, flips, "i8"),
+                   BIP_FIELD(Counters, threshold, "f4")},
+                  sizeof(bip::Counters));
   m.attr("TILE") = bip::kTile;
   m.attr("ALIGN") = bip::kAlign;
 
   m.def("build_info", [] {
     py::dict info;
-    info["compiler"] =
-#if defined(__VERSION__)
-        __VERSION__;
+#if defined(__clang__)
+    info["compiler"] = __VERSION__;
+#elif defined(__GNUC__)
+    info["compiler"] = "GCC " __VERSION__;
+#elif defined(_MSC_VER)
+    info["compiler"] = "MSVC " + std::to_string(_MSC_VER);
 #else
-        "unknown";
+    info["compiler"] = "unknown";
 #endif
     info["simd"] = bip::cpu::simd();
 #ifdef BIP_WITH_CUDA

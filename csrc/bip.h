@@ -58,10 +58,23 @@ struct Hyper {
   int32_t reserved;
 };
 
-// A selection group: `kept` of its `numel` < 2^32 entries have m = 1.
+// A selection group: `kept` of its `numel` < 2^32 entries have m = 1. `kept` may change from step to step, where it stands.
 struct Group {
   int64_t numel;
   int64_t kept;
+  int64_t first;  // entries of the groups before this one
+};
+
+// How the selection of one group went, summed over its upper and joint steps. For whoever wants to look: nothing is decided by it.
+struct Counters {
+  int64_t steps;
+  int64_t first;       // of these, steps that had no window from a step before and too many entries to list them all
+  int64_t missed;      //   steps whose k-th key was outside the window
+  int64_t crowded;     //   steps with more keys inside the window than the candidate list holds
+  int64_t candidates;  // keys listed by steps on the fast path
+  int64_t flips;       // mask entries that changed
+  float threshold;     // of the last step: a score that parts, kept scores are not below it and the others not above
+  int32_t reserved;
 };
 
 struct Step {
@@ -77,7 +90,8 @@ struct Step {
   const float* grad_scale;    // one value: gradients are multiplied by 1 / *grad_scale, in fp32; null: 1
   const float* found_inf;     // one value: when not 0 the whole step does nothing; null: 0
   int64_t* num_nonfinite;     // one value: the entries skipped because g is not finite are added to it
-  void* workspace;            // step_workspace_bytes() bytes, zeroed once by the caller; any step leaves it ready for the next
+  Counters* counters;         // [num_groups]
+  void* workspace;            // step_workspace_bytes() bytes, zeroed once by the caller; what one step learned serves the next
 };
 
 // A mask of exactly k ones over one array of scores. Tie order: entry i has index i.
@@ -91,7 +105,7 @@ struct Topk {
 
 // Phase::upper with no gradient at all is the plain projection: select the top-k of the scores as they are, then repair mask and z
 // where entries flip. z is rewritten only where the mask flips (and, in lower and joint steps, where it is kept).
-// The resulting mask is a function of s alone: no grid size, thread count or code path changes it.
+// The resulting mask is a function of s alone: no grid size, thread count, code path or history of the workspace changes it.
 
 namespace cpu {
 int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_tiles);

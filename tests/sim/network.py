@@ -44,7 +44,8 @@ class Network:
             row["first_tile"] = len(tiles)
             tiles += [i] * -(-numel // module.TILE)
         self.tiles = np.array(tiles, np.int32)
-        self.workspaces = {}
+        self.groups["first"] = np.cumsum(self.groups["numel"]) - self.groups["numel"]
+        self.workspaces, self.counters = {}, {}
         self.nonfinite = self.arrays["num_nonfinite"] = np.zeros(1, np.int64)
 
     def step(self, backend, phase, *, seed=0, dtypes=(0,), align=16, without=(), scale=None, found_inf=None):
@@ -64,13 +65,14 @@ class Network:
         counts = len(self.specs), len(self.groups), len(self.tiles)
         if backend not in self.workspaces:
             self.workspaces[backend] = self.module.sim.guarded(backend.step_workspace_bytes(*counts), np.uint8)
+            self.counters[backend] = np.zeros(max(len(self.groups), 1), self.module.counters_dtype)
         scalars = [None if x is None else np.array([x], np.float32) for x in (scale, found_inf)]
         address = [0 if x is None else x.ctypes.data for x in scalars]
         backend.step(
             phase=phase, tensors=self.tensors.ctypes.data, num_tensors=counts[0], tile_tensor=self.tiles.ctypes.data, num_tiles=counts[2],
             groups=self.groups.ctypes.data, num_groups=counts[1], hypers=self.hypers.ctypes.data, gradients=gradients,
             grad_scale=address[0], found_inf=address[1], num_nonfinite=self.nonfinite.ctypes.data,
-            workspace=self.workspaces[backend].ctypes.data, where=1,
+            counters=self.counters[backend].ctypes.data, workspace=self.workspaces[backend].ctypes.data, where=1,
         )  # fmt: skip
 
     def state(self):
