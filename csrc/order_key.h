@@ -19,6 +19,18 @@ BIP_HD uint32_t score_key(float score) {
   return magnitude > 0x7f800000u ? 0u : ordered;
 }
 
+// A score that has this key.
+BIP_HD float key_score(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+#endif
+}
+
 // Larger for the entry that wins a tie.
 BIP_HD uint32_t tie_key(uint32_t index) { return ~(index * 2654435761u); }
 

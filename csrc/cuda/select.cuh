@@ -1,26 +1,23 @@
-// Exact top-k of any number of groups by narrowing a window of keys: what step.cu and topk.cu share.
+// Exact top-k of any number of groups by windows of keys: what step.cu and topk.cu share.
 //
 //   window      [lo, hi) holds the k-th largest key: keys >= hi are kept, keys < lo are not; of the `inside` between, the largest `wanted`.
-//   histogram   2048 bins over the window, in shared memory, merged into one per group; the block that brings a group's last entry picks
+//   histogram   2048 bins over a window, in shared memory, merged into one per group; the block that brings a group's last entry picks
 //               the bin of the k-th key. A bin whose scores are all equal (an atom: 0, 1, or any other) says so, and the window
 //               becomes that one score: the next digit is then of the tie key and no pass is lost on equal bits.
-//   candidates  once a window holds at most `capacity` keys, the apply pass lists them and the last block selects exactly among them.
-//   fallback    a window that three digits could not make small enough (several huge atoms within 2^-15 of each other) is narrowed
-//               further by that last block alone, which streams the group itself: slow, but exact, and without another launch.
+//   candidates  keys inside a window that holds at most `capacity` are listed, and one block selects exactly among them.
 //
 // Determinism: integer atomics only, and every quantity that leaves a block is a count, a lattice join or a choice by unique keys.
 #pragma once
 
 #include "block.cuh"
 #include "order_key.h"
+#include "window.h"
 
 namespace bip::cuda {
 
 constexpr int kBins = 2048;
 constexpr int kDigitBits = 11;
 constexpr int kBinsPerThread = kBins / kThreads;
-constexpr uint64_t kNoKey = ~0ull;  // above every key: no score key is all ones
-constexpr int kNarrowPasses = 2;    // after the first digit; with the apply pass an upper step is four launches
 
 struct Window {
   uint64_t lo, hi;
@@ -50,6 +47,9 @@ struct FirstDigit {
   uint32_t base;  // score key of the lower end of bin 0
   int shift;      // of score keys
 };
+constexpr FirstDigit kScoreDigit{0x80000000u, 19};  // of scores in [0, 1]: bin 0 starts at the key of 0, that of 1 is in bin 2032
+constexpr FirstDigit kAnyDigit{0, 32 - kDigitBits};
+
 __device__ __forceinline__ int first_bin(FirstDigit digit, uint32_t key) {
   const uint32_t bin = (key > digit.base ? key - digit.base : 0u) >> digit.shift;
   return static_cast<int>(bin < kBins ? bin : kBins - 1);
@@ -65,33 +65,37 @@ struct Histogram {
   uint32_t scores[kBins];  // kNoScore exactly where counts is 0
 };
 
-struct GroupState {
-  Window window;       // valid between a pick and the end of the step, for groups that have more entries than `capacity`
-  uint32_t seen;       // entries whose effects on histogram, list or mask have been published in this launch; 0 between launches
-  uint32_t collected;  // candidates in the group's list; 0 between steps
-};
-
 struct Candidate {
   uint64_t key;
   int tile;  // where the entry is: a tile, and the place in it
   uint32_t entry;
 };
 
+// What blocks add up about a group in one launch. All 0 between launches.
+struct Progress {
+  uint32_t seen;       // entries whose effects on histogram, list or mask have been published
+  uint32_t above;      // of these, keys >= the window's hi
+  uint32_t collected;  // candidates found; those beyond the list's capacity are not in it
+};
+
 // One block's shared memory.
 struct Room {
   Histogram histogram;  // of one group; empty whenever no group is being counted
   uint32_t entries;     // entries of the current group that this block has handled since it last published
+  uint32_t above;       // of these, the ones above the window
   uint32_t warp_sums[kWarps];
-  Window window;  // result of narrow()
-  bool last;      // result of publish_is_last()
+  Window window;       // result of narrow()
+  uint32_t rank;       // result of rank_of()
+  uint32_t collected;  // candidates, while one block works alone
+  bool last;           // result of publish_is_last()
 };
 
-__device__ __forceinline__ void clear(Room& room) {
+__device__ inline void clear(Room& room) {
   for (int bin = thread_id(); bin < kBins; bin += kThreads) {
     room.histogram.counts[bin] = 0;
     room.histogram.scores[bin] = kNoScore;
   }
-  if (thread_id() == 0) room.entries = 0;
+  if (thread_id() == 0) room.entries = room.above = 0;
   __syncthreads();
 }
 
@@ -105,8 +109,8 @@ __device__ __forceinline__ void join_score(uint32_t& slot, uint32_t score) {
   }
 }
 
-__device__ __forceinline__ void count(Histogram& histogram, int bin, uint32_t score_key) {
-  atomicAdd(&histogram.counts[bin], 1u);
+__device__ __forceinline__ void count(Histogram& histogram, int bin, uint32_t score_key, uint32_t times = 1) {
+  atomicAdd(&histogram.counts[bin], times);
   join_score(histogram.scores[bin], score_key + 1);
 }
 
@@ -115,17 +119,18 @@ __device__ __forceinline__ void note_entries(Room& room, int entries) {
   if (lane_id() == 0) atomicAdd(&room.entries, static_cast<uint32_t>(entries));
 }
 
-// Publishes the `room.entries` entries this block has handled for a group. True, in all threads, in the one block that completes it.
+// Publishes the `room.entries` entries this block has handled, of `total`. True, in all threads, in the one block that completes them.
 // Interleaving: every other block's effects come before its own atomicAdd on `seen` (block barrier, then fence, then add), and
 // the last block's add reads from them all; its fence after it then orders their effects before whatever this block reads next.
-__device__ __forceinline__ bool publish_is_last(Room& room, GroupState& state, uint32_t numel) {
+__device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t total) {
   __syncthreads();
   if (thread_id() == 0) {
+    if (room.above) atomicAdd(&progress.above, room.above);
     __threadfence();
-    const uint32_t before = atomicAdd(&state.seen, room.entries);
-    room.last = before + room.entries == numel;
-    room.entries = 0;
-    if (room.last) state.seen = 0;  // nobody else comes: all entries have been seen
+    const uint32_t before = atomicAdd(&progress.seen, room.entries);
+    room.last = before + room.entries == total;
+    room.entries = room.above = 0;
+    if (room.last) progress.seen = 0;  // nobody else comes: all entries have been seen
     __threadfence();
   }
   __syncthreads();
@@ -134,7 +139,7 @@ __device__ __forceinline__ bool publish_is_last(Room& room, GroupState& state, u
 
 // Moves the block's histogram into the group's. In the block that completes the group the whole histogram is then in `room`, zero again in
 // `total`, and the result is true; in every other block `room` is empty again.
-__device__ inline bool merge(Room& room, Histogram& total, GroupState& state, uint32_t numel) {
+__device__ inline bool merge(Room& room, Histogram& total, Progress& progress, uint32_t numel) {
   __syncthreads();
   Histogram& mine = room.histogram;
   for (int bin = thread_id(); bin < kBins; bin += kThreads) {
@@ -144,18 +149,19 @@ __device__ inline bool merge(Room& room, Histogram& total, GroupState& state, ui
     mine.counts[bin] = 0;
     mine.scores[bin] = kNoScore;
   }
-  if (!publish_is_last(room, state, numel)) return false;
+  if (!publish_is_last(room, progress, numel)) return false;
   for (int bin = thread_id(); bin < kBins; bin += kThreads) {
     mine.counts[bin] = total.counts[bin];
     mine.scores[bin] = total.scores[bin];
     total.counts[bin] = 0;
     total.scores[bin] = kNoScore;
   }
+  __syncthreads();
   return true;
 }
 
 // Sum of `value` over the threads before this one.
-__device__ __forceinline__ uint32_t sum_before(Room& room, uint32_t value) {
+__device__ inline uint32_t sum_before(Room& room, uint32_t value) {
   uint32_t sum = value;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -168,42 +174,96 @@ __device__ __forceinline__ uint32_t sum_before(Room& room, uint32_t value) {
   return sum - value;
 }
 
-// An open window and the histogram of what is inside, with bins of 2^shift keys -> the window of the k-th key's bin. Empties the histogram.
-// Whole block; each thread owns kBinsPerThread neighbouring bins, thread 0 the highest. `floor` <= window.lo: where bin 0 begins.
-__device__ inline Window narrow(Room& room, const Window& window, int shift, uint64_t floor) {
-  __syncthreads();
-  Histogram& histogram = room.histogram;
-  const int highest = kBins - 1 - thread_id() * kBinsPerThread;
-  uint32_t mine = 0;
-  for (int j = 0; j < kBinsPerThread; ++j) mine += histogram.counts[highest - j];
-  uint32_t above = sum_before(room, mine);
-  if (above < window.wanted && window.wanted - above <= mine) {  // true in exactly one thread: wanted >= 1
-    int bin = highest;
-    while (window.wanted - above > histogram.counts[bin]) above += histogram.counts[bin--];
-    const uint64_t lo = bin == 0 ? floor : window.lo + (static_cast<uint64_t>(bin) << shift);
-    const uint64_t width = static_cast<uint64_t>(bin + 1) << shift;  // from window.lo; in the topmost bin it may not fit
-    Window found{lo, bin == kBins - 1 || width >= window.hi - window.lo ? window.hi : window.lo + width, window.wanted - above,
-                 histogram.counts[bin]};
-    if (histogram.scores[bin] != kManyScores) {  // an atom
-      const uint64_t first = static_cast<uint64_t>(histogram.scores[bin] - 1) << 32, end = first + (1ull << 32);
-      if (first > found.lo) found.lo = first;
-      if (end < found.hi) found.hi = end;
-    }
-    room.window = closed_if_settled(found);
+// Each thread owns kBinsPerThread neighbouring bins of a histogram, thread 0 the highest: their sum, and that of all bins above.
+struct Share {
+  int highest;
+  uint32_t above, mine;
+
+  __device__ explicit Share(Room& room) : highest(kBins - 1 - thread_id() * kBinsPerThread), mine(0) {
+    __syncthreads();
+    for (int j = 0; j < kBinsPerThread; ++j) mine += room.histogram.counts[highest - j];
+    above = sum_before(room, mine);
   }
+  // Whether this thread owns the bin of the `rank`-th largest key, counted from 1.
+  __device__ bool holds(int64_t rank) const { return rank > above && rank <= static_cast<int64_t>(above) + mine; }
+};
+
+// A bin, as the keys that it can hold.
+struct Bin {
+  uint64_t lo, hi;
+  uint32_t above, inside;  // keys in higher bins, and in this one
+};
+
+// The bin of the `rank`-th key among those of a thread that holds it. `floor` <= window.lo: where bin 0 begins.
+__device__ inline Bin bin_of(const Room& room, const Share& share, uint32_t rank, const Window& window, int shift, uint64_t floor) {
+  int bin = share.highest;
+  uint32_t above = share.above;
+  while (rank - above > room.histogram.counts[bin]) above += room.histogram.counts[bin--];
+  const uint64_t width = static_cast<uint64_t>(bin + 1) << shift;  // from window.lo; in the topmost bin it may not fit
+  Bin found{bin == 0 ? floor : window.lo + (static_cast<uint64_t>(bin) << shift),
+            bin == kBins - 1 || width >= window.hi - window.lo ? window.hi : window.lo + width, above, room.histogram.counts[bin]};
+  if (room.histogram.scores[bin] != kManyScores) {  // an atom
+    const uint64_t first = static_cast<uint64_t>(room.histogram.scores[bin] - 1) << 32, end = first + (1ull << 32);
+    if (first > found.lo) found.lo = first;
+    if (end < found.hi) found.hi = end;
+  }
+  return found;
+}
+
+// An open window and the histogram of what is inside, with bins of 2^shift keys -> the window of the k-th key's bin. Empties the histogram.
+// Whole block. With `memory` it also aims the next step's window, as far as this histogram shows the ranks that it shall reach;
+// `guess`: beyond that go by the average distance of keys, otherwise leave what an earlier, wider histogram showed.
+__device__ inline Window narrow(Room& room, const Window& window, int shift, uint64_t floor, Memory* memory = nullptr, bool guess = false) {
+  const Share share(room);
+  if (share.holds(window.wanted)) {  // true in exactly one thread: 1 <= wanted <= inside
+    const Bin bin = bin_of(room, share, window.wanted, window, shift, floor);
+    room.window = closed_if_settled({bin.lo, bin.hi, window.wanted - bin.above, bin.inside});
+  }
+  if (memory) {
+    const int64_t upper = static_cast<int64_t>(window.wanted) - memory->half, lower = static_cast<int64_t>(window.wanted) + memory->half;
+    if (share.holds(upper)) {
+      const Bin bin = bin_of(room, share, static_cast<uint32_t>(upper), window, shift, floor);
+      memory->hi = key_at(bin.lo, bin.hi, bin.inside, static_cast<uint32_t>(upper) - bin.above);
+    }
+    if (share.holds(lower)) {
+      const Bin bin = bin_of(room, share, static_cast<uint32_t>(lower), window, shift, floor);
+      memory->lo = key_at(bin.lo, bin.hi, bin.inside, static_cast<uint32_t>(lower) - bin.above);
+    }
+    if (guess && thread_id() == 0) {
+      const double distance = static_cast<double>(window.hi - window.lo) / window.inside;
+      if (upper < 1) memory->hi = key_above(window.hi, distance * static_cast<double>(1 - upper));
+      if (lower > window.inside) memory->lo = key_below(window.lo, distance * static_cast<double>(lower - window.inside));
+    }
+  }
+  __syncthreads();
   for (int j = 0; j < kBinsPerThread; ++j) {
-    histogram.counts[highest - j] = 0;
-    histogram.scores[highest - j] = kNoScore;
+    room.histogram.counts[share.highest - j] = 0;
+    room.histogram.scores[share.highest - j] = kNoScore;
   }
   __syncthreads();
   return room.window;
 }
 
 // The same for a histogram of first digits, whose lowest bin also took what lies below it.
-__device__ inline Window narrow_first(Room& room, const Group& group, FirstDigit digit) {
+__device__ inline Window narrow_first(Room& room, const Group& group, FirstDigit digit, Memory* memory = nullptr) {
   Window window = whole_window(group);
   window.lo = static_cast<uint64_t>(digit.base) << 32;
-  return narrow(room, window, digit.shift + 32, 0);
+  return narrow(room, window, digit.shift + 32, 0, memory, true);
+}
+
+// About how many of the keys that a histogram holds are at least `key`: exact but for the half of one bin.
+__device__ inline uint32_t rank_of(Room& room, const Window& window, int shift, uint64_t key) {
+  const Share share(room);
+  if (thread_id() == 0) room.rank = key >= window.hi ? 0 : window.inside;
+  __syncthreads();
+  const int bin = key >= window.lo && key < window.hi ? static_cast<int>((key - window.lo) >> shift) : -1;
+  if (bin >= 0 && bin <= share.highest && bin > share.highest - kBinsPerThread) {
+    uint32_t above = share.above;
+    for (int higher = share.highest; higher > bin; --higher) above += room.histogram.counts[higher];
+    room.rank = above + room.histogram.counts[bin] / 2;
+  }
+  __syncthreads();
+  return room.rank;
 }
 
 // A score against a window by its own bits alone, which decides all but the few that share their score with a key inside.
@@ -226,57 +286,10 @@ __device__ __forceinline__ Verdict judge(const Window& window, const ScoreRange&
   return key >= window.hi ? Verdict::kept : key < window.lo ? Verdict::dropped : Verdict::undecided;
 }
 
-// One warp counts what is inside the window among the `entries` <= kTile scores of a tile, whose first has `index` in its group.
-template <bool kVector>
-__device__ inline void count_inside(Room& room, const Window& window, int shift, const float* scores, int entries, uint32_t index) {
-  const ScoreRange range(window);
-  for (int base = lane_id() * kQuad; base < entries; base += kAhead * kStride) {
-    Quad<float> s[kAhead];
-#pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
-      const int i = base + ahead * kStride;
-      s[ahead] = load_quad<kVector>(scores + i, entries - i);
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead * kQuad; ++j) {
-      const int i = base + j / kQuad * kStride + j % kQuad;
-      const uint32_t score = score_key(s[j / kQuad].x[j % kQuad]);
-      if ((!kVector && i >= entries) || judge(window, range, score, index + i) != Verdict::undecided) continue;
-      count(room.histogram, static_cast<int>((full_key(score, index + i) - window.lo) >> shift), score);
-    }
-  }
-}
-
-__device__ inline void count_inside(Room& room, const Window& window, int shift, const float* scores, int entries, uint32_t index) {
-  if (entries == kTile && quad_aligned(scores))
-    count_inside<true>(room, window, shift, scores, entries, index);
-  else
-    count_inside<false>(room, window, shift, scores, entries, index);
-}
-
-__device__ __forceinline__ void collect(GroupState& state, Candidate* list, uint64_t key, int tile, uint32_t entry) {
-  list[atomicAdd(&state.collected, 1u)] = {key, tile, entry};
-}
-
-// Run by the block that publishes a group's last entry in the apply pass, with the window all blocks applied: decides what is undecided.
-//   count_all(window, shift)   counts the whole group's keys inside into `room`
-//   apply_all(window)          applies the window to the whole group, collecting what stays undecided
-//   repair(candidate, kept)    makes mask and z of one candidate right
-template <class CountAll, class ApplyAll, class Repair>
-__device__ inline void settle(Room& room, GroupState& state, Candidate* list, uint32_t capacity, Window window, CountAll count_all,
-                              ApplyAll apply_all, Repair repair) {
-  if (window.inside > capacity) {  // the fallback; until now nobody has collected anything
-    clear(room);
-    while (window.inside > capacity) {
-      const int shift = window_shift(window);
-      count_all(window, shift);
-      window = narrow(room, window, shift, window.lo);
-    }
-    apply_all(window);
-    __syncthreads();
-  }
-  clear(room);
-  const uint32_t candidates = window.inside;  // == state.collected
+// Run by one block over a list of all keys inside an open window, or over more: repair(candidate, kept) for every one of them.
+// Returns the closed window, whose hi is the threshold. The histogram is empty before and after.
+template <class Repair>
+__device__ inline Window settle(Room& room, const Candidate* list, uint32_t candidates, Window window, Repair repair) {
   while (window.inside != 0) {
     const int shift = window_shift(window);
     for (uint32_t i = thread_id(); i < candidates; i += kThreads) {
@@ -287,7 +300,7 @@ __device__ inline void settle(Room& room, GroupState& state, Candidate* list, ui
     window = narrow(room, window, shift, window.lo);
   }
   for (uint32_t i = thread_id(); i < candidates; i += kThreads) repair(list[i], list[i].key >= window.hi);
-  if (thread_id() == 0) state.collected = 0;
+  return window;
 }
 
 }  // namespace bip::cuda

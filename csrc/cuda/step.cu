@@ -1,59 +1,30 @@
 // The lower, upper and joint step on a CUDA device: one streaming skeleton, one warp per tile of 1024 entries of one tensor.
 //
 //   lower  1 launch    update (update.cuh): weights                                                    24.1 bytes per fp32 weight
-//   upper  4 launches  update: scores, and a histogram of their first digit                            16.1
-//                      narrow, twice (returns at once where the window is small already): read s       0 to 8
-//                      apply: read s and mask; write mask words and z only where an entry flips        4.1
-//   joint  4 launches  update: both; then as upper                                                     28.3 to 32.3, then 4.1 to 12.1
+//   upper  4 launches  update: scores, judged at once against the window of the step before            16.3
+//                      finish, narrow, apply: return at once in most steps
+//   joint  4 launches  update: both; then as upper                                                     28.3 to 32.3
+//   Up to kAloneTiles tiles the first launch does everything.
 //   1 more for every 400 gradient pointers beyond the first 400.
 //
-// Window, candidates and fallback are in select.cuh. Whatever the grid, a group's mask is the top-k of its scores by unique keys.
-// A tensor's entries are written by one warp only until its group is complete, and then only by the block that completed it.
+// The block that completes a group in the update knows whether the window held its k-th key (conclude.cuh). If so it settles the
+// candidates, or leaves them to `finish` where they are many. If not, the group falls back: finish counts first digits of its scores, narrow
+// second ones, apply judges by the window they give. 12.1 bytes more per weight. Nothing returns to the host.
+// Whatever the path and the grid, a group's mask is the top-k of its scores by unique keys. A tensor's entries are written by one
+// warp only until its group is complete, and then only by the block that completed it, or, candidate by candidate, by the finish.
+#include "conclude.cuh"
 #include "launch.cuh"
 #include "update.cuh"
 
 namespace bip::cuda {
 namespace {
 
-// Gradient pointers travel by value; 9 bytes each in the 4 KB of kernel parameters. Those of further tensors go through the workspace.
-constexpr int kInlineGradients = 400;
+__device__ __forceinline__ bool skipped(const Step& step) { return step.found_inf && *step.found_inf != 0.0f; }
 
-struct GradientTable {
-  const void* data[kInlineGradients];
-  uint8_t dtype[kInlineGradients];
-};
+__device__ __forceinline__ float inverse_of(const float* scale) { return scale ? 1.0f / *scale : 1.0f; }
 
-// The caller's workspace. All of it is zero, or left from an earlier step and never read before it is written, between steps.
-struct Workspace {
-  GroupState* states;     // [num_groups]
-  Histogram* histograms;  // [num_groups]
-  Candidate* candidates;  // [num_groups][capacity]
-  Gradient* gradients;    // [num_tensors - kInlineGradients], written in front of each step that reads them
-  uint32_t capacity;
-};
-
-struct Args {
-  Step step;
-  Workspace workspace;
-};
-
-// Groups with no more entries than `capacity` need no histogram at all. Eight candidates for each tile are 0.6 % of a tile's memory; more
-// than 8192 would take one block longer to settle than another pass takes the whole device.
-uint32_t candidate_capacity(int64_t num_groups, int64_t num_tiles) {
-  return num_groups ? static_cast<uint32_t>(std::clamp<int64_t>(8 * num_tiles / num_groups, 1024, 8192)) : 0;
-}
-
-// Returns the bytes needed; with a base also where everything is. All sizes are multiples of 16.
-int64_t lay_out(char* base, int64_t num_tensors, int64_t num_groups, int64_t num_tiles, Workspace* workspace) {
-  const uint32_t capacity = candidate_capacity(num_groups, num_tiles);
-  const int64_t histograms = num_groups * static_cast<int64_t>(sizeof(GroupState));
-  const int64_t candidates = histograms + num_groups * static_cast<int64_t>(sizeof(Histogram));
-  const int64_t gradients = candidates + num_groups * capacity * static_cast<int64_t>(sizeof(Candidate));
-  const int64_t further = std::max<int64_t>(num_tensors - kInlineGradients, 0);
-  if (workspace)
-    *workspace = {reinterpret_cast<GroupState*>(base), reinterpret_cast<Histogram*>(base + histograms),
-                  reinterpret_cast<Candidate*>(base + candidates), reinterpret_cast<Gradient*>(base + gradients), capacity};
-  return gradients + further * static_cast<int64_t>(sizeof(Gradient));
+__device__ __forceinline__ void report_nonfinite(const Step& step, unsigned nonfinite) {
+  if (nonfinite) atomicAdd(reinterpret_cast<unsigned long long*>(step.num_nonfinite), static_cast<unsigned long long>(nonfinite));
 }
 
 // Tiles of one block that one histogram serves: all pruned ones are of `group` (-1: there are none).
@@ -77,43 +48,30 @@ __device__ Run next_run(const Step& step, int begin, int end) {
   return {begin, end, group};
 }
 
-// The window of a group at the start of a launch.
-__device__ __forceinline__ Window current_window(const Args& args, int group) {
-  const Window window = whole_window(args.step.groups[group]);
-  return window.inside > args.workspace.capacity ? args.workspace.states[group].window : window;
-}
-
-__device__ __forceinline__ uint32_t group_numel(const Step& step, int group) { return static_cast<uint32_t>(step.groups[group].numel); }
-
-__device__ __forceinline__ Candidate* list_of(const Args& args, int group) {
-  return args.workspace.candidates + static_cast<int64_t>(group) * args.workspace.capacity;
-}
-
-// One warp moves one tile, and counts it if its group has more entries than fit a candidate list: then `room` is not null.
-template <Phase kPhase>
-__device__ void update_tile(const Args& args, const GradientTable& table, int number, float inverse_scale, Room* room,
-                            unsigned& nonfinite) {
+// One warp moves one tile, and judges it where a group is given.
+template <Phase kPhase, class AnyJudge>
+__device__ __forceinline__ void update_number(const Args& args, const GradientTable& table, int number, float inverse_scale,
+                                              AnyJudge& judge, unsigned& nonfinite) {
   const Step& step = args.step;
   const int which = step.tile_tensor[number];
-  const Tile tile(step, number);
-  if (kPhase == Phase::upper && tile.tensor.group < 0) return;
   const bool is_inline = which < kInlineGradients;
   const Gradient* further = is_inline ? nullptr : args.workspace.gradients + (which - kInlineGradients);
   const void* data = is_inline ? table.data[which] : further->data;
   const DType dtype = is_inline ? static_cast<DType>(table.dtype[which]) : further->dtype;
-  const bool counts = room && tile.tensor.group >= 0;
-  if (counts) note_entries(*room, tile.entries);
-  Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype, counts ? &room->histogram : nullptr, 0};
-  if (data)
-    move_tile<kPhase>(job);
-  else
-    count_tile(job);
-  nonfinite += job.nonfinite;
+  const Tile tile(step, number);
+  if (data) {
+    Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype, 0};
+    update_tile<kPhase>(job, judge);
+    nonfinite += job.nonfinite;
+  } else {
+    if constexpr (kPhase != Phase::lower)
+      if (tile.tensor.group >= 0 && judge.active) judge_tile(judge, tile);
+  }
 }
 
-// One block per contiguous share of the tiles, in runs that one histogram serves; the block that completes a group picks its first window.
+// One block per contiguous share of the tiles, in runs that one histogram serves.
 template <Phase kPhase>
-__device__ __forceinline__ void update_and_count(const Args& args, const GradientTable& table, Room& room) {
+__device__ __forceinline__ void update_and_judge(const Args& args, const GradientTable& table, JudgeRoom& room) {
   const Step& step = args.step;
   if (skipped(step)) return;
   const float inverse_scale = inverse_of(step.grad_scale);
@@ -123,14 +81,32 @@ __device__ __forceinline__ void update_and_count(const Args& args, const Gradien
   for (int begin = share.begin; begin < share.end;) {
     const Run run = next_run(step, begin, share.end);
     begin = run.end;
-    const bool counts = run.group >= 0 && whole_window(step.groups[run.group]).inside > args.workspace.capacity;
-    for (int tile = run.begin + warp_id(); tile < run.end; tile += kWarps)
-      update_tile<kPhase>(args, table, tile, inverse_scale, counts ? &room : nullptr, nonfinite);
-    if (!counts) continue;
-    GroupState& state = args.workspace.states[run.group];
-    if (!merge(room, args.workspace.histograms[run.group], state, group_numel(step, run.group))) continue;
-    const Window window = narrow_first(room, step.groups[run.group], kScoreDigit);
-    if (thread_id() == 0) state.window = window;
+    if (run.group < 0) {
+      if constexpr (kPhase == Phase::joint) {
+        NoJudge judge;
+        for (int number = run.begin + warp_id(); number < run.end; number += kWarps)
+          update_number<Phase::lower>(args, table, number, inverse_scale, judge, nonfinite);
+      }
+      continue;
+    }
+    GroupState& state = state_of(args, run.group);
+    // Read before this block publishes any entry of the group, so before the last block replaces it.
+    const Guess guess = guess_of(args, run.group);
+    Judge judge(room, guess.window, &room.histogram, state.progress, candidates_of(args, run.group), capacity_of(args, run.group),
+                guess.known);
+    for (int number = run.begin + warp_id(); number < run.end; number += kWarps) {
+      const Tensor& tensor = step.tensors[step.tile_tensor[number]];
+      if (tensor.group >= 0) {
+        const int64_t rest = tensor.numel - (number - tensor.first_tile) * kTile;
+        note_entries(room, static_cast<int>(rest < kTile ? rest : kTile));
+      } else if (kPhase == Phase::upper) {
+        continue;
+      }
+      update_number<kPhase>(args, table, number, inverse_scale, judge, nonfinite);
+    }
+    end_judging(room, judge, step.counters[run.group]);
+    if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
+      conclude(args, room, run.group, guess);
   }
   report_nonfinite(step, nonfinite);
 }
@@ -147,166 +123,128 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const float inverse_scale = inverse_of(args.step.grad_scale);
   const Range share = block_range(args.step.num_tiles);
   unsigned nonfinite = 0;
+  NoJudge judge;
   for (int tile = share.begin + warp_id(); tile < share.end; tile += kWarps)
-    update_tile<Phase::lower>(args, table, tile, inverse_scale, nullptr, nonfinite);
+    update_number<Phase::lower>(args, table, tile, inverse_scale, judge, nonfinite);
   report_nonfinite(args.step, nonfinite);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     step_upper_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
-  __shared__ Room room;
-  update_and_count<Phase::upper>(args, table, room);
+  __shared__ JudgeRoom room;
+  update_and_judge<Phase::upper>(args, table, room);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     step_joint_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
-  __shared__ Room room;
-  update_and_count<Phase::joint>(args, table, room);
+  __shared__ JudgeRoom room;
+  update_and_judge<Phase::joint>(args, table, room);
 }
 
-// One more digit for the groups whose window still has too many keys: one block per share, one warp per tile, scores only.
+// Calls body(run, group's state) for the runs of this block whose group falls back.
+template <class Body>
+__device__ __forceinline__ void for_falling_runs(const Args& args, Body body) {
+  const Range share = block_range(args.step.num_tiles);
+  for (int begin = share.begin; begin < share.end;) {
+    const Run run = next_run(args.step, begin, share.end);
+    begin = run.end;
+    if (run.group >= 0 && state_of(args, run.group).task == Task::fall_back) body(run, state_of(args, run.group));
+  }
+}
+
+// Calls body(tile) for the pruned tiles of a run, a warp for each.
+template <class Body>
+__device__ __forceinline__ void for_tiles_in(const Args& args, Room& room, const Run& run, Body body) {
+  for (int number = run.begin + warp_id(); number < run.end; number += kWarps) {
+    const Tile tile(args.step, number);
+    if (tile.tensor.group < 0) continue;
+    body(tile);
+    note_entries(room, tile.entries);
+  }
+}
+
+// A block's share of a group's candidates: those outside of the bin of the k-th key get their bit, the last block settles the others.
+__device__ void finish_share(const Args& args, Room& room, int group) {
+  GroupState& state = state_of(args, group);
+  const Window window = state.window;
+  const uint32_t listed = state.listed;
+  const Candidate* list = candidates_of(args, group);
+  Candidate* few = args.workspace.few + static_cast<int64_t>(group) * kFew;
+  const bool fits = window.inside <= kFew;
+  const Range share = block_range(listed);
+  if (share.begin == share.end) return;
+  for (int i = share.begin + thread_id(); i < share.end; i += kThreads) {
+    const Candidate candidate = list[i];
+    if (candidate.key >= window.hi || candidate.key < window.lo)
+      repair(args, group, candidate, candidate.key >= window.hi);
+    else if (fits)
+      few[atomicAdd(&state.progress.collected, 1u)] = candidate;
+  }
+  if (thread_id() == 0) room.entries = static_cast<uint32_t>(share.end - share.begin);
+  if (!publish_is_last(room, state.progress, listed)) return;
+  settle_group(args, room, group, fits ? few : list, fits ? window.inside : listed, window);
+  __syncthreads();
+}
+
+// Finishes the groups with many candidates, all blocks together; counts first digits of the scores of those that fall back.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_kernel(const Args __grid_constant__ args) {
+  __shared__ Room room;
+  if (skipped(args.step)) return;
+  const uint32_t finishing = args.workspace.queue->finishing;
+  const bool falling = args.workspace.queue->falling != 0;
+  if (finishing == 0 && !falling) return;
+  clear(room);
+  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i]);
+  if (!falling) return;
+  for_falling_runs(args, [&](const Run& run, GroupState& state) {
+    for_tiles_in(args, room, run, [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
+    if (!merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group))) return;
+    const Window window = narrow_first(room, args.step.groups[run.group], kScoreDigit, &state.memory);
+    if (thread_id() == 0) state.window = window;
+  });
+}
+
+// One more digit for the groups that fall back and whose window still has too many keys.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_narrow_kernel(const Args __grid_constant__ args) {
   __shared__ Room room;
-  const Step& step = args.step;
-  if (skipped(step)) return;
-  const Range share = block_range(step.num_tiles);
+  if (skipped(args.step) || args.workspace.queue->falling == 0) return;
   clear(room);
-  for (int begin = share.begin; begin < share.end;) {
-    const Run run = next_run(step, begin, share.end);
-    begin = run.end;
-    if (run.group < 0) continue;
+  for_falling_runs(args, [&](const Run& run, GroupState& state) {
     // Read before this block publishes any entry of the group, so before the last block can replace it.
-    const Window window = current_window(args, run.group);
-    if (window.inside <= args.workspace.capacity) continue;
+    const Window window = state.window;
+    if (window.inside <= capacity_of(args, run.group)) return;
     const int shift = window_shift(window);
-    for (int number = run.begin + warp_id(); number < run.end; number += kWarps) {
-      const Tile tile(step, number);
-      if (tile.tensor.group < 0) continue;
+    for_tiles_in(args, room, run, [&](const Tile& tile) {
       count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
-      note_entries(room, tile.entries);
-    }
-    GroupState& state = args.workspace.states[run.group];
-    if (!merge(room, args.workspace.histograms[run.group], state, group_numel(step, run.group))) continue;
-    const Window narrowed = narrow(room, window, shift, window.lo);
+    });
+    if (!merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group))) return;
+    const Window narrowed = narrow(room, window, shift, window.lo, &state.memory);
     if (thread_id() == 0) state.window = narrowed;
-  }
+  });
 }
 
-// The lane's four mask bits, of all lanes' fours: the eight lanes of a word each get the word.
-__device__ __forceinline__ uint32_t word_of_bits(unsigned bits) {
-  uint32_t word = bits << (lane_id() % 8 * kQuad);
-  word |= __shfl_xor_sync(kAllLanes, word, 1);
-  word |= __shfl_xor_sync(kAllLanes, word, 2);
-  word |= __shfl_xor_sync(kAllLanes, word, 4);
-  return word;
-}
-
-// The lane's quad of a tile: new mask bits; what is undecided keeps its bit for now and, if `list` is not null, becomes a candidate.
-template <bool kVector>
-__device__ __forceinline__ unsigned decide_quad(const Tile& tile, int number, int place, const Quad<float>& s, unsigned old_bits,
-                                                const Window& window, GroupState& state, Candidate* list) {
-  const ScoreRange range(window);
-  unsigned bits = 0;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    const uint32_t score = score_key(s.x[j]), index = tile.index() + place + j;
-    const Verdict verdict = judge(window, range, score, index);
-    if ((!kVector && place + j >= tile.entries) || verdict == Verdict::dropped) continue;
-    bits |= verdict == Verdict::kept ? 1u << j : old_bits & 1u << j;
-    if (verdict == Verdict::undecided && list) collect(state, list, full_key(score, index), number, place + j);
-  }
-  return bits;
-}
-
-constexpr int kApplyAhead = 2;  // quads, and their mask words, that a lane loads before it uses the first: what 80 registers hold
-
-// One warp decides one tile. Its loop bounds are the warp's, because the lanes build words together.
-template <bool kVector>
-__device__ void apply_tile(const Tile& tile, int number, const Window& window, GroupState& state, Candidate* list) {
-  const Tensor& tensor = tile.tensor;
-  for (int base = 0; base < tile.entries; base += kApplyAhead * kStride) {
-    Quad<float> s[kApplyAhead];
-    uint32_t old_words[kApplyAhead];
-#pragma unroll
-    for (int ahead = 0; ahead < kApplyAhead; ++ahead) {
-      const int place = base + ahead * kStride + lane_id() * kQuad, exist = tile.entries - place;
-      old_words[ahead] = kVector || exist > 0 ? tensor.mask[(tile.first + place) / kWarp] : 0u;
-      s[ahead] = load_quad<kVector>(tensor.scores + tile.first + place, exist);
-    }
-#pragma unroll
-    for (int ahead = 0; ahead < kApplyAhead; ++ahead) {
-      const int place = base + ahead * kStride + lane_id() * kQuad;
-      const unsigned old_bits = old_words[ahead] >> (place % kWarp) & 0xfu;
-      const unsigned bits = decide_quad<kVector>(tile, number, place, s[ahead], old_bits, window, state, list);
-      const uint32_t word = word_of_bits(bits);
-      for (unsigned flips = bits ^ old_bits; flips; flips &= flips - 1) {
-        const int j = __ffs(flips) - 1;
-        flip_z(tensor, tile.first + place + j, bits >> j & 1u);
-      }
-      if (lane_id() % 8 == 0 && word != old_words[ahead]) tensor.mask[(tile.first + place) / kWarp] = word;
-    }
-  }
-}
-
-__device__ __forceinline__ void apply_tile(const Tile& tile, int number, const Window& window, GroupState& state, Candidate* list) {
-  if (tile.entries == kTile && quad_aligned(tile.tensor.scores))
-    apply_tile<true>(tile, number, window, state, list);
-  else
-    apply_tile<false>(tile, number, window, state, list);
-}
-
-// The block that completed a group in the apply pass decides what is left of it.
-__device__ void settle_group(const Args& args, Room& room, int group, const Window& window) {
-  const Step& step = args.step;
-  GroupState& state = args.workspace.states[group];
-  Candidate* list = list_of(args, group);
-  const auto for_tiles = [&](auto body) {
-    for (int number = warp_id(); number < step.num_tiles; number += kWarps) {
-      const Tile tile(step, number);
-      if (tile.tensor.group == group) body(tile, number);
-    }
-  };
-  const auto count_all = [&](const Window& now, int shift) {
-    for_tiles([&](const Tile& tile, int) { count_inside(room, now, shift, tile.tensor.scores + tile.first, tile.entries, tile.index()); });
-  };
-  const auto apply_all = [&](const Window& now) {
-    for_tiles([&](const Tile& tile, int number) { apply_tile(tile, number, now, state, list); });
-  };
-  const auto repair = [&](const Candidate& candidate, bool kept) {
-    const Tile tile(step, candidate.tile);
-    const int64_t entry = tile.first + candidate.entry;
-    const uint32_t bit = 1u << (entry % kWarp);
-    uint32_t& word = tile.tensor.mask[entry / kWarp];
-    if (kept == ((word & bit) != 0)) return;  // other threads flip other bits of the word; this one is ours
-    atomicXor(&word, bit);
-    flip_z(tile.tensor, entry, kept);
-  };
-  settle(room, state, list, args.workspace.capacity, window, count_all, apply_all, repair);
-}
-
-// One block per share, one warp per tile: new mask words, z where a bit flips; the block that completes a group settles its candidates.
+// Judges the groups that fall back by the window that was found; the block that completes one settles it.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_apply_kernel(const Args __grid_constant__ args) {
-  __shared__ Room room;
-  const Step& step = args.step;
-  if (skipped(step)) return;
-  const Range share = block_range(step.num_tiles);
+  __shared__ JudgeRoom room;
+  if (skipped(args.step)) return;
+  if (blockIdx.x == 0 && thread_id() == 0) args.workspace.queue->finishing = 0;  // nobody reads it in this launch
+  if (args.workspace.queue->falling == 0) return;
   clear(room);
-  for (int begin = share.begin; begin < share.end;) {
-    const Run run = next_run(step, begin, share.end);
-    begin = run.end;
-    if (run.group < 0) continue;
-    const Window window = current_window(args, run.group);
-    GroupState& state = args.workspace.states[run.group];
-    Candidate* list = window.inside <= args.workspace.capacity ? list_of(args, run.group) : nullptr;
-    for (int number = run.begin + warp_id(); number < run.end; number += kWarps) {
-      const Tile tile(step, number);
-      if (tile.tensor.group < 0) continue;
-      apply_tile(tile, number, window, state, list);
-      if (window.inside != 0) note_entries(room, tile.entries);
-    }
-    if (window.inside == 0) continue;
-    if (publish_is_last(room, state, group_numel(step, run.group))) settle_group(args, room, run.group, window);
-  }
+  for_falling_runs(args, [&](const Run& run, GroupState& state) {
+    const Window window = state.window;
+    const uint32_t capacity = capacity_of(args, run.group);
+    Candidate* list = candidates_of(args, run.group);
+    Judge judge(room, window, nullptr, state.progress, list, window.inside <= capacity ? capacity : 0);
+    for_tiles_in(args, room, run, [&](const Tile& tile) { judge_tile(judge, tile); });
+    end_judging(room, judge, args.step.counters[run.group]);
+    if (!publish_is_last(room, state.progress, numel_of(args, run.group))) return;
+    if (window.inside <= capacity)
+      settle_group(args, room, run.group, list, window.inside, window);
+    else
+      fall_back_alone(args, room, run.group, window);
+    // A block that reads 0 from here on has no entry of a group that falls back: all are published.
+    if (thread_id() == 0) atomicSub(&args.workspace.queue->falling, 1u);
+  });
 }
 
 // The gradients [first, first + count) by value.
@@ -341,8 +279,9 @@ void step(const Step& step, void* stream) {
     launch("step", "step_upper_kernel", step_upper_kernel, blocks, stream, args, table);
   else
     launch("step", "step_joint_kernel", step_joint_kernel, blocks, stream, args, table);
-  if (step.num_groups == 0) return;
-  for (int pass = 0; pass < kNarrowPasses; ++pass) launch("step", "step_narrow_kernel", step_narrow_kernel, blocks, stream, args);
+  if (step.num_groups == 0 || args.workspace.alone == ~0u) return;
+  launch("step", "step_finish_kernel", step_finish_kernel, blocks, stream, args);
+  launch("step", "step_narrow_kernel", step_narrow_kernel, blocks, stream, args);
   launch("step", "step_apply_kernel", step_apply_kernel, blocks, stream, args);
 }
 

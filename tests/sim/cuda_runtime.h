@@ -143,6 +143,9 @@ template <class T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
   return sim::atomic(address, [=](T old) { return static_cast<T>(old + value); });
 }
+inline unsigned atomicSub(unsigned* address, unsigned value) {
+  return sim::atomic(address, [=](unsigned old) { return old - value; });
+}
 inline unsigned atomicXor(unsigned* address, unsigned value) {
   return sim::atomic(address, [=](unsigned old) { return old ^ value; });
 }

@@ -1,0 +1,152 @@
+// What the block that completes a group does: accept its candidates and settle them, or have it fall back; and what it leaves for the
+// next step.
+#pragma once
+
+#include "judge.cuh"
+#include "workspace.cuh"
+
+namespace bip::cuda {
+
+// The window that a group is judged by in the first launch of a step.
+struct Guess {
+  Window window;  // lo and hi
+  bool known;     // false: there is none, and too many entries to list them all
+};
+
+__device__ __forceinline__ Guess guess_of(const Args& args, int group) {
+  const Window whole = whole_window(args.step.groups[group]);
+  if (whole.inside <= capacity_of(args, group)) return {whole, true};
+  const Memory& memory = state_of(args, group).memory;
+  return {{memory.lo, memory.hi, 0, 0}, memory.known != 0};
+}
+
+// Calls body(tile) for all tiles of a group: one block, one warp per tile.
+template <class Body>
+__device__ __forceinline__ void for_tiles_of(const Args& args, int group, Body body) {
+  for (int number = warp_id(); number < args.step.num_tiles; number += kWarps) {
+    const Tile tile(args.step, number);
+    if (tile.tensor.group == group) body(tile);
+  }
+}
+
+// Makes mask and z of one candidate right.
+__device__ inline void repair(const Args& args, int group, const Candidate& candidate, bool kept) {
+  const Tile tile(args.step, candidate.tile);
+  const int64_t entry = tile.first + candidate.entry;
+  const uint32_t bit = 1u << (entry % kWarp);
+  uint32_t& word = tile.tensor.mask[entry / kWarp];
+  if (kept == ((word & bit) != 0)) return;  // other threads flip other bits of the word; this one is ours
+  atomicXor(&word, bit);
+  flip_z(tile.tensor, entry, kept);
+  atomicAdd(reinterpret_cast<unsigned long long*>(&args.step.counters[group].flips), 1ull);
+}
+
+// Selects exactly among a list of all keys inside the window, and ends the step for the group.
+__device__ inline void settle_group(const Args& args, Room& room, int group, const Candidate* list, uint32_t candidates,
+                                    const Window& window) {
+  const Window settled = settle(room, list, candidates, window, [&](const Candidate& candidate, bool kept) {
+    repair(args, group, candidate, kept);
+  });
+  if (thread_id() != 0) return;
+  GroupState& state = state_of(args, group);
+  state.memory.threshold = settled.hi;
+  state.memory.known = 1;
+  state.progress = {};
+  state.task = Task::none;
+  args.step.counters[group].threshold = key_score(static_cast<uint32_t>(settled.hi >> 32));
+}
+
+// Narrows the window of a group until its keys can be listed, lists and settles them: a block that works alone.
+__device__ inline void fall_back_alone(const Args& args, JudgeRoom& room, int group, Window window) {
+  GroupState& state = state_of(args, group);
+  const uint32_t capacity = capacity_of(args, group);
+  while (window.inside > capacity) {
+    const int shift = window_shift(window);
+    for_tiles_of(args, group, [&](const Tile& tile) {
+      count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
+    });
+    window = narrow(room, window, shift, window.lo, &state.memory);
+  }
+  if (thread_id() == 0) state.progress = {};
+  __syncthreads();
+  Judge judge(room, window, nullptr, state.progress, candidates_of(args, group), capacity);
+  for_tiles_of(args, group, [&](const Tile& tile) { judge_tile(judge, tile); });
+  end_judging(room, judge, args.step.counters[group]);
+  __syncthreads();
+  if (thread_id() == 0) room.above = 0;  // nobody asks: the window is certain
+  settle_group(args, room, group, candidates_of(args, group), window.inside, window);
+}
+
+// The window held the k-th key, and all keys inside are listed: `wanted` of them are kept. Their histogram is in `room`.
+__device__ inline void accept(const Args& args, JudgeRoom& room, int group, Window window) {
+  GroupState& state = state_of(args, group);
+  const uint32_t listed = window.inside;
+  const int shift = window_shift(window);
+  const uint32_t rank = rank_of(room, window, shift, state.memory.threshold);
+  if (thread_id() == 0) {
+    const int64_t error = static_cast<int64_t>(rank) - window.wanted;
+    widen_window(state.memory, error < 0 ? -error : error, args.step.groups[group].numel);
+    args.step.counters[group].candidates += listed;
+  }
+  __syncthreads();
+  const Window closed = closed_if_settled(window);
+  if (closed.inside == 0) {  // the k-th key is at the window's edge, and there is no bin to look for
+    clear(room);
+    if (thread_id() == 0) {
+      const double distance = static_cast<double>(window.hi - window.lo) / (listed + 1) * state.memory.half;
+      state.memory.lo = key_below(closed.hi, distance);
+      state.memory.hi = key_above(closed.hi, distance);
+    }
+    window = closed;
+  } else {
+    window = narrow(room, window, shift, window.lo, &state.memory, true);
+  }
+  if (listed <= args.workspace.alone) return settle_group(args, room, group, candidates_of(args, group), listed, window);
+  if (thread_id() != 0) return;
+  state.window = window;
+  state.listed = listed;
+  state.task = Task::finish;
+  args.workspace.finish_list[atomicAdd(&args.workspace.queue->finishing, 1u)] = group;
+}
+
+// The guess was wrong, or there was none.
+__device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool known, int64_t above, int64_t inside) {
+  GroupState& state = state_of(args, group);
+  const Group& selection = args.step.groups[group];
+  if (thread_id() == 0) {
+    Counters& counters = args.step.counters[group];
+    const int64_t missed = above > selection.kept ? above - selection.kept : selection.kept - above - inside;
+    if (!known)
+      ++counters.first;
+    else if (missed > 0)
+      ++counters.missed;
+    else
+      ++counters.crowded;
+    widen_window(state.memory, known && missed > 0 ? missed + state.memory.half : 0, selection.numel);
+  }
+  clear(room);
+  if (args.workspace.alone == ~0u) {
+    for_tiles_of(args, group, [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
+    return fall_back_alone(args, room, group, narrow_first(room, selection, kScoreDigit, &state.memory));
+  }
+  if (thread_id() != 0) return;
+  state.task = Task::fall_back;
+  atomicAdd(&args.workspace.queue->falling, 1u);
+}
+
+// Run by the block that has published the last entry of a group in the first launch, with the group's whole histogram in `room`.
+__device__ inline void conclude(const Args& args, JudgeRoom& room, int group, const Guess& guess) {
+  GroupState& state = state_of(args, group);
+  const int64_t kept = args.step.groups[group].kept, above = state.progress.above, inside = state.progress.collected;
+  __syncthreads();  // all threads have read it
+  if (thread_id() == 0) {
+    state.progress = {};
+    ++args.step.counters[group].steps;
+  }
+  if (guess.known && above <= kept && kept <= above + inside && inside <= capacity_of(args, group))
+    accept(args, room, group, {guess.window.lo, guess.window.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)});
+  else
+    reject(args, room, group, guess.known, above, inside);
+}
+
+}  // namespace bip::cuda

@@ -1,0 +1,65 @@
+// A tile of a step, what a warp works on, and its z.
+#pragma once
+
+#include "block.cuh"
+
+namespace bip::cuda {
+
+struct Tile {
+  Tensor tensor;  // a copy: stores to the arrays could change what a reference refers to, and it would be read again for every quad
+  int64_t first;  // of the tensor's entries
+  int entries;
+  int number;
+
+  __device__ __forceinline__ Tile(const Step& step, int tile)
+      : tensor(step.tensors[step.tile_tensor[tile]]), first((tile - tensor.first_tile) * kTile), number(tile) {
+    const int64_t rest = tensor.numel - first;
+    entries = static_cast<int>(rest < kTile ? rest : kTile);
+  }
+  __device__ __forceinline__ uint32_t index() const { return static_cast<uint32_t>(tensor.index + first); }
+  // The mask word of the entry at `place`; past the end 0, as the bits there are.
+  __device__ __forceinline__ uint32_t word(int place) const {
+    if (place >= entries) return 0u;
+    return tensor.mask ? tensor.mask[(first + place) / kWarp] : ~0u;
+  }
+};
+
+template <bool kVector, class T>
+__device__ __forceinline__ void store_z(void* param, int64_t entry, unsigned kept, const Quad<float>& theta, int count) {
+  Quad<T> z;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) from_float(kept >> j & 1u ? theta.x[j] : 0.0f, z.x[j]);
+  store_quad<kVector>(static_cast<T*>(param) + entry, z, count);
+}
+
+// z of a quad whose mask bits are in `word` and were in `old_word`. A 32-byte sector that has and had no kept entry is not touched: it is
+// 0 and stays 0.
+template <bool kVector>
+__device__ __forceinline__ void write_z(const Tensor& tensor, int64_t entry, uint32_t word, uint32_t old_word, const Quad<float>& theta,
+                                        int count) {
+  const unsigned place = static_cast<unsigned>(entry) % kWarp;
+  const unsigned kept = word >> place & 0xfu;
+  const uint32_t touched = word | old_word;
+  if (tensor.dtype == DType::f32) {
+    if (tensor.param != tensor.theta && (touched >> (place & ~7u) & 0xffu))
+      store_z<kVector, float>(tensor.param, entry, kept, theta, count);
+  } else if (touched >> (place & ~15u) & 0xffffu) {
+    if (tensor.dtype == DType::bf16)
+      store_z<kVector, bfloat16>(tensor.param, entry, kept, theta, count);
+    else
+      store_z<kVector, float16>(tensor.param, entry, kept, theta, count);
+  }
+}
+
+// z of one entry whose mask bit flips.
+__device__ inline void flip_z(const Tensor& tensor, int64_t entry, bool kept) {
+  const float value = kept ? tensor.theta[entry] : 0.0f;
+  if (tensor.dtype == DType::f32)
+    static_cast<float*>(tensor.param)[entry] = value;
+  else if (tensor.dtype == DType::bf16)
+    from_float(value, static_cast<bfloat16*>(tensor.param)[entry]);
+  else
+    from_float(value, static_cast<float16*>(tensor.param)[entry]);
+}
+
+}  // namespace bip::cuda
