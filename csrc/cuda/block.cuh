@@ -1,7 +1,7 @@
 // What a block is: 8 warps, each with a tile of kTile consecutive entries of one tensor, each lane with four neighbours of every 128.
 //
 // The device subset the project uses, all of it (the host simulator in tests/sim implements this and little more):
-//   __global__ __device__ __launch_bounds__ __grid_constant__ (behind the type), static __shared__ outside templates,
+//   __global__ __device__ __noinline__ __launch_bounds__ __grid_constant__ (behind the type), static __shared__ outside templates,
 //   threadIdx.x blockIdx.x gridDim.x, __syncthreads __threadfence, __shfl_sync __shfl_up_sync __shfl_xor_sync __ballot_sync,
 //   __syncwarp, __ldcg __stwb of uint4 uint2 uint32_t, __ffs __popc __clzll, atomicAdd on 32 and 64 bits, atomicSub atomicXor atomicCAS on 32.
 // Barriers are reached by all threads of a block, collectives by all lanes of a warp: loops around them have warp- or block-uniform bounds.
@@ -20,10 +20,11 @@ namespace bip::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocksPerProcessor = 3;  // what __launch_bounds__ asks registers to allow: 80 each; 24 warps hide the memory latency
-constexpr int kQuad = 4;                // entries a lane handles at once: 16 bytes of fp32
-constexpr int kStride = kWarp * kQuad;  // entries a warp handles at once
-constexpr int kAhead = 4;               // quads a lane loads before it uses the first, in passes that read nothing else; divides a tile
+constexpr int kBlocksPerProcessor = 3;       // what __launch_bounds__ asks registers to allow: 80 each
+constexpr int kBlocksPerProcessorJoint = 2;  // 128 registers: a joint step has more arrays
+constexpr int kQuad = 4;                     // entries a lane handles at once: 16 bytes of fp32
+constexpr int kStride = kWarp * kQuad;       // entries a warp handles at once
+constexpr int kAhead = 4;  // quads a lane loads before it uses the first, in passes that read nothing else; divides a tile
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x); }

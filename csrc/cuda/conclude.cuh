@@ -9,15 +9,15 @@ namespace bip::cuda {
 
 // The window that a group is judged by in the first launch of a step.
 struct Guess {
-  Window window;  // lo and hi
-  bool known;     // false: there is none, and too many entries to list them all
+  Window window;  // lo and hi; all keys if nothing is known
+  bool known;     // false: there is none, and there are too many entries to list them all
 };
 
 __device__ __forceinline__ Guess guess_of(const Args& args, int group) {
   const Window whole = whole_window(args.step.groups[group]);
   if (whole.inside <= capacity_of(args, group)) return {whole, true};
   const Memory& memory = state_of(args, group).memory;
-  return {{memory.lo, memory.hi, 0, 0}, memory.known != 0};
+  return memory.known ? Guess{{memory.lo, memory.hi, 0, 0}, true} : Guess{whole, false};
 }
 
 // Calls body(tile) for all tiles of a group: one block, one warp per tile.
@@ -42,11 +42,10 @@ __device__ inline void repair(const Args& args, int group, const Candidate& cand
 }
 
 // Selects exactly among a list of all keys inside the window, and ends the step for the group.
-__device__ inline void settle_group(const Args& args, Room& room, int group, const Candidate* list, uint32_t candidates,
-                                    const Window& window) {
-  const Window settled = settle(room, list, candidates, window, [&](const Candidate& candidate, bool kept) {
-    repair(args, group, candidate, kept);
-  });
+__device__ __noinline__ void settle_group(const Args& args, Room& room, int group, const Candidate* list, uint32_t candidates,
+                                          const Window& window) {
+  const Window settled =
+      settle(room, list, candidates, window, [&](const Candidate& candidate, bool kept) { repair(args, group, candidate, kept); });
   if (thread_id() != 0) return;
   GroupState& state = state_of(args, group);
   state.memory.threshold = settled.hi;
@@ -57,21 +56,20 @@ __device__ inline void settle_group(const Args& args, Room& room, int group, con
 }
 
 // Narrows the window of a group until its keys can be listed, lists and settles them: a block that works alone.
-__device__ inline void fall_back_alone(const Args& args, JudgeRoom& room, int group, Window window) {
+__device__ __noinline__ void fall_back_alone(const Args& args, JudgeRoom& room, int group, Window window) {
   GroupState& state = state_of(args, group);
   const uint32_t capacity = capacity_of(args, group);
   while (window.inside > capacity) {
     const int shift = window_shift(window);
-    for_tiles_of(args, group, [&](const Tile& tile) {
-      count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
-    });
+    for_tiles_of(args, group,
+                 [&](const Tile& tile) { count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index()); });
     window = narrow(room, window, shift, window.lo, &state.memory);
   }
   if (thread_id() == 0) state.progress = {};
-  __syncthreads();
-  Judge judge(room, window, nullptr, state.progress, candidates_of(args, group), capacity);
-  for_tiles_of(args, group, [&](const Tile& tile) { judge_tile(judge, tile); });
-  end_judging(room, judge, args.step.counters[group]);
+  begin_judging(room, window, state.progress, candidates_of(args, group), capacity, false);
+  uint32_t num_above = 0;
+  for_tiles_of(args, group, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
+  end_judging(room, num_above, args.step.counters[group]);
   __syncthreads();
   if (thread_id() == 0) room.above = 0;  // nobody asks: the window is certain
   settle_group(args, room, group, candidates_of(args, group), window.inside, window);
@@ -135,7 +133,9 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
 }
 
 // Run by the block that has published the last entry of a group in the first launch, with the group's whole histogram in `room`.
-__device__ inline void conclude(const Args& args, JudgeRoom& room, int group, const Guess& guess) {
+// A call, so that what it needs does not take registers from the streaming loop.
+__device__ __noinline__ void conclude(const Args& args, JudgeRoom& room, int group) {
+  const bool known = guess_of(args, group).known;
   GroupState& state = state_of(args, group);
   const int64_t kept = args.step.groups[group].kept, above = state.progress.above, inside = state.progress.collected;
   __syncthreads();  // all threads have read it
@@ -143,10 +143,11 @@ __device__ inline void conclude(const Args& args, JudgeRoom& room, int group, co
     state.progress = {};
     ++args.step.counters[group].steps;
   }
-  if (guess.known && above <= kept && kept <= above + inside && inside <= capacity_of(args, group))
-    accept(args, room, group, {guess.window.lo, guess.window.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)});
+  const Window& judged = room.group.window;
+  if (known && above <= kept && kept <= above + inside && inside <= capacity_of(args, group))
+    accept(args, room, group, {judged.lo, judged.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)});
   else
-    reject(args, room, group, guess.known, above, inside);
+    reject(args, room, group, known, above, inside);
 }
 
 }  // namespace bip::cuda

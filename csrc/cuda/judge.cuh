@@ -11,37 +11,60 @@ namespace bip::cuda {
 
 constexpr uint32_t kPending = 160;  // a warp's candidates in shared memory; one turn adds at most kStride
 
+// A window as the scores that decide an entry alone: kept above `high`, dropped below `low`, and to be looked at as a whole key between.
+// For scores in [0, 1], which compare as their keys do.
+struct UnitRange {
+  float low, high;
+
+  UnitRange() = default;
+  __device__ __forceinline__ explicit UnitRange(const Window& window) {
+    constexpr uint32_t kZero = 0x80000000u, kInfinity = 0xff800000u;  // score_key of 0 and of infinity
+    const uint32_t first = static_cast<uint32_t>(window.lo >> 32), last = static_cast<uint32_t>((window.hi - 1) >> 32);
+    low = first < kZero ? key_score(kZero) : key_score(first);
+    high = window.hi == 0 || last < kZero ? -1.0f : key_score(last < kInfinity ? last : kInfinity);
+  }
+  __device__ __forceinline__ bool above(float score) const { return score > high; }
+  __device__ __forceinline__ bool near(float score) const { return score >= low && !(score > high); }
+};
+
+// The same for any scores.
+struct AnyRange {
+  ScoreRange range;
+
+  __device__ __forceinline__ explicit AnyRange(const Window& window) : range(window) {}
+  __device__ __forceinline__ bool above(float score) const { return score_key(score) > range.high; }
+  __device__ __forceinline__ bool near(float score) const { return score_key(score) >= range.low && score_key(score) <= range.high; }
+};
+
+// What a block's warps need of a group for its few candidates: in shared memory, because registers are scarcer.
+struct JudgeGroup {
+  Window window;
+  UnitRange range;
+  Progress* progress;
+  Candidate* list;
+  uint32_t capacity;  // of the list; 0: nothing is listed
+  int shift;          // of the histogram's bins
+  bool counted;       // candidates are counted in the block's histogram
+};
+
 struct JudgeRoom : Room {
+  JudgeGroup group;
+  uint32_t flips;  // mask bits that this block has changed in the group
+  uint32_t num_pending[kWarps];
   Candidate pending[kWarps][kPending];
 };
 
-// One warp's view of the selection in one group, for as long as the block stays with it.
-struct Judge {
-  Window window;
-  ScoreRange range;
-  int shift;               // of the histogram's bins
-  Histogram* histogram;    // candidates are counted in it; null: they are not
-  Progress* progress;      // of the group
-  Candidate* list;         // of the group
-  uint32_t capacity;       // of the list; 0: nothing is listed
-  Candidate* pending;      // of this warp
-  bool active;             // false: the scores are moved but not judged yet
-  uint32_t num_pending = 0;
-  uint32_t above = 0;  // of this lane
-  uint32_t flips = 0;  // of this lane
-
-  __device__ __forceinline__ Judge(JudgeRoom& room, const Window& window_, Histogram* histogram_, Progress& progress_, Candidate* list_,
-                                   uint32_t capacity_, bool active_ = true)
-      : window(window_),
-        range(window_),
-        shift(window_shift(window_)),
-        histogram(histogram_),
-        progress(&progress_),
-        list(list_),
-        capacity(capacity_),
-        pending(room.pending[warp_id()]),
-        active(active_) {}
-};
+// Whole block: from here on its warps judge by this group's window.
+__device__ inline void begin_judging(JudgeRoom& room, const Window& window, Progress& progress, Candidate* list, uint32_t capacity,
+                                     bool counted) {
+  __syncthreads();  // nobody uses the group before any more
+  if (thread_id() == 0) {
+    room.group = {window, UnitRange(window), &progress, list, capacity, window_shift(window), counted};
+    room.flips = 0;
+  }
+  if (lane_id() == 0) room.num_pending[warp_id()] = 0;
+  __syncthreads();
+}
 
 __device__ __forceinline__ uint32_t sum_of_warp(uint32_t value) {
 #pragma unroll
@@ -49,76 +72,112 @@ __device__ __forceinline__ uint32_t sum_of_warp(uint32_t value) {
   return value;
 }
 
-// Moves a warp's candidates to the group's list.
-__device__ __forceinline__ void flush_pending(Judge& judge) {
-  if (judge.num_pending == 0) return;
+// Moves a warp's `pending` candidates to the group's list.
+__device__ __noinline__ void flush_pending(JudgeRoom& room, uint32_t pending) {
+  const JudgeGroup& group = room.group;
   __syncwarp();
   uint32_t at = 0;
-  if (lane_id() == 0) at = atomicAdd(&judge.progress->collected, judge.num_pending);
+  if (lane_id() == 0) at = atomicAdd(&group.progress->collected, pending);
   at = __shfl_sync(kAllLanes, at, 0);
-  for (uint32_t i = lane_id(); i < judge.num_pending; i += kWarp) {
-    const Candidate candidate = judge.pending[i];
-    if (at + i < judge.capacity) judge.list[at + i] = candidate;
-    if (judge.histogram)
-      count(*judge.histogram, static_cast<int>((candidate.key - judge.window.lo) >> judge.shift), static_cast<uint32_t>(candidate.key >> 32));
+  for (uint32_t i = static_cast<uint32_t>(lane_id()); i < pending; i += kWarp) {
+    const Candidate candidate = room.pending[warp_id()][i];
+    if (at + i < group.capacity) group.list[at + i] = candidate;
+    if (group.counted)
+      count(room.histogram, static_cast<int>((candidate.key - group.window.lo) >> group.shift), static_cast<uint32_t>(candidate.key >> 32));
   }
   __syncwarp();
-  judge.num_pending = 0;
 }
 
-// The candidates among a warp's quads: bit j of `inside` for entry `place` + j of the tile.
-__device__ __forceinline__ void collect(Judge& judge, const Tile& tile, int place, const Quad<float>& s, unsigned inside) {
-  if (judge.capacity == 0) return;
+// Four neighbouring entries of a lane, and where they are.
+struct Place {
+  uint32_t index;  // of the first in its group
+  int tile;
+  int entry;  // of the first in its tile
+};
+
+// The candidates among a warp's quads: bit j of `inside` for the entry whose score is s.x[j].
+__device__ inline void collect(JudgeRoom& room, const Place& place, const Quad<float>& s, unsigned inside) {
+  if (room.group.capacity == 0) return;
+  uint32_t pending = room.num_pending[warp_id()];
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     const unsigned lanes = __ballot_sync(kAllLanes, inside >> j & 1u);
-    if (lanes == 0) continue;
-    if (inside >> j & 1u) {
-      const uint64_t key = full_key(score_key(s.x[j]), tile.index() + static_cast<uint32_t>(place + j));
-      judge.pending[judge.num_pending + static_cast<uint32_t>(__popc(lanes & ((1u << lane_id()) - 1u)))] = {
-          key, tile.number, static_cast<uint32_t>(place + j)};
-    }
-    judge.num_pending += static_cast<uint32_t>(__popc(lanes));
+    if (inside >> j & 1u)
+      room.pending[warp_id()][pending + static_cast<uint32_t>(__popc(lanes & ((1u << lane_id()) - 1u)))] = {
+          full_key(score_key(s.x[j]), place.index + static_cast<uint32_t>(j)), place.tile, static_cast<uint32_t>(place.entry + j)};
+    pending += static_cast<uint32_t>(__popc(lanes));
   }
-  if (judge.num_pending > kPending - kStride) flush_pending(judge);
+  if (pending > kPending - kStride) {
+    flush_pending(room, pending);
+    pending = 0;
+  }
+  __syncwarp();
+  if (lane_id() == 0) room.num_pending[warp_id()] = pending;
+  __syncwarp();
 }
 
 // The lane's four mask bits, of all lanes' fours: the eight lanes of a word each get the word.
 __device__ __forceinline__ uint32_t word_of_bits(unsigned bits) {
-  uint32_t word = bits << (lane_id() % 8 * kQuad);
+  uint32_t word = bits << bit_of_lane();
   word |= __shfl_xor_sync(kAllLanes, word, 1);
   word |= __shfl_xor_sync(kAllLanes, word, 2);
   word |= __shfl_xor_sync(kAllLanes, word, 4);
   return word;
 }
 
-// The lane's quad at `place` of a tile, whole warp: returns the new mask word and has written it if it differs from `old_word`.
-template <bool kVector>
-__device__ __forceinline__ uint32_t judge_quad(Judge& judge_, const Tile& tile, int place, const Quad<float>& s, uint32_t old_word) {
-  const unsigned old_bits = old_word >> (place % kWarp) & 0xfu;
-  unsigned above = 0, inside = 0;
+struct Judged {
+  uint32_t word;   // new mask word of the lane's eight
+  unsigned above;  // bits of the lane's quad whose keys are above the window
+};
+
+// Whole warp: entries of the `near` bits are looked at as whole keys, those inside the window become candidates and keep their bit; the mask
+// word at `address` is written if it changes. A call, so that what it needs does not take registers from the streaming loop.
+__device__ __noinline__ Judged judge_near(JudgeRoom& room, Quad<float> s, unsigned above, unsigned near, uint32_t old_word, Place place,
+                                          uint32_t* address) {
+  const unsigned old_bits = old_word >> bit_of_lane() & 0xfu;
+  const uint64_t lo = room.group.window.lo, hi = room.group.window.hi;
+  unsigned inside = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
-    const Verdict verdict = judge(judge_.window, judge_.range, score_key(s.x[j]), tile.index() + static_cast<uint32_t>(place + j));
-    if (!kVector && place + j >= tile.entries) continue;
-    above |= verdict == Verdict::kept ? 1u << j : 0u;
-    inside |= verdict == Verdict::undecided ? 1u << j : 0u;
+    if (!(near >> j & 1u)) continue;
+    const uint64_t key = full_key(score_key(s.x[j]), place.index + static_cast<uint32_t>(j));
+    above |= key >= hi ? 1u << j : 0u;
+    inside |= key >= lo && key < hi ? 1u << j : 0u;
   }
-  judge_.above += static_cast<uint32_t>(__popc(above));
-  const unsigned bits = above | (inside & old_bits), changed = bits ^ old_bits;
-  if (__ballot_sync(kAllLanes, (changed | inside) != 0) == 0) return old_word;
-  judge_.flips += static_cast<uint32_t>(__popc(changed));
-  collect(judge_, tile, place, s, inside);
+  if (__ballot_sync(kAllLanes, inside != 0) != 0) collect(room, place, s, inside);
+  const unsigned bits = above | (inside & old_bits);
+  if (bits != old_bits) atomicAdd(&room.flips, static_cast<uint32_t>(__popc(bits ^ old_bits)));
   const uint32_t word = word_of_bits(bits);
-  if (lane_id() % 8 == 0 && word != old_word) tile.tensor.mask[(tile.first + place) / kWarp] = word;
-  return word;
+  if (lane_id() % 8 == 0 && word != old_word) *address = word;
+  return {word, above};
+}
+
+// The lane's quad at `place` of a tile, whole warp: returns the new mask word and has written it if it differs from `old_word`; adds what is
+// above the window to `num_above`. In nearly all turns no entry of the warp is near the threshold or flips, and two comparisons of floats
+// are all there is to do.
+template <bool kVector, class ScoreOrKeyRange>
+__device__ __forceinline__ uint32_t judge_quad(JudgeRoom& room, uint32_t& num_above, const ScoreOrKeyRange& range, const Tile& tile,
+                                               int place, const Quad<float>& s, uint32_t old_word) {
+  unsigned above = 0, near = 0;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    if (!kVector && place + j >= tile.entries) continue;
+    above |= range.above(s.x[j]) ? 1u << j : 0u;
+    near |= range.near(s.x[j]) ? 1u << j : 0u;
+  }
+  Judged judged{old_word, above};
+  if (__ballot_sync(kAllLanes, above != (old_word >> bit_of_lane() & 0xfu) || near != 0) != 0)
+    judged = judge_near(room, s, above, near, old_word, {tile.index() + static_cast<uint32_t>(place), tile.number, place},
+                        tile.tensor.mask + tile.word_number(place));
+  num_above += static_cast<uint32_t>(__popc(judged.above));
+  return judged.word;
 }
 
 // z where a word has changed.
 __device__ __forceinline__ void flip_quad(const Tile& tile, int place, uint32_t word, uint32_t old_word) {
-  for (unsigned flips = (word ^ old_word) >> (place % kWarp) & 0xfu; flips; flips &= flips - 1) {
-    const int j = __ffs(flips) - 1;
-    flip_z(tile.tensor, tile.first + place + j, word >> (place % kWarp + j) & 1u);
+  for (unsigned flips = (word ^ old_word) >> bit_of_lane() & 0xfu; flips; flips &= flips - 1) {
+    const int j = __ffs(static_cast<int>(flips)) - 1;
+    flip_z(tile.tensor, tile.first + place + j, word >> (bit_of_lane() + static_cast<unsigned>(j)) & 1u);
   }
 }
 
@@ -126,38 +185,40 @@ constexpr int kJudgeAhead = 2;  // quads, and their mask words, that a lane load
 
 // One warp judges the scores of a tile as they are, and writes z where the mask flips.
 template <bool kVector>
-__device__ void judge_tile(Judge& judge, const Tile& tile) {
+__device__ void judge_tile(JudgeRoom& room, uint32_t& num_above, const Tile& tile) {
+  const AnyRange range(room.group.window);
   for (int base = 0; base < tile.entries; base += kJudgeAhead * kStride) {
     Quad<float> s[kJudgeAhead];
     uint32_t old_words[kJudgeAhead];
 #pragma unroll
     for (int ahead = 0; ahead < kJudgeAhead; ++ahead) {
       const int place = base + ahead * kStride + lane_id() * kQuad;
-      old_words[ahead] = tile.word(place);
+      old_words[ahead] = tile.word<kVector>(place);
       s[ahead] = load_quad<kVector>(tile.tensor.scores + tile.first + place, tile.entries - place);
     }
 #pragma unroll
     for (int ahead = 0; ahead < kJudgeAhead; ++ahead) {
       const int place = base + ahead * kStride + lane_id() * kQuad;
-      flip_quad(tile, place, judge_quad<kVector>(judge, tile, place, s[ahead], old_words[ahead]), old_words[ahead]);
+      flip_quad(tile, place, judge_quad<kVector>(room, num_above, range, tile, place, s[ahead], old_words[ahead]), old_words[ahead]);
     }
   }
 }
 
-__device__ inline void judge_tile(Judge& judge, const Tile& tile) {
+__device__ inline void judge_tile(JudgeRoom& room, uint32_t& num_above, const Tile& tile) {
   if (tile.entries == kTile && quad_aligned(tile.tensor.scores))
-    judge_tile<true>(judge, tile);
+    judge_tile<true>(room, num_above, tile);
   else
-    judge_tile<false>(judge, tile);
+    judge_tile<false>(room, num_above, tile);
 }
 
-// Hands over what a warp has found in a group. Before the block publishes its entries.
-__device__ inline void end_judging(JudgeRoom& room, Judge& judge, Counters& counters) {
-  flush_pending(judge);
-  const uint32_t above = sum_of_warp(judge.above), flips = sum_of_warp(judge.flips);
-  if (lane_id() != 0) return;
-  if (above) atomicAdd(&room.above, above);
-  if (flips) atomicAdd(reinterpret_cast<unsigned long long*>(&counters.flips), static_cast<unsigned long long>(flips));
+// Hands over what the block's warps have found in a group, `num_above` by lane. Before the block publishes its entries.
+__device__ inline void end_judging(JudgeRoom& room, uint32_t num_above, Counters& counters) {
+  if (room.num_pending[warp_id()]) flush_pending(room, room.num_pending[warp_id()]);
+  const uint32_t above = sum_of_warp(num_above);
+  if (lane_id() == 0 && above) atomicAdd(&room.above, above);
+  __syncthreads();
+  if (thread_id() == 0 && room.flips)
+    atomicAdd(reinterpret_cast<unsigned long long*>(&counters.flips), static_cast<unsigned long long>(room.flips));
 }
 
 }  // namespace bip::cuda

@@ -34,25 +34,33 @@ inline void check(cudaError_t error, const char* op, const char* what) {
   throw std::runtime_error(message);
 }
 
-// Blocks of kThreads that are resident on the current device at once. Asked for once per device; 0 in the cache: not asked yet.
-inline int64_t resident_blocks(const char* op) {
+// Multiprocessors of the current device, and blocks of kThreads that one of them can hold. Asked for once per device.
+struct Processors {
+  int count, blocks;
+};
+inline Processors processors_of_device(const char* op) {
   constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> cache{};
+  static std::array<std::atomic<uint64_t>, kDevices> cache{};  // 0: not asked yet
   int device = 0;
   check(cudaGetDevice(&device), op, "cudaGetDevice");
   const bool cached = device < kDevices;
-  if (const int known = cached ? cache[device].load(std::memory_order_relaxed) : 0) return known;
-  int processors = 0, threads = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
+  if (const uint64_t known = cached ? cache[device].load(std::memory_order_relaxed) : 0)
+    return {static_cast<int>(known >> 32), static_cast<int>(known)};
+  int count = 0, threads = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device), op, "cudaDeviceGetAttribute");
-  const int blocks = processors * std::clamp(threads / kThreads, 1, kBlocksPerProcessor);
-  if (cached) cache[device].store(blocks, std::memory_order_relaxed);  // two threads that race here store the same number
-  return blocks;
+  const Processors found{count, std::max(threads / kThreads, 1)};
+  // Two threads that race here store the same numbers.
+  if (cached)
+    cache[device].store(static_cast<uint64_t>(found.count) << 32 | static_cast<uint64_t>(found.blocks), std::memory_order_relaxed);
+  return found;
 }
 
-// Blocks for `tiles` tiles, one warp each; at least 1.
-inline int64_t grid_for(int64_t tiles, const char* op) {
-  return std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident_blocks(op));
+// Blocks for `tiles` tiles, one warp each; at least 1, and at most as many as are resident at once if registers allow `per_processor`.
+inline int64_t grid_for(int64_t tiles, const char* op, int per_processor = kBlocksPerProcessor) {
+  const Processors processors = processors_of_device(op);
+  const int64_t resident = static_cast<int64_t>(processors.count) * std::min(processors.blocks, per_processor);
+  return std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident);
 }
 
 template <class... Parameters, class... Arguments>

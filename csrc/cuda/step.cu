@@ -23,10 +23,6 @@ __device__ __forceinline__ bool skipped(const Step& step) { return step.found_in
 
 __device__ __forceinline__ float inverse_of(const float* scale) { return scale ? 1.0f / *scale : 1.0f; }
 
-__device__ __forceinline__ void report_nonfinite(const Step& step, unsigned nonfinite) {
-  if (nonfinite) atomicAdd(reinterpret_cast<unsigned long long*>(step.num_nonfinite), static_cast<unsigned long long>(nonfinite));
-}
-
 // Tiles of one block that one histogram serves: all pruned ones are of `group` (-1: there are none).
 struct Run {
   int begin, end;
@@ -48,10 +44,10 @@ __device__ Run next_run(const Step& step, int begin, int end) {
   return {begin, end, group};
 }
 
-// One warp moves one tile, and judges it where a group is given.
-template <Phase kPhase, class AnyJudge>
-__device__ __forceinline__ void update_number(const Args& args, const GradientTable& table, int number, float inverse_scale,
-                                              AnyJudge& judge, unsigned& nonfinite) {
+// One warp moves one tile, and judges it.
+template <Phase kPhase, class AnyRoom>
+__device__ __forceinline__ void update_number(const Args& args, const GradientTable& table, int number, float inverse_scale, AnyRoom& room,
+                                              uint32_t& num_above) {
   const Step& step = args.step;
   const int which = step.tile_tensor[number];
   const bool is_inline = which < kInlineGradients;
@@ -59,56 +55,66 @@ __device__ __forceinline__ void update_number(const Args& args, const GradientTa
   const void* data = is_inline ? table.data[which] : further->data;
   const DType dtype = is_inline ? static_cast<DType>(table.dtype[which]) : further->dtype;
   const Tile tile(step, number);
+  if constexpr (kPhase != Phase::lower) {
+    if (tile.tensor.group >= 0)
+      note_entries(room, tile.entries);
+    else if (kPhase == Phase::upper)
+      return;
+  }
   if (data) {
-    Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype, 0};
-    update_tile<kPhase>(job, judge);
-    nonfinite += job.nonfinite;
+    const Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype, step.num_nonfinite};
+    update_tile<kPhase>(job, room, num_above);
   } else {
     if constexpr (kPhase != Phase::lower)
-      if (tile.tensor.group >= 0 && judge.active) judge_tile(judge, tile);
+      if (tile.tensor.group >= 0) judge_tile(room, num_above, tile);
   }
 }
 
+__device__ __forceinline__ void update_lower(const Args& args, const GradientTable& table, int begin, int end, float inverse_scale) {
+  Nothing nothing;
+  uint32_t none = 0;
+  for (int number = begin + warp_id(); number < end; number += kWarps)
+    update_number<Phase::lower>(args, table, number, inverse_scale, nothing, none);
+}
+
+struct StreamRoom : JudgeRoom {
+  Run run;  // that the block is at
+  int end;  // of the block's share of tiles
+  float inverse_scale;
+};
+
 // One block per contiguous share of the tiles, in runs that one histogram serves.
 template <Phase kPhase>
-__device__ __forceinline__ void update_and_judge(const Args& args, const GradientTable& table, JudgeRoom& room) {
+__device__ __forceinline__ void update_and_judge(const Args& args, const GradientTable& table, StreamRoom& room) {
   const Step& step = args.step;
   if (skipped(step)) return;
-  const float inverse_scale = inverse_of(step.grad_scale);
-  unsigned nonfinite = 0;
-  const Range share = block_range(step.num_tiles);
+  if (thread_id() == 0) {
+    const Range share = block_range(step.num_tiles);
+    room.run = {share.begin, share.begin, -1};
+    room.end = share.end;
+    room.inverse_scale = inverse_of(step.grad_scale);
+  }
   clear(room);
-  for (int begin = share.begin; begin < share.end;) {
-    const Run run = next_run(step, begin, share.end);
-    begin = run.end;
+  while (room.run.end < room.end) {
+    const Run run = next_run(step, room.run.end, room.end);
+    __syncthreads();
+    if (thread_id() == 0) room.run = run;
+    __syncthreads();
     if (run.group < 0) {
-      if constexpr (kPhase == Phase::joint) {
-        NoJudge judge;
-        for (int number = run.begin + warp_id(); number < run.end; number += kWarps)
-          update_number<Phase::lower>(args, table, number, inverse_scale, judge, nonfinite);
-      }
+      if (kPhase == Phase::joint) update_lower(args, table, run.begin, run.end, room.inverse_scale);
       continue;
     }
-    GroupState& state = state_of(args, run.group);
     // Read before this block publishes any entry of the group, so before the last block replaces it.
     const Guess guess = guess_of(args, run.group);
-    Judge judge(room, guess.window, &room.histogram, state.progress, candidates_of(args, run.group), capacity_of(args, run.group),
-                guess.known);
-    for (int number = run.begin + warp_id(); number < run.end; number += kWarps) {
-      const Tensor& tensor = step.tensors[step.tile_tensor[number]];
-      if (tensor.group >= 0) {
-        const int64_t rest = tensor.numel - (number - tensor.first_tile) * kTile;
-        note_entries(room, static_cast<int>(rest < kTile ? rest : kTile));
-      } else if (kPhase == Phase::upper) {
-        continue;
-      }
-      update_number<kPhase>(args, table, number, inverse_scale, judge, nonfinite);
-    }
-    end_judging(room, judge, step.counters[run.group]);
-    if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
-      conclude(args, room, run.group, guess);
+    begin_judging(room, guess.window, state_of(args, run.group).progress, candidates_of(args, run.group),
+                  guess.known ? capacity_of(args, run.group) : 0, true);
+    uint32_t num_above = 0;
+    for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
+      update_number<kPhase>(args, table, number, room.inverse_scale, room, num_above);
+    const int group = room.run.group;
+    end_judging(room, num_above, step.counters[group]);
+    if (merge(room, args.workspace.histograms[group], state_of(args, group).progress, numel_of(args, group))) conclude(args, room, group);
   }
-  report_nonfinite(step, nonfinite);
 }
 
 // One thread per gradient pointer that did not fit into the parameters of the update.
@@ -122,22 +128,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (skipped(args.step)) return;
   const float inverse_scale = inverse_of(args.step.grad_scale);
   const Range share = block_range(args.step.num_tiles);
-  unsigned nonfinite = 0;
-  NoJudge judge;
-  for (int tile = share.begin + warp_id(); tile < share.end; tile += kWarps)
-    update_number<Phase::lower>(args, table, tile, inverse_scale, judge, nonfinite);
-  report_nonfinite(args.step, nonfinite);
+  update_lower(args, table, share.begin, share.end, inverse_scale);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     step_upper_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
-  __shared__ JudgeRoom room;
+  __shared__ StreamRoom room;
   update_and_judge<Phase::upper>(args, table, room);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
     step_joint_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
-  __shared__ JudgeRoom room;
+  __shared__ StreamRoom room;
   update_and_judge<Phase::joint>(args, table, room);
 }
 
@@ -214,9 +216,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_narrow_ker
     const Window window = state.window;
     if (window.inside <= capacity_of(args, run.group)) return;
     const int shift = window_shift(window);
-    for_tiles_in(args, room, run, [&](const Tile& tile) {
-      count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
-    });
+    for_tiles_in(args, room, run,
+                 [&](const Tile& tile) { count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index()); });
     if (!merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group))) return;
     const Window narrowed = narrow(room, window, shift, window.lo, &state.memory);
     if (thread_id() == 0) state.window = narrowed;
@@ -231,17 +232,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_apply_kern
   if (args.workspace.queue->falling == 0) return;
   clear(room);
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
-    const Window window = state.window;
-    const uint32_t capacity = capacity_of(args, run.group);
-    Candidate* list = candidates_of(args, run.group);
-    Judge judge(room, window, nullptr, state.progress, list, window.inside <= capacity ? capacity : 0);
-    for_tiles_in(args, room, run, [&](const Tile& tile) { judge_tile(judge, tile); });
-    end_judging(room, judge, args.step.counters[run.group]);
+    const bool listable = state.window.inside <= capacity_of(args, run.group);
+    begin_judging(room, state.window, state.progress, candidates_of(args, run.group), listable ? capacity_of(args, run.group) : 0, false);
+    uint32_t num_above = 0;
+    for_tiles_in(args, room, run, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
+    end_judging(room, num_above, args.step.counters[run.group]);
     if (!publish_is_last(room, state.progress, numel_of(args, run.group))) return;
-    if (window.inside <= capacity)
-      settle_group(args, room, run.group, list, window.inside, window);
+    if (room.group.capacity != 0)
+      settle_group(args, room, run.group, room.group.list, room.group.window.inside, room.group.window);
     else
-      fall_back_alone(args, room, run.group, window);
+      fall_back_alone(args, room, run.group, room.group.window);
     // A block that reads 0 from here on has no entry of a group that falls back: all are published.
     if (thread_id() == 0) atomicSub(&args.workspace.queue->falling, 1u);
   });
@@ -278,7 +278,7 @@ void step(const Step& step, void* stream) {
   if (step.phase == Phase::upper)
     launch("step", "step_upper_kernel", step_upper_kernel, blocks, stream, args, table);
   else
-    launch("step", "step_joint_kernel", step_joint_kernel, blocks, stream, args, table);
+    launch("step", "step_joint_kernel", step_joint_kernel, grid_for(step.num_tiles, "step", kBlocksPerProcessorJoint), stream, args, table);
   if (step.num_groups == 0 || args.workspace.alone == ~0u) return;
   launch("step", "step_finish_kernel", step_finish_kernel, blocks, stream, args);
   launch("step", "step_narrow_kernel", step_narrow_kernel, blocks, stream, args);

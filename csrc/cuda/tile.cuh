@@ -5,6 +5,9 @@
 
 namespace bip::cuda {
 
+// A lane's four entries of a stride have their mask bits here in their word: tiles and strides begin with a word.
+__device__ __forceinline__ unsigned bit_of_lane() { return static_cast<unsigned>(lane_id()) % 8u * kQuad; }
+
 struct Tile {
   Tensor tensor;  // a copy: stores to the arrays could change what a reference refers to, and it would be read again for every quad
   int64_t first;  // of the tensor's entries
@@ -17,10 +20,14 @@ struct Tile {
     entries = static_cast<int>(rest < kTile ? rest : kTile);
   }
   __device__ __forceinline__ uint32_t index() const { return static_cast<uint32_t>(tensor.index + first); }
-  // The mask word of the entry at `place`; past the end 0, as the bits there are.
+  __device__ __forceinline__ int64_t word_number(int place) const {
+    return static_cast<int64_t>(static_cast<uint64_t>(first + place) / kWarp);
+  }
+  // The mask word of the entry at `place`; past the end 0, as the bits there are. kVector: there is no end.
+  template <bool kVector>
   __device__ __forceinline__ uint32_t word(int place) const {
-    if (place >= entries) return 0u;
-    return tensor.mask ? tensor.mask[(first + place) / kWarp] : ~0u;
+    if (!kVector && place >= entries) return 0u;
+    return tensor.mask ? tensor.mask[word_number(place)] : ~0u;
   }
 };
 
@@ -32,18 +39,16 @@ __device__ __forceinline__ void store_z(void* param, int64_t entry, unsigned kep
   store_quad<kVector>(static_cast<T*>(param) + entry, z, count);
 }
 
-// z of a quad whose mask bits are in `word` and were in `old_word`. A 32-byte sector that has and had no kept entry is not touched: it is
-// 0 and stays 0.
+// z of the lane's quad, whose mask bits are in `word` and were in `old_word`. A 32-byte sector that has and had no kept entry is not touched:
+// it is 0 and stays 0.
 template <bool kVector>
 __device__ __forceinline__ void write_z(const Tensor& tensor, int64_t entry, uint32_t word, uint32_t old_word, const Quad<float>& theta,
                                         int count) {
-  const unsigned place = static_cast<unsigned>(entry) % kWarp;
-  const unsigned kept = word >> place & 0xfu;
+  const unsigned bit = bit_of_lane(), kept = word >> bit & 0xfu;
   const uint32_t touched = word | old_word;
   if (tensor.dtype == DType::f32) {
-    if (tensor.param != tensor.theta && (touched >> (place & ~7u) & 0xffu))
-      store_z<kVector, float>(tensor.param, entry, kept, theta, count);
-  } else if (touched >> (place & ~15u) & 0xffffu) {
+    if (tensor.param != tensor.theta && (touched >> (bit & ~7u) & 0xffu)) store_z<kVector, float>(tensor.param, entry, kept, theta, count);
+  } else if (touched >> (bit & ~15u) & 0xffffu) {
     if (tensor.dtype == DType::bf16)
       store_z<kVector, bfloat16>(tensor.param, entry, kept, theta, count);
     else

@@ -14,52 +14,68 @@
 
 namespace bip::cuda {
 
-// Quads that a lane loads before it uses the first. With three blocks on a multiprocessor 72 KB are in flight in a lower or upper step and
-// 48 KB in a joint one; 80 registers hold no more.
-template <Phase kPhase>
-constexpr int kUpdateAhead = kPhase == Phase::joint ? 1 : 2;
+// How a tile is moved. Mask momentum has a way of its own because most runs do without, and the others should not pay for it.
+struct Plain {
+  static constexpr bool kVector = true, kMomentum = false;
+};
+struct WithMomentum {
+  static constexpr bool kVector = true, kMomentum = true;
+};
+struct EntryByEntry {
+  static constexpr bool kVector = false, kMomentum = true;
+};
+
+// Quads that a lane loads before it uses the first. With three blocks on a multiprocessor 72 KB are in flight in a lower or upper step, with
+// two 64 KB in a joint one; the registers hold no more.
+template <Phase kPhase, class Way>
+constexpr int kUpdateAhead = kPhase == Phase::lower || !Way::kMomentum ? 2 : 1;
 
 // What a warp needs for one tile.
 struct Job {
   Tile tile;
-  const Hyper& hyper;   // read again for every quad, from the L1 cache: registers are scarcer
+  const Hyper& hyper;   // read again in every turn, from the L1 cache: registers are scarcer
   float inverse_scale;  // of gradients
   const void* gradient;
   DType gradient_dtype;
-  unsigned nonfinite;  // entries skipped, of this lane
+  int64_t* num_nonfinite;
 };
 
+__device__ __forceinline__ bool moves_score_momentum(const Tensor& tensor, const Hyper& hyper) {
+  return tensor.score_momentum && hyper.mask_momentum > 0.0f;
+}
+
 // s (and u) of four entries whose theta and v are still the old ones.
-template <bool kVector>
-__device__ __forceinline__ void move_scores(const Job& job, int64_t entry, unsigned kept, const Quad<float>& g, const Quad<float>& theta,
-                                            Quad<float>& s, int exist) {
+template <class Way>
+__device__ __forceinline__ void move_scores(const Job& job, const Hyper& hyper, int64_t entry, unsigned kept, const Quad<float>& g,
+                                            const Quad<float>& theta, Quad<float>& s, int exist) {
+  constexpr bool kVector = Way::kVector;
   const Tensor& tensor = job.tile.tensor;
   Quad<float> h;
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) h.x[j] = score_gradient(kept >> j & 1u, g.x[j], theta.x[j], job.hyper);
-  if (tensor.score_momentum && job.hyper.mask_momentum > 0.0f) {  // loaded this late because most runs do without, and registers are scarce
+  for (int j = 0; j < kQuad; ++j) h.x[j] = score_gradient(kept >> j & 1u, g.x[j], theta.x[j], hyper);
+  if (Way::kMomentum && moves_score_momentum(tensor, hyper)) {
     Quad<float> u = load_quad<kVector>(tensor.score_momentum + entry, exist);
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      h.x[j] = job.hyper.mask_momentum * u.x[j] + h.x[j];
+      h.x[j] = hyper.mask_momentum * u.x[j] + h.x[j];
       u.x[j] = is_finite(g.x[j]) ? h.x[j] : u.x[j];
     }
     store_quad<kVector>(tensor.score_momentum + entry, u, exist);
   }
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) s.x[j] = is_finite(g.x[j]) ? updated_score(s.x[j], h.x[j], job.hyper) : s.x[j];
+  for (int j = 0; j < kQuad; ++j) s.x[j] = is_finite(g.x[j]) ? updated_score(s.x[j], h.x[j], hyper) : s.x[j];
   store_quad<kVector>(tensor.scores + entry, s, exist);
 }
 
 // theta and v of four entries.
 template <bool kVector>
-__device__ __forceinline__ void move_weights(const Job& job, int64_t entry, unsigned kept, const Quad<float>& g, Quad<float>& theta,
-                                             Quad<float>& v, int exist) {
+__device__ __forceinline__ void move_weights(const Job& job, const Hyper& hyper, int64_t entry, unsigned kept, const Quad<float>& g,
+                                             Quad<float>& theta, Quad<float>& v, int exist) {
   const Tensor& tensor = job.tile.tensor;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     float new_theta = theta.x[j], new_v = v.x[j];
-    lower_update(kept >> j & 1u, g.x[j], job.hyper, new_theta, new_v);
+    lower_update(kept >> j & 1u, g.x[j], hyper, new_theta, new_v);
     theta.x[j] = is_finite(g.x[j]) ? new_theta : theta.x[j];
     v.x[j] = is_finite(g.x[j]) ? new_v : v.x[j];
   }
@@ -86,40 +102,45 @@ __device__ __forceinline__ void load_gradients(Quad<float> (&g)[kAhead_], const 
   return load_converted<kAhead_, kVector, float16>(g, job, base);
 }
 
-struct NoJudge {};  // of a lower step
+// Of a lower step.
+struct Nothing {};
 
 // One lane's quad at `place`, whole warp.
-template <Phase kPhase, bool kVector, class AnyJudge>
-__device__ __forceinline__ void update_quad(Job& job, AnyJudge& judge, int place, uint32_t old_word, Quad<float>& g, Quad<float>& theta,
-                                            Quad<float>& v, Quad<float>& s) {
+template <Phase kPhase, class Way, class AnyRoom>
+__device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, AnyRoom& room, uint32_t& num_above, int place,
+                                            uint32_t old_word, Quad<float>& g, Quad<float>& theta, Quad<float>& v, Quad<float>& s) {
+  constexpr bool kVector = Way::kVector;
   const Tensor& tensor = job.tile.tensor;
   const int64_t entry = job.tile.first + place;
   const int exist = job.tile.entries - place;
-  const unsigned kept = old_word >> (entry % kWarp);
+  const unsigned kept = old_word >> bit_of_lane();
+  unsigned nonfinite = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     g.x[j] *= job.inverse_scale;
-    if (kVector || j < exist) job.nonfinite += !is_finite(g.x[j]);
+    nonfinite += (kVector || j < exist) && !is_finite(g.x[j]);
   }
+  if (nonfinite) atomicAdd(reinterpret_cast<unsigned long long*>(job.num_nonfinite), static_cast<unsigned long long>(nonfinite));
   uint32_t word = old_word;
-  const bool scored = kPhase == Phase::upper || (kPhase == Phase::joint && tensor.group >= 0);
-  if (scored) {
-    move_scores<kVector>(job, entry, kept, g, theta, s, exist);
-    if constexpr (kPhase != Phase::lower)
-      if (judge.active) word = judge_quad<kVector>(judge, job.tile, place, s, old_word);
+  if constexpr (kPhase != Phase::lower) {
+    if (kPhase == Phase::upper || tensor.group >= 0) {
+      move_scores<Way>(job, hyper, entry, kept, g, theta, s, exist);
+      word = judge_quad<kVector>(room, num_above, room.group.range, job.tile, place, s, old_word);
+    }
   }
   if constexpr (kPhase == Phase::upper) {
     flip_quad(job.tile, place, word, old_word);
   } else {
-    move_weights<kVector>(job, entry, kept, g, theta, v, exist);
+    move_weights<kVector>(job, hyper, entry, kept, g, theta, v, exist);
     write_z<kVector>(tensor, entry, word, old_word, theta, exist);
   }
 }
 
 // All loads are issued before the first value is used; those of g come last, because their branches use them.
-template <Phase kPhase, bool kVector, class AnyJudge>
-__device__ __forceinline__ void update_quads(Job& job, AnyJudge& judge, int base) {
-  constexpr int kAhead_ = kUpdateAhead<kPhase>;
+template <Phase kPhase, class Way, class AnyRoom>
+__device__ __forceinline__ void update_quads(const Job& job, AnyRoom& room, uint32_t& num_above, int base) {
+  constexpr int kAhead_ = kUpdateAhead<kPhase, Way>;
+  constexpr bool kVector = Way::kVector;
   const Tensor& tensor = job.tile.tensor;
   const bool scored = kPhase == Phase::upper || (kPhase == Phase::joint && tensor.group >= 0);
   Quad<float> theta[kAhead_], v[kAhead_], s[kAhead_], g[kAhead_];
@@ -128,16 +149,17 @@ __device__ __forceinline__ void update_quads(Job& job, AnyJudge& judge, int base
   for (int ahead = 0; ahead < kAhead_; ++ahead) {
     const int place = base + ahead * kStride + lane_id() * kQuad, exist = job.tile.entries - place;
     const int64_t entry = job.tile.first + place;
-    words[ahead] = job.tile.word(place);
+    words[ahead] = job.tile.word<kVector>(place);
     theta[ahead] = load_quad<kVector>(tensor.theta + entry, exist);
     if constexpr (kPhase != Phase::upper) v[ahead] = load_quad<kVector>(tensor.momentum + entry, exist);
     if (scored) s[ahead] = load_quad<kVector>(tensor.scores + entry, exist);
   }
+  const Hyper hyper = job.hyper;
   load_gradients<kAhead_, kVector>(g, job, base);
 #pragma unroll
   for (int ahead = 0; ahead < kAhead_; ++ahead)
-    update_quad<kPhase, kVector>(job, judge, base + ahead * kStride + lane_id() * kQuad, words[ahead], g[ahead], theta[ahead], v[ahead],
-                                 s[ahead]);
+    update_quad<kPhase, Way>(job, hyper, room, num_above, base + ahead * kStride + lane_id() * kQuad, words[ahead], g[ahead], theta[ahead],
+                             v[ahead], s[ahead]);
 }
 
 // Whether all of a tile's arrays can be moved in quads. 16-byte alignment for 2-byte types is more than needed, and what allocators give.
@@ -151,16 +173,21 @@ __device__ __forceinline__ bool vectorizes(const Job& job) {
 }
 
 // Loop bounds are the warp's, because judging is done by all lanes together.
-template <Phase kPhase, class AnyJudge>
-__device__ __forceinline__ void update_tile(Job& job, AnyJudge& judge) {
-  constexpr int kTurn = kUpdateAhead<kPhase> * kStride;
-  if (vectorizes<kPhase>(job)) {
+template <Phase kPhase, class Way, class AnyRoom>
+__device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, uint32_t& num_above) {
 #pragma unroll 1
-    for (int base = 0; base < kTile; base += kTurn) update_quads<kPhase, true>(job, judge, base);
-  } else {
-#pragma unroll 1
-    for (int base = 0; base < job.tile.entries; base += kTurn) update_quads<kPhase, false>(job, judge, base);
-  }
+  for (int base = 0; base < (Way::kVector ? static_cast<int>(kTile) : job.tile.entries); base += kUpdateAhead<kPhase, Way> * kStride)
+    update_quads<kPhase, Way>(job, room, num_above, base);
+}
+
+template <Phase kPhase, class AnyRoom>
+__device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, uint32_t& num_above) {
+  if (!vectorizes<kPhase>(job))
+    update_tile<kPhase, EntryByEntry>(job, room, num_above);
+  else if (kPhase != Phase::lower && moves_score_momentum(job.tile.tensor, job.hyper))
+    update_tile<kPhase, WithMomentum>(job, room, num_above);
+  else
+    update_tile<kPhase, Plain>(job, room, num_above);
 }
 
 }  // namespace bip::cuda

@@ -34,9 +34,9 @@ struct Queue {
   uint32_t falling;    // groups that fall back and are not done; 0 between steps
 };
 
-constexpr uint32_t kFew = 1024;         // room for what is undecided once the bin of the k-th key is known
-constexpr uint32_t kAloneUpTo = 2048;   // candidates that the last block settles itself, sooner than another launch would
-constexpr int64_t kAloneTiles = 512;    // up to so many tiles one launch does all: the fallback, too, is quicker than three launches
+constexpr uint32_t kFew = 1024;        // room for what is undecided once the bin of the k-th key is known
+constexpr uint32_t kAloneUpTo = 2048;  // candidates that the last block settles itself, sooner than another launch would
+constexpr int64_t kAloneTiles = 512;   // up to so many tiles one launch does all: the fallback, too, is quicker than three launches
 
 struct Workspace {
   Queue* queue;
