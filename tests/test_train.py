@@ -9,6 +9,7 @@ from test_data import write_fashion_mnist
 from torch import nn
 
 from bip_fast.experiments import data
+from bip_fast.experiments.augment import normalised
 from bip_fast.experiments.data import Position
 from bip_fast.experiments.train import Cursor, Recipe, evaluate, kept_flags, train
 
@@ -57,9 +58,9 @@ def test_it_is_the_plain_loop(images, model):
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch in range(3):
-        order, losses, right = data.epoch_order(images, Position(4, "prune", epoch)), [], 0
+        batches, losses, right = data.Epoch(images, 16, Position(4, "prune", epoch)), [], 0
         for step in range(4):  # 70 images make four full batches of 16
-            x, y = data.train_batch(images, order, 16, Position(4, "prune", epoch, step))
+            x, y = batches.batch(step)
             optimizer.zero_grad()
             logits = plain(x)
             loss = F.cross_entropy(logits, y)
@@ -114,6 +115,6 @@ def test_evaluate_uses_eval_mode_and_every_test_image(images, model):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     score = evaluate(model, images)
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.items())
-    logits = model.eval()(data.normalised(images, images.test_images))
+    logits = model.eval()(normalised(images.test_images, images.mean, images.std))
     assert score.accuracy == (logits.argmax(1) == images.test_labels).sum().item() / 30
     assert score.loss == pytest.approx(F.cross_entropy(logits, images.test_labels).item(), rel=1e-5)
