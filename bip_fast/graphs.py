@@ -281,10 +281,14 @@ class GraphedIteration:
         try:
             return _Recorded(self._recorder.record(body), static, plan)
         except Exception as error:  # of the user's code, of torch or of CUDA: if it has another cause, the eager call raises it again
-            first: BaseException = error
-            while first.__context__ is not None:
-                first = first.__context__
-            raise CaptureFailed(next(iter(str(first).splitlines()), type(first).__name__)) from error
+            raise CaptureFailed(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the error that came first: the end of a capture only says that there was one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -35,12 +35,19 @@ class Double:
 
     def record(self, body):
         self.records += 1
-        baked = self.baked()
+        baked, own = self.baked(), []
 
         def replay():
             assert self.baked() == baked, "a graph would not see this change"
             self.replays += 1
-            return body()
+            results, gradients = body()
+            for p in self.watched[0].parameters():
+                p.grad = None  # a graph writes memory; it does not set attributes
+            parts = results if isinstance(results, tuple) else (results,)
+            own.extend(parts[len(own) :])
+            for to, x in zip(own, parts, strict=True):
+                to.copy_(x)  # every replay writes its results to the same place
+            return (tuple(own) if isinstance(results, tuple) else own[0]), gradients
 
         return replay
 

@@ -220,15 +220,19 @@ def test_an_error_of_the_model_is_raised(double):
 def test_types_and_layouts(double, dtype, layout, autocast):
     """bfloat16 parameters keep fp32 weights beside them; the batch keeps its layout on its way into the graph."""
     double()
-    seen = set()
+    models, seen = [], set()
 
     def prepare(model):
-        model.conv.register_forward_pre_hook(lambda module, given: seen.add((given[0].dtype, given[0].stride()[1] == 1)))
+        models.append(model)
+        if len(models) == 1:  # the graphed one
+            model.conv.register_forward_pre_hook(
+                lambda module, given: seen.add((given[0].dtype, given[0].stride()[1] == 1, torch.is_autocast_cache_enabled()))
+            )
         return model.to(dtype=dtype, memory_format=layout)
 
     pair = Pair(prepare=prepare, iteration={"autocast": autocast, "warmup": 1})
     pair.steps(8)
-    assert seen == {(torch.float32 if autocast else dtype, layout == torch.channels_last)}
+    assert seen == {(torch.float32 if autocast else dtype, layout == torch.channels_last, False)}
     pair.check()
 
 

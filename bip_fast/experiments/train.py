@@ -146,7 +146,7 @@ def train(
         cursor: moved in place.
         after_step: may raise to stop between two batches.
         amp: bfloat16 autocast.
-        say: is told once when iterations cannot be graphs on a CUDA device, and why.
+        say: is told once, and why, when the iterations cannot be graphs although the device has them.
     """
     steps = batch_count(data, recipe.batch_size)
     total = recipe.epochs * steps
@@ -155,7 +155,7 @@ def train(
     if not cursor.flags:
         cursor.flags = kept_flags(model)
     iteration = GraphedIteration(model, optimizer, measured, autocast=torch.bfloat16 if amp else None)
-    said = data.train_labels.device.type != "cuda"
+    said = iteration.reason is not None  # a device without graphs is no news
     model.train()
     while cursor.epoch < recipe.epochs:
         began = time.perf_counter()
