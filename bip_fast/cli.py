@@ -102,6 +102,11 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train on four fifths of the training images and measure on the others: for choosing options",
     )
+    training.add_argument(
+        "--amp",
+        action="store_true",
+        help="train under bfloat16 autocast, for speed on a GPU; default: float32 on every device, and results are measured in it",
+    )
 
     run = prune.add_argument_group("the run")
     run.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")

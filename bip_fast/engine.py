@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +63,8 @@ class Engine:
                 self.arena.start(slot)
         self.arena.record()
         if project:
-            self.run("upper", self.arena.no_gradients())
+            self.plan.run("upper", self.arena.no_gradients(), self.arena.num_nonfinite)
+            self.arena.mark_written()
 
     def _options(self) -> list[tuple[float, str]]:
         """(sparsity, scope) of every parameter group."""
@@ -117,12 +117,23 @@ class Engine:
                 raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r} for {member.label}")
         self._checked = seen
 
-    def run(self, phase: str, gradients: np.ndarray, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> bool:
-        """One step of the kernels; True when the state has got new tensors."""
-        new = self.refresh(phase)
-        self.plan.run(phase, gradients, self.arena.num_nonfinite, grad_scale, found_inf)
-        self.arena.mark_written()
-        return new
+    def kernels(self, phase: str, grad_scale: Any = None, found_inf: Any = None) -> Callable[[StepPlan], None]:
+        """What starts the kernels of a step of ``phase``, once, with the gradients that the parameters have at this moment.
+
+        Args:
+            grad_scale, found_inf: scalars as a GradScaler sets them; what is no tensor is none.
+
+        Raises:
+            RuntimeError: a gradient cannot be used.
+        """
+        gradients, alive = self.arena.gradients()
+        scalars = [x.to(device=self.arena.device, dtype=torch.float32) if isinstance(x, Tensor) else None for x in (grad_scale, found_inf)]
+
+        def launch(plan: StepPlan) -> None:
+            plan.run(phase, gradients, self.arena.num_nonfinite, *scalars)
+            alive.clear()  # the kernels are launched; memory freed now is reused behind them on the stream
+
+        return launch
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""

@@ -133,7 +133,14 @@ class StepPlan:
         """Rows of ``counters_dtype``, one per selection group. Waits for the device."""
         return np.frombuffer(self._counters.cpu().numpy().tobytes(), dtype=kernels().counters_dtype)[: self.num_groups]
 
-    def run(self, phase: str, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def run(
+        self,
+        phase: str,
+        gradients: np.ndarray,
+        num_nonfinite: Tensor,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """One step of the kernels. Mutates parameters, theta, v, s, u and masks behind the pointers of the plan, and ``num_nonfinite``.
 
         Args:

@@ -18,6 +18,7 @@ from .phases import Phases
 from .prunable import frozen_of, is_pruned, param_groups_of, split_names
 
 if TYPE_CHECKING:
+    from .ops import StepPlan
     from .report import Report
 
 __all__ = ["FastBiP"]
@@ -73,6 +74,7 @@ class FastBiP(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a GradScaler hands over grad_scale and found_inf; the kernels unscale before they square
+    _launch: Callable[[StepPlan], None] | None = None  # set by `bip_fast.graphs` for the time of a step: starts its kernels another way
 
     def __init__(
         self,
@@ -212,18 +214,14 @@ class FastBiP(torch.optim.Optimizer):
                 loss = closure()
         engine, phase = self._running("step"), self._phases.check()
         engine.arena.check_untouched()
-        gradients, alive = engine.arena.gradients()
-        if engine.run(phase, gradients, self._amp_scalar("grad_scale"), self._amp_scalar("found_inf")):
+        # grad_scale and found_inf: set by torch.amp.GradScaler for the time of the step
+        launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if engine.refresh(phase):
             self.state.update(engine.state())
-        del alive  # the kernels are launched; memory freed now is reused behind them on the stream
+        launch(engine.plan)
+        engine.arena.mark_written()
         self._phases.advance()
         return loss
-
-    def _amp_scalar(self, name: str) -> Tensor | None:
-        value = getattr(self, name, None)  # set by torch.amp.GradScaler for the time of the step
-        if not isinstance(value, Tensor):
-            return None
-        return value.to(device=self._arena_of("step").device, dtype=torch.float32)
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 

@@ -121,6 +121,28 @@ def test_levels_seed_and_freeze_change_the_result(finished, tmp_path):
         assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
 
+def test_amp_trains_under_autocast_and_measures_in_float32(finished, tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(resnet.BasicBlock, "forward", watched(resnet.BasicBlock.forward, seen))
+    assert prune(tmp_path / "run", "--amp") == 0
+    assert seen == {(True, True), (False, False)}
+    whole, amp = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
+    assert (amp["settings"]["amp"], whole["settings"]["amp"]) == (True, False)
+    assert all(x.dtype == torch.float32 for x in load_weights(tmp_path / "run" / "model.safetensors").values() if x.is_floating_point())
+    assert amp["kept"] == whole["kept"]
+
+
+def watched(forward, seen):
+    """Notes (in training, under bfloat16 autocast) of every call on a whole batch."""
+
+    def call(self, x):
+        if len(x) > 2:  # not the trial in front of a run
+            seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return forward(self, x)
+
+    return call
+
+
 def test_frozen_masks_are_magnitude_pruning(tmp_path):
     assert prune(tmp_path / "run", "--freeze", "0") == 0
     dense, pruned = (load_weights(tmp_path / "run" / f"{name}.safetensors") for name in ("dense", "model"))

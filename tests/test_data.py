@@ -11,9 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import use_backend
 from torch.nn.functional import pad
 
 from bip_fast.experiments import ExperimentError, data, files
+from bip_fast.experiments.augment import normalised
 from bip_fast.experiments.data import Position
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -242,7 +244,7 @@ def test_statistics_are_those_of_the_training_images(tiny):
     x = tiny.train_images.double()
     torch.testing.assert_close(tiny.mean, x.mean((0, 2, 3)).float())
     torch.testing.assert_close(tiny.std, x.std((0, 2, 3), correction=0).float())
-    batch = data.normalised(tiny, tiny.train_images)
+    batch = normalised(tiny.train_images, tiny.mean, tiny.std)
     torch.testing.assert_close(batch.mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
 
@@ -260,43 +262,58 @@ def test_order_is_a_function_of_seed_stage_and_epoch(tiny):
 def test_batches_of_an_epoch_are_full_and_disjoint(tiny):
     steps = data.batch_count(tiny, 64)
     assert steps == 5003 // 64
-    position = Position(0, "prune", 0)
-    labels = torch.arange(5003)
-    marked = replace(tiny, train_labels=labels)
-    order = data.epoch_order(marked, position)
-    batches = [data.train_batch(marked, order, 64, position._replace(step=step))[1] for step in range(steps)]
+    marked = replace(tiny, train_labels=torch.arange(5003))
+    epoch = data.Epoch(marked, 64, Position(0, "prune", 0))
+    batches = [epoch.batch(step)[1] for step in range(steps)]
     assert {len(batch) for batch in batches} == {64}
     assert torch.cat(batches).unique().numel() == 64 * steps
 
 
+def test_an_epoch_of_fewer_images_than_a_batch(tiny):
+    few = replace(tiny, train_images=tiny.train_images[:5], train_labels=tiny.train_labels[:5])
+    images, labels = data.Epoch(few, 64, Position(0, "prune", 0)).batch(0)
+    assert (images.shape, labels.shape) == ((5, 1, 28, 28), (5,))
+
+
 def test_a_batch_is_a_function_of_its_position(tiny):
-    position = Position(0, "prune", 0, 2)
-    order = data.epoch_order(tiny, position)
-    first, _ = data.train_batch(tiny, order, 64, position)
+    """Wherever the epoch is entered, whatever else draws random numbers."""
+    position = Position(0, "prune", 0)
+    first, _ = data.Epoch(tiny, 64, position).batch(2)
     torch.manual_seed(123)
-    assert torch.equal(first, data.train_batch(tiny, order, 64, position)[0])
-    assert not torch.equal(first, data.train_batch(tiny, order, 64, position._replace(epoch=1))[0])  # same images, other crops
+    assert torch.equal(first, data.Epoch(tiny, 64, position._replace(step=2)).batch(2)[0])
+    assert not torch.equal(first, data.Epoch(tiny, 64, position._replace(epoch=1)).batch(2)[0])
+    assert not torch.equal(first, data.Epoch(tiny, 64, position._replace(step=2)).batch(3)[0])
 
 
-def test_augment_crops_and_mirrors_each_image_on_its_own():
-    images = torch.arange(200 * 2 * 5 * 7).remainder(251).to(torch.uint8).view(200, 2, 5, 7)
-    found = data.augment(images, 2, True, torch.Generator().manual_seed(0))
-    assert found.shape == images.shape
-    seen = set()
-    for image, result in zip(images, found, strict=True):
-        wide = pad(image, (2, 2, 2, 2))
-        crops = {
-            (top, left, mirror): wide[:, top : top + 5, left : left + 7].flip(2) if mirror else wide[:, top : top + 5, left : left + 7]
-            for top in range(5)
-            for left in range(5)
-            for mirror in (False, True)
-        }
-        matches = [key for key, crop in crops.items() if torch.equal(crop, result)]
-        assert matches
-        seen.update(matches)
-    assert len(seen) > 40  # of 50: all rows, columns and both orientations come up
+@pytest.mark.parametrize("mirror", [True, False])
+def test_a_batch_is_drawn_by_its_own_generator(tiny, mirror):
+    """The bits that committed results were made with: shifts, then flips, of (seed, stage, epoch, step)."""
+    mirrored, position = replace(tiny, mirror=mirror), Position(3, "pretrain", 5, 7)
+    found, labels = data.Epoch(mirrored, 32, position).batch(7)
+    chosen = data.epoch_order(mirrored, position)[7 * 32 : 8 * 32]
+    generator = position.generator(1)
+    shifts = torch.randint(0, 5, (2, 32), generator=generator)
+    flips = torch.rand(32, generator=generator) < 0.5 if mirror else torch.zeros(32, dtype=torch.bool)
+    for i in range(32):
+        top, left = shifts[:, i].tolist()
+        image = pad(tiny.train_images[chosen[i]], (2, 2, 2, 2))[:, top : top + 28, left : left + 28]
+        image = image.flip(2) if flips[i] else image
+        assert torch.equal(found[i], (image.float() - tiny.mean[0]) / tiny.std[0])
+    assert torch.equal(labels, tiny.train_labels[chosen])
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_augment_by_nothing_changes_nothing():
-    images = torch.randint(0, 256, (9, 3, 6, 6), dtype=torch.uint8)
-    assert torch.equal(data.augment(images, 0, False, torch.Generator().manual_seed(0)), images)
+def test_batches_are_the_same_on_the_gpu_and_do_not_wait_for_it(tiny, monkeypatch):
+    device = use_backend("cuda", monkeypatch).device
+    position = Position(0, "prune", 0)
+    there = tiny.to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        epoch = data.Epoch(there, 64, position)
+        given = [epoch.batch(step) for step in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for step, (images, labels) in enumerate(given):
+        expected, expected_labels = data.Epoch(tiny, 64, position).batch(step)
+        assert torch.equal(images.cpu(), expected)
+        assert torch.equal(labels.cpu(), expected_labels)

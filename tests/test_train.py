@@ -1,14 +1,18 @@
 """The training loop against the plain loop it stands for, its schedule, freezing, and the figures it keeps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_pairs import Double, Uncapturable
 from test_data import write_fashion_mnist
 from torch import nn
 
+from bip_fast import FastBiP, graphs
 from bip_fast.experiments import data
+from bip_fast.experiments.augment import normalised
 from bip_fast.experiments.data import Position
 from bip_fast.experiments.train import Cursor, Recipe, evaluate, kept_flags, train
 
@@ -57,9 +61,9 @@ def test_it_is_the_plain_loop(images, model):
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch in range(3):
-        order, losses, right = data.epoch_order(images, Position(4, "prune", epoch)), [], 0
+        batches, losses, right = data.Epoch(images, 16, Position(4, "prune", epoch)), [], 0
         for step in range(4):  # 70 images make four full batches of 16
-            x, y = data.train_batch(images, order, 16, Position(4, "prune", epoch, step))
+            x, y = batches.batch(step)
             optimizer.zero_grad()
             logits = plain(x)
             loss = F.cross_entropy(logits, y)
@@ -75,6 +79,27 @@ def test_it_is_the_plain_loop(images, model):
     assert (cursor.epoch, cursor.step) == (3, 0)
     for name, x in plain.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], x)
+
+
+@pytest.mark.parametrize("kind", [Double, Uncapturable])
+@pytest.mark.parametrize("amp", [False, True])
+def test_in_graphs_it_trains_the_same(images, model, monkeypatch, kind, amp):
+    """Dense training, whose step follows the graph, then pruning; what cannot be a graph is said once a stage."""
+    other, said, figures = clone(model), [], []
+    for network in (model, other):
+        if network is other:
+            Double.made = []
+            monkeypatch.setitem(graphs.RECORDERS, "cpu", kind)
+        for make in (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), lambda model: FastBiP(model, sparsity=0.8)):
+            optimizer = make(network)
+            Double.watched, cursor = (network, optimizer), Cursor()
+            train(network, optimizer, images, replace(RECIPE, freeze=0.7), cursor, amp=amp, say=said.append)
+            figures.append([{**row, "seconds": 0} for row in cursor.history])
+    assert figures[:2] == figures[2:]
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in model.state_dict().items())
+    assert len(Double.made) == 2
+    assert said == ([] if kind is Double else ["no CUDA graphs: capture failed: operation not permitted when stream is capturing"] * 2)
+    assert [recorder.replays > 0 for recorder in Double.made] == [kind is Double] * 2
 
 
 def test_both_step_sizes_follow_half_a_cosine(images, model):
@@ -114,6 +139,6 @@ def test_evaluate_uses_eval_mode_and_every_test_image(images, model):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     score = evaluate(model, images)
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.items())
-    logits = model.eval()(data.normalised(images, images.test_images))
+    logits = model.eval()(normalised(images.test_images, images.mean, images.std))
     assert score.accuracy == (logits.argmax(1) == images.test_labels).sum().item() / 30
     assert score.loss == pytest.approx(F.cross_entropy(logits, images.test_labels).item(), rel=1e-5)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import ExperimentError
+from .augment import Augment, normalised
 from .files import Arrays, read_cifar, read_fashion_mnist
 
-__all__ = ["DATA", "Dataset", "Position", "batch_count", "hold_out", "load", "split", "ordered_batches", "train_batch"]
+__all__ = ["DATA", "Dataset", "Epoch", "Position", "batch_count", "hold_out", "load", "split", "ordered_batches"]
 
 
 class Source(NamedTuple):
@@ -172,41 +173,39 @@ def batch_count(data: Dataset, batch_size: int) -> int:
 def epoch_order(data: Dataset, position: Position) -> Tensor:
     """Random order (n,) of the training images in an epoch, on the device of the data."""
     order = torch.randperm(len(data.train_labels), generator=position._replace(step=0).generator(0))
-    return order.to(data.train_labels.device)
+    return on_device(order, data.train_labels.device)
 
 
-def train_batch(data: Dataset, order: Tensor, batch_size: int, position: Position) -> tuple[Tensor, Tensor]:
-    """Batch ``position.step`` of an epoch: augmented, normalised images (batch, channels, h, w) float32 and labels (batch,)."""
-    chosen = order[position.step * batch_size : (position.step + 1) * batch_size]
-    images = data.train_images[chosen]
-    if data.padding or data.mirror:
-        images = augment(images, data.padding, data.mirror, position.generator(1))
-    return normalised(data, images), data.train_labels[chosen]
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``; on CUDA without waiting for the work that is queued there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class Epoch:
+    """Augmented batches of one epoch, from ``position.step`` to its end, on the device of the data.
+
+    All random numbers are drawn when it is made, on the CPU, so that every device trains on the same ones, and go to the device at once:
+    making a batch neither copies from the host nor waits for it.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, position: Position) -> None:
+        self.data, self.batch_size, self.first = data, batch_size, position.step
+        self.augment = Augment(data.padding, data.mirror, data.mean, data.std)
+        self.order = epoch_order(data, position)
+        n = min(batch_size, len(self.order))
+        steps = range(self.first, batch_count(data, batch_size))
+        drawn = [self.augment.draw(n, position._replace(step=step).generator(1)) for step in steps]
+        self.shifts, self.flips = (on_device(torch.stack(part), self.order.device) for part in zip(*drawn, strict=True))
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Batch ``step``: augmented, normalised images (batch, channels, h, w) float32 and labels int64 (batch,)."""
+        chosen = self.order[step * self.batch_size : (step + 1) * self.batch_size]
+        drawn = step - self.first
+        images = self.augment(self.data.train_images[chosen], self.shifts[drawn], self.flips[drawn])
+        return images, self.data.train_labels[chosen]
 
 
 def ordered_batches(data: Dataset, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
     """All test images in order, normalised and not augmented."""
     for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True):
-        yield normalised(data, images), labels
-
-
-def normalised(data: Dataset, images: Tensor) -> Tensor:
-    """(images - mean) / std in float32, channels last in memory."""
-    x = images.float().sub_(data.mean[:, None, None]).div_(data.std[:, None, None])
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def augment(images: Tensor, padding: int, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Random crop after zero padding, and mirror half of the images left to right: one gather for the whole batch."""
-    n, _, height, width = images.shape
-    shift = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
-    rows = shift[0][:, None] + torch.arange(height)
-    columns = shift[1][:, None] + torch.arange(width)
-    if mirror:
-        flip = torch.rand(n, generator=generator) < 0.5
-        columns = torch.where(flip[:, None], columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    batch = torch.arange(n, device=images.device)[:, None, None]
-    # An index in front, a slice, two indices: the indexed dimensions come first, so channels are last and go back to their place.
-    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        yield normalised(images, data.mean, data.std), labels

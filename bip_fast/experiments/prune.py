@@ -7,6 +7,7 @@ looked at twice: at the end of each stage, for the report. Nothing is chosen by 
 from __future__ import annotations
 
 import copy
+import functools
 import platform
 import time
 from pathlib import Path
@@ -112,6 +113,7 @@ class Job:
         self.sparsity = 0.0
         self.saved = time.monotonic()
         self.signals: list[int] = []
+        self.say_once = functools.cache(shown.say)  # both stages may have the same to say
 
     def run(self) -> dict[str, Any]:
         """Go from where the job stands to its end; returns the content of report.json.
@@ -176,7 +178,8 @@ class Job:
         return (before + self.cursor.epoch) * self.steps + self.cursor.step
 
     def _train(self) -> None:
-        train(self.model, self.optimizer, self.data, self.recipes[self.stage], self.cursor, self._after_step)
+        recipe, amp = self.recipes[self.stage], self.settings.amp
+        train(self.model, self.optimizer, self.data, recipe, self.cursor, self._after_step, amp=amp, say=self.say_once)
 
     def _begin_pruning(self) -> None:
         self.stage, self.cursor = "prune", Cursor()

@@ -41,6 +41,7 @@ class Settings:
     seed: int = 0
     checkpoint: str | None = None
     validate: bool = False
+    amp: bool = False
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Settings:

@@ -2,7 +2,7 @@
 
 An epoch passes over the training images once, one forward and one backward pass a batch. With alternating levels the optimizer takes
 a lower step on one batch and an upper step on the next. Step sizes follow half a cosine, as functions of the position alone, so nothing
-but the model, the optimizer and a `Cursor` is needed to continue at any batch with the same bits.
+but the model, the optimizer and a `Cursor` is needed to continue at any batch with the same bits. On CUDA an iteration is a graph.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..graphs import GraphedIteration
 from ..report import weights
 from . import ExperimentError
-from .data import Dataset, Position, batch_count, epoch_order, ordered_batches, train_batch
+from .data import Dataset, Epoch, Position, batch_count, ordered_batches
 
 __all__ = ["Cursor", "Recipe", "Score", "evaluate", "kept_flags", "train"]
 
@@ -120,6 +121,13 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float)
     return recipe.lr * factor
 
 
+def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and what it adds to the sums of a `Cursor`."""
+    loss = F.cross_entropy(logits, labels)
+    right = (logits.detach().argmax(1) == labels).sum()
+    return loss, torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))]).double()
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -127,10 +135,18 @@ def train(
     recipe: Recipe,
     cursor: Cursor,
     after_step: Callable[[Cursor], None] = lambda cursor: None,
+    *,
+    amp: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Run a stage from ``cursor`` to its end; ``after_step`` may raise to stop between two batches.
+    """Run a stage from ``cursor`` to its end.
 
-    The optimizer is `torch.optim.SGD` or `FastBiP`, whose masks are frozen at ``recipe.freeze``. ``cursor`` is moved in place.
+    Args:
+        optimizer: `torch.optim.SGD`, or `FastBiP`, whose masks are frozen at ``recipe.freeze``.
+        cursor: moved in place.
+        after_step: may raise to stop between two batches.
+        amp: bfloat16 autocast.
+        say: is told once, and why, when the iterations cannot be graphs although the device has them.
     """
     steps = batch_count(data, recipe.batch_size)
     total = recipe.epochs * steps
@@ -138,25 +154,23 @@ def train(
     cursor.sums = cursor.sums.to(data.train_labels.device)
     if not cursor.flags:
         cursor.flags = kept_flags(model)
+    iteration = GraphedIteration(model, optimizer, measured, autocast=torch.bfloat16 if amp else None)
+    said = iteration.reason is not None  # a device without graphs is no news
     model.train()
     while cursor.epoch < recipe.epochs:
-        order = epoch_order(data, Position(recipe.seed, recipe.stage, cursor.epoch))
+        began = time.perf_counter()
+        batches = Epoch(data, recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
         while cursor.step < steps:
-            began = time.perf_counter()
             done = cursor.epoch * steps + cursor.step
             if not frozen and done >= recipe.freeze * total:
                 optimizer.freeze_masks()  # type: ignore[attr-defined]
                 frozen = True
             lr = set_rates(optimizer, recipe, done / total)
-            position = Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step)
-            images, labels = train_batch(data, order, recipe.batch_size, position)
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            right = (logits.detach().argmax(1) == labels).sum()
-            cursor.sums += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))]).double()
+            _, sums = iteration(*batches.batch(cursor.step))
+            cursor.sums += sums
+            if iteration.reason is not None and not said:
+                say(f"no CUDA graphs: {iteration.reason}")
+                said = True
             cursor.step += 1
             cursor.seconds += time.perf_counter() - began
             if cursor.step == steps:
@@ -164,3 +178,4 @@ def train(
                 after_step(cursor)
                 break
             after_step(cursor)
+            began = time.perf_counter()
