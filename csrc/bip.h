@@ -71,7 +71,7 @@ struct Counters {
   int64_t first;       // of these, steps that had no window from a step before and too many entries to list them all
   int64_t missed;      //   steps whose k-th key was outside the window
   int64_t crowded;     //   steps with more keys inside the window than the candidate list holds
-  int64_t candidates;  // keys listed by steps on the fast path
+  int64_t candidates;  // keys listed by steps that were right at once
   int64_t flips;       // mask entries that changed
   float threshold;     // of the last step: a score that parts, kept scores are not below it and the others not above
   int32_t reserved;

@@ -22,13 +22,13 @@
 #endif
 
 #include "order_key.h"
+#include "window.h"
 
 namespace bip::cpu {
 
 constexpr int kBlock = 32;      // entries judged at a time, one mask word
 constexpr int kDigitBits = 12;  // of one histogram
 constexpr int kBins = 1 << kDigitBits;
-constexpr uint64_t kNoKey = ~0ull;  // larger than every key: no score key is all ones
 
 // What is known about the k-th largest key of a selection group: every key >= hi is kept, every key < lo is not, and of the `inside` keys
 // in [lo, hi) the largest `wanted` are kept.
@@ -70,7 +70,7 @@ inline void narrow(Window& window, const uint32_t* counts) {
 inline int64_t sample_stride(int64_t n) { return std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)))); }
 
 // Room for the sample, then for the candidates: guess_window expects at most 5 * n^(2/3) + 64 * n^(1/3) of them.
-inline int64_t candidate_capacity(int64_t n) {
+inline int64_t list_capacity(int64_t n) {
   const double root = std::cbrt(static_cast<double>(n));
   return 8 * static_cast<int64_t>(root * root) + 1024;
 }

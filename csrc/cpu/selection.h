@@ -1,12 +1,13 @@
-// Selection in one group while a step lasts, and its share of the workspace.
+// Selection in one group while a step lasts, what it remembers of it, and its share of the workspace.
 //
-// Workspace: counts [num_groups][kBins], zero between steps; then for every group its keys and tiles, contents free. Some 12 bytes times
-// 8 * n^(2/3) for a group of n entries: half a byte per weight at 10 million, less beyond.
+// Workspace: memories [num_groups]; counts [num_groups][kBins], zero between steps; then for every group its keys and tiles, contents free.
+// Some 12 bytes times 8 * n^(2/3) for a group of n entries: half a byte per weight at 10 million, less beyond.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <vector>
@@ -23,11 +24,16 @@ struct Selection {
   uint64_t* keys;    // the sample, then the candidates; those of one tile lie together
   uint32_t* tiles;   // the tile of each
   uint32_t* counts;  // [kBins] of one digit, zero between passes; guarded by `mutex`
+  Memory* memory;    // from step to step
+  Counters* counters;
   Window window{};
-  bool listed = false;  // all keys inside the window are among the candidates
+  Window judged{};       // the window that the candidates were judged by
+  bool sampled = false;  // the window is from a sample and not from memory
+  bool listed = false;   // all keys inside the window are among the candidates
   std::mutex mutex{};
   alignas(64) std::atomic<int64_t> found{0};  // keys listed, or that there was no room for; away from what every thread reads
   std::atomic<int64_t> above{0};              // keys judged to be >= window.hi
+  std::atomic<int64_t> flips{0};              // mask entries changed
 
   // Lists what one tile holds.
   void list(const uint64_t* more, int count, int64_t tile) {
@@ -44,27 +50,65 @@ struct Selection {
 inline int64_t selection_bytes(int64_t num_groups, int64_t num_tiles) {
   if (num_groups == 0) return 0;
   // n^(2/3) is concave: no division of the entries into groups needs more room than the even one. 16 for what is rounded.
-  const int64_t capacity = candidate_capacity(num_tiles * kTile / num_groups + 1) + 16;
+  const int64_t capacity = list_capacity(num_tiles * kTile / num_groups + 1) + 16;
   return num_groups *
-         (kBins * static_cast<int64_t>(sizeof(uint32_t)) + capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t)));
+         (static_cast<int64_t>(sizeof(Memory)) + kBins * static_cast<int64_t>(sizeof(uint32_t)) + capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t)));
 }
 
 inline std::vector<Selection> lay_out_selections(const Step& step) {
   std::vector<Selection> selections(static_cast<size_t>(step.num_groups));
-  auto* counts = static_cast<uint32_t*>(step.workspace);
+  auto* memories = static_cast<Memory*>(step.workspace);
+  auto* counts = reinterpret_cast<uint32_t*>(memories + step.num_groups);
   auto* keys = reinterpret_cast<uint64_t*>(counts + step.num_groups * kBins);
   for (int64_t group = 0; group < step.num_groups; ++group) {
     Selection& selection = selections[static_cast<size_t>(group)];
     selection.numel = step.groups[group].numel;
     selection.kept = step.groups[group].kept;
     selection.stride = sample_stride(selection.numel);
-    selection.capacity = candidate_capacity(selection.numel);
+    selection.capacity = list_capacity(selection.numel);
     selection.keys = keys;
     selection.tiles = reinterpret_cast<uint32_t*>(keys + selection.capacity);
     selection.counts = counts + group * kBins;
+    selection.memory = memories + group;
+    selection.counters = step.counters + group;
     keys += selection.capacity / 2 * 3;  // capacities are even
   }
   return selections;
+}
+
+// The key that `rank` of all keys inside the window are above, which `counts` of them in bins of 2^shift keys show; by the average distance of
+// keys where it is not inside.
+inline uint64_t key_of_rank(const Window& window, int shift, const uint32_t* counts, int64_t inside, int64_t rank) {
+  const double distance = static_cast<double>(window.hi - window.lo) / static_cast<double>(inside + 1);
+  if (rank < 1) return key_above(window.hi, distance * static_cast<double>(1 - rank));
+  if (rank > inside) return key_below(window.lo, distance * static_cast<double>(rank - inside));
+  int bin = kBins - 1;
+  for (; bin > 0 && rank > counts[bin]; --bin) rank -= counts[bin];
+  const uint64_t lo = window.lo + (static_cast<uint64_t>(bin) << shift);
+  return key_at(lo, lo + std::min<uint64_t>(window.hi - lo, 1ull << shift), counts[bin], static_cast<double>(rank));
+}
+
+// Leaves the window of the next step, from the candidates and the threshold found among them.
+inline void remember(Selection& selection, uint64_t threshold) {
+  const Window& judged = selection.judged;
+  Memory& memory = *selection.memory;
+  if (selection.found == 0) {  // nothing is near the threshold that a window could be measured by
+    memory.known = 0;
+    return;
+  }
+  const int64_t found = selection.found, wanted = selection.kept - selection.above;
+  const uint64_t* const end = selection.keys + found;
+  const int64_t rank = std::count_if(static_cast<const uint64_t*>(selection.keys), end, [&](uint64_t key) { return key >= memory.threshold; });
+  const int64_t error = std::abs(rank - wanted);
+  widen_window(memory, error, selection.numel);
+  const int shift = digit_shift(judged);
+  for (const uint64_t* key = selection.keys; key != end; ++key) ++selection.counts[(*key - judged.lo) >> shift];
+  const int64_t half = memory.half;
+  memory.hi = key_of_rank(judged, shift, selection.counts, found, wanted - half);
+  memory.lo = key_of_rank(judged, shift, selection.counts, found, wanted + half);
+  std::memset(selection.counts, 0, kBins * sizeof(uint32_t));
+  memory.threshold = threshold;
+  memory.known = 2 * error <= half;  // a threshold that moves farther is better found by a sample
 }
 
 // Counts of the group that a piece of work is in, handed over when the group changes.

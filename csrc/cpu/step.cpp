@@ -1,9 +1,10 @@
 // The lower, upper and joint step on the CPU, each in one pass over memory.
 //
-// Upper and joint first guess where the threshold of every group will lie (select.h): from a sample of the scores, moved as this step will
-// move them. The pass then updates the scores and at once judges them: an entry outside the guessed window gets its bit, and its z where
-// the bit flips; the few inside are listed as candidates and settled at the end. So an upper step reads s, theta, g and the mask
-// and writes s, 16.3 bytes per entry. A wrong guess costs counting passes and a second judging pass, each over the scores alone.
+// Upper and joint go by a window of keys around the threshold of the step before (window.h), or, where there is none, from a sample of the
+// scores, moved as this step will move them (select.h). The pass updates the scores and at once judges them: an entry outside the window
+// gets its bit, and its z where the bit flips; the few inside are listed as candidates and settled at the end. So an upper step reads s, theta,
+// g and the mask and writes s, 16.3 bytes per entry. A window that was wrong costs a sample and a second judging pass, and if that is
+// wrong too counting passes, each over the scores alone.
 // Deterministic: integer counts only, and every entry ends up judged by its own key against one threshold.
 #include <algorithm>
 #include <atomic>
@@ -71,20 +72,24 @@ BIP_HD void judge_tile(Selection& selection, const Tile& tile, int64_t index) {
   const Tensor& t = *tile.tensor;
   const Window window = selection.window;
   uint64_t found[kTile];
-  int num_found = 0, above = 0;
+  int num_found = 0, above = 0, flips = 0;
   for (int i = 0; i < tile.count; i += kBlock) {
     const int64_t first = tile.begin + i;
     const Verdict verdict = judge_block(tile, i, window);
     above += count_bits(verdict.above);
     const uint32_t old = t.mask[first / kBlock];
     const uint32_t word = verdict.above | (verdict.inside & old);
-    if (word != old) flip(t, first, word, word ^ old);
+    if (word != old) {
+      flip(t, first, word, word ^ old);
+      flips += count_bits(word ^ old);
+    }
     for (uint32_t inside = verdict.inside; inside; inside &= inside - 1) {
       const int64_t entry = first + lowest_bit(inside);
       found[num_found++] = order_key(t.scores[entry], static_cast<uint32_t>(t.index + entry));
     }
   }
   selection.above.fetch_add(above, std::memory_order_relaxed);
+  if (flips) selection.flips.fetch_add(flips, std::memory_order_relaxed);
   if (num_found) selection.list(found, num_found, index);
 }
 
@@ -138,7 +143,7 @@ BIP_SIMD_VARIANTS(update_joint, (Context & context, int64_t begin, int64_t end),
 BIP_SIMD_VARIANTS(count_inside, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(judge_again, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-// Calls visit(selection, block, gradient) for every sampled block of the tiles [begin, end).
+// Calls visit(selection, block, gradient) for every sampled block of the tiles [begin, end) whose group goes by a sample.
 template <class Visit>
 void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit) {
   constexpr int64_t kBlocks = kTile / kBlock;
@@ -146,6 +151,7 @@ void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit
     const Tile tile = tile_of(context.step, index);
     if (tile.tensor->group < 0) continue;
     Selection& selection = context.selections[tile.tensor->group];
+    if (!selection.sampled || selection.listed) continue;
     for_sampled_blocks(index * kBlocks, (index + 1) * kBlocks, selection.stride, [&](int64_t number) {
       const int64_t offset = (number - index * kBlocks) * kBlock;
       const Tile block{tile.tensor, tile.begin + offset, static_cast<int>(std::min<int64_t>(kBlock, tile.count - offset))};
@@ -154,33 +160,80 @@ void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit
   }
 }
 
-void sample(Context& context, int64_t begin, int64_t end) {
+// `moved`: the scores have been moved by this step already.
+void sample(Context& context, bool moved, int64_t begin, int64_t end) {
   // Every block is a miss or two in each of its arrays: let them wait together.
-  for_sample(context, begin, end, [](const Selection&, const Tile& block, const Gradient& gradient) {
+  for_sample(context, begin, end, [&](const Selection&, const Tile& block, const Gradient& gradient) {
     prefetch_block(block.tensor->scores + block.begin);
-    if (!gradient.data) return;
+    if (moved || !gradient.data) return;
     prefetch_block(block.tensor->theta + block.begin);
     prefetch_block(static_cast<const char*>(gradient.data) + block.begin * (gradient.dtype == DType::f32 ? 4 : 2));
   });
   for_sample(context, begin, end, [&](Selection& selection, const Tile& block, const Gradient& gradient) {
     float scores[kBlock];
     uint64_t keys[kBlock];
-    preview_scores(block, context.scale, context.step.hypers[block.tensor->hyper], gradient, scores);
+    preview_scores(block, context.scale, context.step.hypers[block.tensor->hyper], moved ? Gradient{} : gradient, scores);
     for (int i = 0; i < block.count; ++i) keys[i] = order_key(scores[i], static_cast<uint32_t>(block.tensor->index + block.begin + i));
     selection.list(keys, block.count, 0);
   });
 }
 
-void guess_windows(Context& context, int threads) {
+// Guesses the windows of the groups that go by a sample.
+void guess_windows(Context& context, bool moved, int threads) {
   const Step& step = context.step;
-  parallel_for(threads, step.num_tiles, 16 * kGrain, [&](int64_t begin, int64_t end) { sample(context, begin, end); });
+  parallel_for(threads, step.num_tiles, 16 * kGrain, [&](int64_t begin, int64_t end) { sample(context, moved, begin, end); });
   parallel_for(threads, step.num_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       Selection& selection = context.selections[group];
+      if (!selection.sampled || selection.listed) continue;
       selection.window = guess_window(selection.keys, selection.found, selection.capacity, selection.numel, selection.kept);
-      selection.found = 0;
+      selection.found = selection.above = 0;
     }
   });
+}
+
+// The windows of the step before, and samples where there are none.
+void open_windows(Context& context, int threads) {
+  bool any = false;
+  for (int64_t group = 0; group < context.step.num_groups; ++group) {
+    Selection& selection = context.selections[group];
+    const Memory& memory = *selection.memory;
+    const bool open = selection.kept > 0 && selection.kept < selection.numel;
+    selection.sampled = open && !memory.known;
+    if (open)
+      selection.window = {memory.lo, memory.hi, 0, 0};
+    else
+      selection.window.lo = selection.window.hi = selection.kept ? 0 : kNoKey;
+    any = any || selection.sampled;
+    ++selection.counters->steps;
+    selection.counters->first += selection.sampled;
+  }
+  if (any) guess_windows(context, false, threads);
+}
+
+// After a judging pass, the `first` one of the step or not: which groups have all candidates that they need. True if all have.
+bool check_windows(Context& context, bool first) {
+  bool all = true;
+  for (int64_t group = 0; group < context.step.num_groups; ++group) {
+    Selection& selection = context.selections[group];
+    if (selection.listed) continue;
+    selection.judged = selection.window;
+    const bool hit = judged(selection.window, selection.above, selection.found, selection.numel, selection.kept);
+    selection.listed = hit && selection.found <= selection.capacity;
+    all = all && selection.listed;
+    if (!first) continue;
+    selection.counters->missed += !hit;
+    selection.counters->crowded += hit && !selection.listed;
+    selection.counters->candidates += selection.listed ? selection.found.load() : 0;
+  }
+  return all;
+}
+
+// Judges the groups again that have not got their candidates.
+void judge_again(Context& context, int threads) {
+  for (int64_t group = 0; group < context.step.num_groups; ++group)
+    if (!context.selections[group].listed) context.selections[group].found = context.selections[group].above = 0;
+  parallel_for(threads, context.step.num_tiles, kGrain, [&](int64_t first, int64_t last) { judge_again(context, first, last); });
 }
 
 // Narrows the windows of the groups whose guess was wrong until there is room for what they hold, and judges these groups again.
@@ -196,12 +249,12 @@ void fall_back(Context& context, int threads) {
     }
   }
   for (Selection* selection = context.selections; selection != end; ++selection)
-    if (!selection->listed) selection->found = 0;
-  parallel_for(threads, step.num_tiles, kGrain, [&](int64_t first, int64_t last) { judge_again(context, first, last); });
+    if (!selection->listed) selection->judged = selection->window;
+  judge_again(context, threads);
 }
 
 // Gives candidates [begin, end) their final bit. Pieces are moved to tile borders, so no mask word has two writers.
-void judge_candidates(const Step& step, const Selection& selection, uint64_t threshold, int64_t begin, int64_t end) {
+void judge_candidates(const Step& step, Selection& selection, uint64_t threshold, int64_t begin, int64_t end) {
   const uint32_t* tiles = selection.tiles;
   const int64_t found = selection.found;
   const auto to_border = [&](int64_t i) {
@@ -215,7 +268,9 @@ void judge_candidates(const Step& step, const Selection& selection, uint64_t thr
     const int64_t entry = static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(key))) - t.index;
     const uint32_t bit = 1u << (entry % kBlock);
     const uint32_t word = t.mask[entry / kBlock];
-    if ((key >= threshold) != ((word & bit) != 0)) flip(t, entry / kBlock * kBlock, word ^ bit, bit);
+    if ((key >= threshold) == ((word & bit) != 0)) continue;
+    flip(t, entry / kBlock * kBlock, word ^ bit, bit);
+    selection.flips.fetch_add(1, std::memory_order_relaxed);
   }
 }
 
@@ -223,28 +278,39 @@ void settle_groups(const Step& step, Selection* selections, int threads) {
   std::vector<uint64_t> thresholds(static_cast<size_t>(step.num_groups));
   parallel_for(threads, step.num_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      const Selection& selection = selections[group];
-      thresholds[static_cast<size_t>(group)] = settle(selection.keys, selection.found, selection.window, selection.counts);
+      Selection& selection = selections[group];
+      const uint64_t threshold = settle(selection.keys, selection.found, selection.window, selection.counts);
+      remember(selection, threshold);
+      selection.counters->threshold = key_score(static_cast<uint32_t>(threshold >> 32));
+      thresholds[static_cast<size_t>(group)] = threshold;
     }
   });
   for (int64_t group = 0; group < step.num_groups; ++group) {
     const Selection& selection = selections[group];
     parallel_for(threads, selection.found, 16 * kTile, [&](int64_t begin, int64_t end) {
-      judge_candidates(step, selection, thresholds[static_cast<size_t>(group)], begin, end);
+      judge_candidates(step, selections[group], thresholds[static_cast<size_t>(group)], begin, end);
     });
+    selection.counters->flips += selection.flips;
   }
 }
 
-// After the pass: repairs what guesses left open or got wrong.
+// After the pass: repairs what windows left open or got wrong.
 void project(Context& context, int threads) {
-  bool all_listed = true;
-  for (int64_t group = 0; group < context.step.num_groups; ++group) {
-    Selection& selection = context.selections[group];
-    const bool hit = judged(selection.window, selection.above, selection.found, selection.numel, selection.kept);
-    selection.listed = hit && selection.found <= selection.capacity;
-    all_listed = all_listed && selection.listed;
+  if (!check_windows(context, true)) {
+    const Step& step = context.step;
+    bool resample = false;
+    for (int64_t group = 0; group < step.num_groups; ++group) {
+      Selection& selection = context.selections[group];
+      if (selection.listed || selection.sampled) continue;
+      selection.sampled = resample = true;
+      selection.found = 0;
+    }
+    if (resample) {
+      guess_windows(context, true, threads);
+      judge_again(context, threads);
+    }
+    if (!resample || !check_windows(context, false)) fall_back(context, threads);
   }
-  if (!all_listed) fall_back(context, threads);
   settle_groups(context.step, context.selections, threads);
 }
 
@@ -256,7 +322,7 @@ void step(const Step& args, int threads) {
   if (args.found_inf && *args.found_inf != 0.0f) return;
   std::vector<Selection> selections = lay_out_selections(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data()};
-  if (args.phase != Phase::lower) guess_windows(context, threads);
+  if (args.phase != Phase::lower) open_windows(context, threads);
   parallel_for(threads, args.num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     switch (args.phase) {
       case Phase::lower: return update_lower(context, begin, end);

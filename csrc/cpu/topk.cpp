@@ -121,7 +121,7 @@ void fall_back(Context& context, int threads) {
 
 }  // namespace
 
-int64_t topk_workspace_bytes(int64_t n) { return candidate_capacity(n) * static_cast<int64_t>(sizeof(uint64_t)); }
+int64_t topk_workspace_bytes(int64_t n) { return list_capacity(n) * static_cast<int64_t>(sizeof(uint64_t)); }
 
 void topk(const Topk& args, int threads) {
   const int64_t n = args.n, k = args.k;
@@ -129,7 +129,7 @@ void topk(const Topk& args, int threads) {
     std::memset(args.mask, k > 0, static_cast<size_t>(n));
     return;
   }
-  Context context{args, static_cast<uint64_t*>(args.workspace), candidate_capacity(n), {}, std::vector<uint32_t>(kBins)};
+  Context context{args, static_cast<uint64_t*>(args.workspace), list_capacity(n), {}, std::vector<uint32_t>(kBins)};
   parallel_for(threads, n, 64 * kGrain, [&](int64_t begin, int64_t end) { sample(context, begin, end); });
   context.window = guess_window(context.keys, context.found, context.capacity, n, k);
   judge_all(context, threads);
