@@ -82,6 +82,8 @@ def _check_values(slot: Slot, state: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"state_dict must hold {name} as a dense tensor of {expected} for {slot.member.label}, got {x.dtype} on {x.device}"
             )
+    if slot.member.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
+        raise ValueError(f"state_dict must hold scores in [0, 1] for {slot.member.label}, got others")
     u = state.get(_MAY_BE_MISSING)
     if u is not None and (not slot.member.pruned or u.shape != slot.shape):
         raise ValueError(

@@ -12,6 +12,7 @@ from .arena import Arena
 from .ops import StepPlan, backend
 from .options import GROUP_KEYS, check_group, hyper_table
 from .prunable import is_pruned, members_of
+from .report import Selection
 
 __all__ = ["Engine"]
 
@@ -134,6 +135,17 @@ class Engine:
             alive.clear()  # the kernels are launched; memory freed now is reused behind them on the stream
 
         return launch
+
+    def selections(self) -> tuple[Selection, ...]:
+        """How the selection of every group went; waits for the device."""
+        rows = []
+        for group, counters in zip(self._selection, self.plan.counters(), strict=True):
+            name = self.arena.pruned[group.members[0]].member.label
+            if len(group.members) > 1:
+                name += f" and {len(group.members) - 1} more"
+            counts = {key: counters[key].item() for key in Selection._fields if key in (counters.dtype.names or ())}
+            rows.append(Selection(name=name, numel=group.numel, kept=group.kept, **counts))
+        return tuple(rows)
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""

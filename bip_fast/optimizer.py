@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from .arena import Arena, Slot
 from .checkpoint import EXTRA, extra, fitting
 from .engine import Engine
+from .ops import StepPlan
 from .options import check_group, check_levels, check_lower_steps, resolve_density
 from .phases import Phases
 from .prunable import frozen_of, is_pruned, param_groups_of, split_names
-
-if TYPE_CHECKING:
-    from .ops import StepPlan
-    from .report import Report
+from .report import Report, layer_table
 
 __all__ = ["FastBiP"]
 
@@ -252,12 +250,14 @@ class FastBiP(torch.optim.Optimizer):
         return int(self._arena_of("count").num_nonfinite)
 
     def report(self) -> Report:
-        """Table of the pruned parameters: name, shape, kept of total, sparsity. After `finalize`, the table of that moment."""
-        from .report import layer_table
+        """Table of the pruned parameters (name, shape, kept of total, sparsity), and how their selection went, by selection group.
 
+        After `finalize`, the table of that moment. Waits for the device.
+        """
         if self._finished is not None:
             return self._finished
-        return layer_table([(slot.member.label, slot.member.param) for slot in self._arena_of("report").pruned])
+        engine = self._running("report")
+        return layer_table([(slot.member.label, slot.member.param) for slot in engine.arena.pruned], engine.selections())
 
     # --- the end of a run ------------------------------------------------------------------------------------------------------------
 

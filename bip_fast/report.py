@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Report", "Row", "layer_table", "report", "weights"]
+__all__ = ["Report", "Row", "Selection", "layer_table", "report", "weights"]
 
 HEADER = ("layer", "shape", "kept", "of", "sparsity")
 
@@ -36,11 +36,40 @@ class Row(NamedTuple):
         return {"name": self.name, "shape": list(self.shape), "kept": self.kept, "total": self.total, "sparsity": self.sparsity}
 
 
+class Selection(NamedTuple):
+    """How the masks of one selection group were found, since its weights began to compete.
+
+    Of ``steps`` upper and joint steps, those that could not use the window around the threshold of the step before: ``first``, there was
+    none; ``missed``, the new threshold lay outside; ``crowded``, too many scores lay inside. They cost more time and change nothing else.
+    ``candidates`` scores were looked at twice in all other steps, ``flips`` mask entries have changed. Kept scores are at or above
+    ``threshold``, the others at or below.
+    """
+
+    name: str
+    numel: int
+    kept: int
+    steps: int
+    first: int
+    missed: int
+    crowded: int
+    candidates: int
+    flips: int
+    threshold: float
+
+    @property
+    def fallbacks(self) -> int:
+        return self.first + self.missed + self.crowded
+
+
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order of the model. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON."""
+    """Rows in the order of the model. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON.
+
+    ``selections`` has a row for every group of weights that compete, if the report is of an optimizer.
+    """
 
     rows: tuple[Row, ...]
+    selections: tuple[Selection, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -62,7 +91,8 @@ class Report:
         return len(self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
+        table = {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
+        return table | ({"selections": [row._asdict() for row in self.selections]} if self.selections else {})
 
     def __str__(self) -> str:
         cells = [_cells(row.name, "x".join(map(str, row.shape)), row) for row in self.rows]
@@ -70,7 +100,17 @@ class Report:
         widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         lines = [_line(line, widths) for line in (HEADER, *cells)]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines()])
+
+    def _selection_lines(self) -> list[str]:
+        if not any(row.steps for row in self.selections):
+            return []
+        steps, first, missed, crowded, flips = (
+            sum(getattr(row, name) for row in self.selections) for name in ("steps", "first", "missed", "crowded", "flips")
+        )
+        groups = f" in {len(self.selections)} groups" if len(self.selections) > 1 else ""
+        text = f"selections{groups}: {steps:,}, in one pass {steps - first - missed - crowded:,}; fell back: {first:,} without a window, "
+        return [text + f"{missed:,} missed it, {crowded:,} had too many inside; mask entries changed: {flips:,}"]
 
 
 def _cells(name: str, shape: str, row: Row) -> tuple[str, ...]:
@@ -90,9 +130,9 @@ def _nonzero(x: Tensor) -> int:
     return int(torch.count_nonzero(x.float() if x.element_size() == 1 else x))  # torch cannot count in 8-bit floats
 
 
-def layer_table(tensors: Iterable[tuple[str, Tensor]]) -> Report:
+def layer_table(tensors: Iterable[tuple[str, Tensor]], selections: tuple[Selection, ...] = ()) -> Report:
     """Report of named weights of any shape, on any device."""
-    return Report(tuple(Row(name, tuple(x.shape), _nonzero(x), x.numel()) for name, x in tensors))
+    return Report(tuple(Row(name, tuple(x.shape), _nonzero(x), x.numel()) for name, x in tensors), selections)
 
 
 def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -68,7 +68,7 @@ struct Group {
 // How the selection of one group went, summed over its upper and joint steps. For whoever wants to look: nothing is decided by it.
 struct Counters {
   int64_t steps;
-  int64_t first;       // of these, steps that had no window from a step before and too many entries to list them all
+  int64_t first;       // of these, steps that had no window, or on the CPU none to trust, and too many entries to list them all
   int64_t missed;      //   steps whose k-th key was outside the window
   int64_t crowded;     //   steps with more keys inside the window than the candidate list holds
   int64_t candidates;  // keys listed by steps that were right at once

@@ -116,7 +116,7 @@ def test_a_copy_of_model_and_optimizer_goes_on_alone(backend, how):
     with opt.upper():
         twin, other = how((model, opt))
     assert other.phase == opt.phase == "lower"
-    assert str(other.report()) == str(opt.report())
+    assert other.report().rows == opt.report().rows
     for i in range(5):
         for m, o in ((model, opt), (twin, other)):
             fill_gradients(m.parameters(), 10 + i)

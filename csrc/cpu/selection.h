@@ -99,7 +99,7 @@ inline void remember(Selection& selection, uint64_t threshold) {
   const int64_t found = selection.found, wanted = selection.kept - selection.above;
   const uint64_t* const end = selection.keys + found;
   const int64_t rank = std::count_if(static_cast<const uint64_t*>(selection.keys), end, [&](uint64_t key) { return key >= memory.threshold; });
-  const int64_t error = std::abs(rank - wanted);
+  const int64_t error = memory.threshold ? std::abs(rank - wanted) : 0;
   widen_window(memory, error, selection.numel);
   const int shift = digit_shift(judged);
   for (const uint64_t* key = selection.keys; key != end; ++key) ++selection.counts[(*key - judged.lo) >> shift];
