@@ -235,3 +235,18 @@ def test_flips_are_counted(backend):
         if row.fallbacks == fallbacks:
             assert row.flips - flips == changed
         flips = row.flips
+
+
+@pytest.mark.parametrize("which", ["cpu", "cuda"])
+@pytest.mark.parametrize("phase", [LOWER, UPPER, JOINT])
+def test_offsets_beyond_31_bits(module, which, phase):
+    """The last tiles of a tensor of 2**31 entries and more, beside the same entries as a tensor of their own. A pointer so far in front of
+    memory is all that makes the one from the other: who cuts an offset to 32 bits touches what is not there."""
+    backend, numel = getattr(module, which), 600 * module.TILE + 300
+    near, far = (Network(module, [(numel, 0, F32)], [numel // 10], mask_lr=1e-3, mask_momentum=0.5) for _ in range(2))
+    far.begin_at(2**31 + 5 * module.TILE)
+    for i, step in enumerate((UPPER, phase, phase, UPPER)):
+        near.step(backend, step, seed=i)
+        far.step(backend, step, seed=i)
+        assert near.state() == far.state()
+    assert near.kept() == numel // 10

@@ -51,8 +51,8 @@ inline int64_t selection_bytes(int64_t num_groups, int64_t num_tiles) {
   if (num_groups == 0) return 0;
   // n^(2/3) is concave: no division of the entries into groups needs more room than the even one. 16 for what is rounded.
   const int64_t capacity = list_capacity(num_tiles * kTile / num_groups + 1) + 16;
-  return num_groups *
-         (static_cast<int64_t>(sizeof(Memory)) + kBins * static_cast<int64_t>(sizeof(uint32_t)) + capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t)));
+  return num_groups * (static_cast<int64_t>(sizeof(Memory)) + kBins * static_cast<int64_t>(sizeof(uint32_t)) +
+                       capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t)));
 }
 
 inline std::vector<Selection> lay_out_selections(const Step& step) {
@@ -98,7 +98,8 @@ inline void remember(Selection& selection, uint64_t threshold) {
   }
   const int64_t found = selection.found, wanted = selection.kept - selection.above;
   const uint64_t* const end = selection.keys + found;
-  const int64_t rank = std::count_if(static_cast<const uint64_t*>(selection.keys), end, [&](uint64_t key) { return key >= memory.threshold; });
+  const int64_t rank =
+      std::count_if(static_cast<const uint64_t*>(selection.keys), end, [&](uint64_t key) { return key >= memory.threshold; });
   const int64_t error = memory.threshold ? std::abs(rank - wanted) : 0;
   widen_window(memory, error, selection.numel);
   const int shift = digit_shift(judged);

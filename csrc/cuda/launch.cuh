@@ -5,7 +5,7 @@
 // a histogram then flush it once), fewer when there is less work.
 //
 // The host runtime the project uses, all of it: cudaLaunchKernel, cudaMemsetAsync, cudaGetDevice, cudaDeviceGetAttribute,
-// cudaGetLastError, cudaGetErrorString.
+// cudaOccupancyMaxActiveBlocksPerMultiprocessor, cudaGetLastError, cudaGetErrorString.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,37 +34,8 @@ inline void check(cudaError_t error, const char* op, const char* what) {
   throw std::runtime_error(message);
 }
 
-// Multiprocessors of the current device, and blocks of kThreads that one of them can hold. Asked for once per device.
-struct Processors {
-  int count, blocks;
-};
-inline Processors processors_of_device(const char* op) {
-  constexpr int kDevices = 64;
-  static std::array<std::atomic<uint64_t>, kDevices> cache{};  // 0: not asked yet
-  int device = 0;
-  check(cudaGetDevice(&device), op, "cudaGetDevice");
-  const bool cached = device < kDevices;
-  if (const uint64_t known = cached ? cache[device].load(std::memory_order_relaxed) : 0)
-    return {static_cast<int>(known >> 32), static_cast<int>(known)};
-  int count = 0, threads = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device), op, "cudaDeviceGetAttribute");
-  const Processors found{count, std::max(threads / kThreads, 1)};
-  // Two threads that race here store the same numbers.
-  if (cached)
-    cache[device].store(static_cast<uint64_t>(found.count) << 32 | static_cast<uint64_t>(found.blocks), std::memory_order_relaxed);
-  return found;
-}
-
-// Blocks for `tiles` tiles, one warp each; at least 1, and at most as many as are resident at once if registers allow `per_processor`.
-inline int64_t grid_for(int64_t tiles, const char* op, int per_processor = kBlocksPerProcessor) {
-  const Processors processors = processors_of_device(op);
-  const int64_t resident = static_cast<int64_t>(processors.count) * std::min(processors.blocks, per_processor);
-  return std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident);
-}
-
 template <class... Parameters, class... Arguments>
-void launch(const char* op, const char* name, void (*kernel)(Parameters...), int64_t blocks, void* stream, Arguments&&... arguments) {
+void launch_with(void (*kernel)(Parameters...), const char* op, const char* name, int64_t blocks, void* stream, Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB on older drivers");
   // Copies of the exact parameter types; cudaLaunchKernel has read them when it returns.
   auto values = std::tuple<std::remove_cv_t<std::remove_reference_t<Parameters>>...>(std::forward<Arguments>(arguments)...);
@@ -74,6 +45,31 @@ void launch(const char* op, const char* name, void (*kernel)(Parameters...), int
         check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0, stream_of(stream)), op, name);
       },
       values);
+}
+
+// Blocks of a kernel that are resident on the current device at once: as registers and shared memory allow. Asked for once per kernel and
+// device; 0 in the cache: not asked yet.
+template <auto kKernel>
+int64_t resident_blocks(const char* op) {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> cache{};
+  int device = 0;
+  check(cudaGetDevice(&device), op, "cudaGetDevice");
+  const bool cached = device < kDevices;
+  if (const int known = cached ? cache[device].load(std::memory_order_relaxed) : 0) return known;
+  int processors = 0, blocks = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0), op, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  const int resident = processors * std::max(blocks, 1);
+  if (cached) cache[device].store(resident, std::memory_order_relaxed);  // two threads that race here store the same number
+  return resident;
+}
+
+// As many blocks run the kernel as are resident at once, fewer when that is more than a warp for each of `tiles`; at least one.
+template <auto kKernel, class... Arguments>
+void launch(const char* op, const char* name, int64_t tiles, void* stream, Arguments&&... arguments) {
+  const int64_t blocks = std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident_blocks<kKernel>(op));
+  launch_with(kKernel, op, name, blocks, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace bip::cuda

@@ -269,20 +269,20 @@ void step(const Step& step, void* stream) {
   lay_out(static_cast<char*>(step.workspace), step.num_tensors, step.num_groups, step.num_tiles, &args.workspace);
   for (int64_t first = kInlineGradients; first < step.num_tensors; first += kInlineGradients) {
     const int64_t count = std::min<int64_t>(step.num_tensors - first, kInlineGradients);
-    launch("step", "step_gradients_kernel", step_gradients_kernel, 1, stream, table_of(step.gradients, first, count),
-           args.workspace.gradients + (first - kInlineGradients), static_cast<int>(count));
+    launch<step_gradients_kernel>("step", "step_gradients_kernel", 1, stream, table_of(step.gradients, first, count),
+                                  args.workspace.gradients + (first - kInlineGradients), static_cast<int>(count));
   }
   const GradientTable table = table_of(step.gradients, 0, std::min<int64_t>(step.num_tensors, kInlineGradients));
-  const int64_t blocks = grid_for(step.num_tiles, "step");
-  if (step.phase == Phase::lower) return launch("step", "step_lower_kernel", step_lower_kernel, blocks, stream, args, table);
+  const int64_t tiles = step.num_tiles;
+  if (step.phase == Phase::lower) return launch<step_lower_kernel>("step", "step_lower_kernel", tiles, stream, args, table);
   if (step.phase == Phase::upper)
-    launch("step", "step_upper_kernel", step_upper_kernel, blocks, stream, args, table);
+    launch<step_upper_kernel>("step", "step_upper_kernel", tiles, stream, args, table);
   else
-    launch("step", "step_joint_kernel", step_joint_kernel, grid_for(step.num_tiles, "step", kBlocksPerProcessorJoint), stream, args, table);
+    launch<step_joint_kernel>("step", "step_joint_kernel", tiles, stream, args, table);
   if (step.num_groups == 0 || args.workspace.alone == ~0u) return;
-  launch("step", "step_finish_kernel", step_finish_kernel, blocks, stream, args);
-  launch("step", "step_narrow_kernel", step_narrow_kernel, blocks, stream, args);
-  launch("step", "step_apply_kernel", step_apply_kernel, blocks, stream, args);
+  launch<step_finish_kernel>("step", "step_finish_kernel", tiles, stream, args);
+  launch<step_narrow_kernel>("step", "step_narrow_kernel", tiles, stream, args);
+  launch<step_apply_kernel>("step", "step_apply_kernel", tiles, stream, args);
 }
 
 }  // namespace bip::cuda

@@ -163,12 +163,12 @@ void topk(const Topk& topk, void* stream) {
   if (topk.n == 0) return;
   const TopkArgs args{topk, static_cast<TopkWorkspace*>(topk.workspace), capacity_for(topk.n)};
   check(cudaMemsetAsync(args.workspace, 0, sizeof(TopkWorkspace), stream_of(stream)), "topk", "cudaMemsetAsync");
-  const int64_t blocks = grid_for(tiles_of(topk.n), "topk");
+  const int64_t tiles = tiles_of(topk.n);
   if (topk.n > args.capacity && topk.k > 0 && topk.k < topk.n) {
-    launch("topk", "topk_count_kernel", topk_count_kernel, blocks, stream, args);
-    launch("topk", "topk_narrow_kernel", topk_narrow_kernel, blocks, stream, args);
+    launch<topk_count_kernel>("topk", "topk_count_kernel", tiles, stream, args);
+    launch<topk_narrow_kernel>("topk", "topk_narrow_kernel", tiles, stream, args);
   }
-  launch("topk", "topk_apply_kernel", topk_apply_kernel, blocks, stream, args);
+  launch<topk_apply_kernel>("topk", "topk_apply_kernel", tiles, stream, args);
 }
 
 }  // namespace bip::cuda

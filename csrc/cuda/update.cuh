@@ -25,10 +25,16 @@ struct EntryByEntry {
   static constexpr bool kVector = false, kMomentum = true;
 };
 
-// Quads that a lane loads before it uses the first. With three blocks on a multiprocessor 72 KB are in flight in a lower or upper step, with
-// two 64 KB in a joint one; the registers hold no more.
+// Quads that a lane loads before it uses the first: what the registers hold.
 template <Phase kPhase, class Way>
 constexpr int kUpdateAhead = kPhase == Phase::lower || !Way::kMomentum ? 2 : 1;
+
+// What a multiprocessor asks of memory at once. An H200 answers after some 0.8 microseconds, in which it could deliver 29 KB to each.
+template <Phase kPhase>
+constexpr int kBytesInFlight = (kPhase == Phase::joint ? 4 * kBlocksPerProcessorJoint : 3 * kBlocksPerProcessor) * kThreads *
+                               kUpdateAhead<kPhase, Plain> * static_cast<int>(sizeof(Quad<float>));
+static_assert(kBytesInFlight<Phase::lower> >= 48 * 1024 && kBytesInFlight<Phase::upper> >= 48 * 1024 &&
+              kBytesInFlight<Phase::joint> >= 48 * 1024);
 
 // What a warp needs for one tile.
 struct Job {

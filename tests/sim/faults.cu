@@ -130,7 +130,7 @@ __global__ void deep_stack_kernel(int* data) {
 
 template <class... P, class... A>
 void run(void (*kernel)(P...), int blocks, A... arguments) {
-  launch("fault", "kernel", kernel, blocks, nullptr, arguments...);
+  launch_with(kernel, "fault", "kernel", blocks, nullptr, arguments...);
 }
 
 void run_by_name(const std::string& name, int* a, int* b, int* c, int n) {

@@ -45,8 +45,21 @@ class Network:
             tiles += [i] * -(-numel // module.TILE)
         self.tiles = np.array(tiles, np.int32)
         self.groups["first"] = np.cumsum(self.groups["numel"]) - self.groups["numel"]
-        self.workspaces, self.counters = {}, {}
+        self.workspaces, self.counters, self.begin = {}, {}, 0
         self.nonfinite = self.arrays["num_nonfinite"] = np.zeros(1, np.int64)
+
+    def begin_at(self, entry):
+        """Let every tensor begin so many entries earlier: they are in no tile, and nobody may touch them."""
+        self.begin = entry
+        for row in self.tensors:
+            size = 4 if row["dtype"] == 0 else 2
+            for name, bytes_before in {"param": entry * size, "mask": entry // 8}.items():
+                row[name] -= np.uint64(bytes_before)
+            for name in ("theta", "momentum", "scores", "score_momentum"):
+                row[name] -= np.uint64(4 * entry)
+            row["numel"] += entry
+            row["index"] -= entry
+            row["first_tile"] -= entry // self.module.TILE
 
     def step(self, backend, phase, *, seed=0, dtypes=(0,), align=16, without=(), scale=None, found_inf=None):
         """One step with random gradients, one in a hundred of them not finite."""
@@ -61,7 +74,7 @@ class Network:
             data[:] = bits
             keep.append(data)
             if i not in without:
-                gradients[i]["data"], gradients[i]["dtype"] = data.ctypes.data, dtype
+                gradients[i]["data"], gradients[i]["dtype"] = data.ctypes.data - self.begin * bits.itemsize, dtype
         counts = len(self.specs), len(self.groups), len(self.tiles)
         if backend not in self.workspaces:
             self.workspaces[backend] = self.module.sim.guarded(backend.step_workspace_bytes(*counts), np.uint8)

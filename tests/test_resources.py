@@ -1,0 +1,45 @@
+"""What the compiler says of the CUDA kernels: nothing spills, and as many blocks fit on a multiprocessor as they were written for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+# blocks of 256 threads on a multiprocessor with 64 K registers; the bytes in flight that follow are checked in update.cuh
+BLOCKS = {"step_lower": 3, "step_upper": 3, "step_joint": 2, "step_finish": 3, "step_narrow": 3, "step_apply": 3}
+BLOCKS |= {"topk_count": 3, "topk_narrow": 3, "topk_apply": 3}
+
+
+def report(source: str) -> str:
+    """The assembler's report for compute capability 9.0."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc on the path")
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-gencode=arch=compute_90,code=sm_90", "-Xptxas", "-v", "-cubin", "-o", "/dev/null"]
+    done = subprocess.run(
+        [nvcc, *flags, f"-I{CSRC}", f"-I{CSRC / 'cuda'}", str(CSRC / "cuda" / source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", ["step.cu", "topk.cu"])
+def test_nothing_spills_and_the_blocks_fit(source):
+    text = report(source)
+    spills = re.findall(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert len(spills) >= 3
+    assert not [function for function, stores, loads in spills if int(stores) or int(loads)]
+    kernels = re.findall(
+        r"Compiling entry function '\S*?\d+((?:step|topk)_[a-z]+)_kernel\S*'.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?", text, re.S
+    )
+    assert {name for name, _, _ in kernels} >= {name for name in BLOCKS if name.startswith(source[:4])}
+    for name, registers, shared in kernels:
+        if name in BLOCKS:
+            granted = -(-int(registers) // 8) * 8  # in units of 8
+            assert BLOCKS[name] * 256 * granted <= 65536, (name, registers)
+            assert BLOCKS[name] * (int(shared or 0) + 1024) <= 227 * 1024, (name, shared)
