@@ -59,10 +59,9 @@ def summary(steps: dict[str, Any]) -> str:
     total, n = len(steps["flips"]), steps["numel"]
     fast = total - sum(sum(steps[name]) for name in ("first", "missed", "crowded"))
     flips, candidates = (statistics.median(steps[name]) for name in ("flips", "candidates"))
-    return (
-        f"{total} mask steps over {n:,} weights: {fast} in one pass, {sum(steps['missed'])} missed the window, {sum(steps['crowded'])} found "
-        f"it crowded; median flips {flips:g} ({flips / n:.1e} of the weights), candidates {candidates:g} ({candidates / n:.1e})"
-    )
+    passes = f"{fast} in one pass, {sum(steps['missed'])} missed the window, {sum(steps['crowded'])} found it crowded"
+    medians = f"median flips {flips:g} ({flips / n:.1e} of the weights), candidates {candidates:g} ({candidates / n:.1e})"
+    return f"{total} mask steps over {n:,} weights: {passes}; {medians}"
 
 
 def chart(results: dict[str, Any], path: Path) -> None:
