@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from bip_fast import benchmark
+
 HIDE_AT_MOST = 0.03  # seconds
 
 
@@ -31,6 +33,23 @@ def event_timer() -> EventTime:
 def hide_host(seconds: float) -> None:
     """Keep the device busy for about ``seconds``, so that the host can enqueue what comes next: then events time the device alone."""
     torch.cuda._sleep(int(min(seconds, HIDE_AT_MOST) * 2e9))  # cycles
+
+
+def copy_seconds(num_bytes: float, device: torch.device) -> float:
+    """Median time of a copy that moves ``num_bytes``, on a GPU by events, as the rows."""
+    if device.type != "cuda":
+        return benchmark.copy_seconds(num_bytes, device, 0.05)
+    call, times = benchmark.copy_call(num_bytes, device)
+    host = host_seconds(call)
+
+    def once() -> float:
+        hide_host(15 * host + 1e-4)
+        start = EventTime()
+        for _ in range(10):
+            call()
+        return (EventTime() - start) / 10
+
+    return times * statistics.median(once() for _ in range(7))
 
 
 def host_seconds(call: Callable[[], object], times: int = 5) -> float:
@@ -60,6 +79,6 @@ def launches(call: Callable[[], object]) -> dict[str, int]:
     events = run.events()
     starts = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")  # of the runtime and of the driver
     return {
-        "kernels": sum(event.device_type == DeviceType.CUDA for event in events),
+        "kernels": sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events),
         "host_launches": sum(event.device_type == DeviceType.CPU and any(part in event.name for part in starts) for event in events),
     }

@@ -13,7 +13,7 @@ import torch
 
 from bench import clock
 from bench.workload import DEFAULT_SIZES, SIZES, processor_name
-from bip_fast.benchmark import calls_in, copy_seconds, synchronize
+from bip_fast.benchmark import calls_in, synchronize
 
 Call = Callable[[], object]
 
@@ -69,6 +69,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def device(request: pytest.FixtureRequest) -> torch.device:
     device = torch.device(request.config.getoption("--device"))
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
 
@@ -91,7 +92,7 @@ class Clock:
             seconds = time.perf_counter() - start
             if seconds > 0.15 and (warm or not self.gpu):
                 break
-        self.host = clock.host_seconds(call) if self.gpu and seconds < 0.05 else seconds
+        self.host = clock.host_seconds(call, 5 if seconds < 0.05 else 2) if self.gpu else seconds
         self.calls = 1 if before else calls_in(seconds, device)
         self.rounds = max(3, min(30, int(budget / (seconds * self.calls))))
 
@@ -126,7 +127,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         **labels: object,
     ) -> None:
         gpu = device.type == "cuda"
-        first_copy = copy_seconds(n * bytes_per_weight, device, 0.05) if bytes_per_weight else math.inf
+        first_copy = clock.copy_seconds(n * bytes_per_weight, device) if bytes_per_weight else math.inf
         allocated = torch.cuda.memory_allocated(device) if gpu and allocated is None else allocated
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -143,7 +144,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         # Neighbours on the machine come and go, so the copy is measured on both sides of the row; the faster one is the yardstick.
         if bytes_per_weight:
             labels["bytes_per_weight"] = round(bytes_per_weight, 2)
-            labels["copy_seconds"] = min(first_copy, copy_seconds(n * bytes_per_weight, device, 0.05))
+            labels["copy_seconds"] = min(first_copy, clock.copy_seconds(n * bytes_per_weight, device))
         if gpu:
             labels["host_seconds"] = timed.host / each
             labels["peak_bytes"] = torch.cuda.max_memory_allocated(device) - (allocated or 0)

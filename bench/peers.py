@@ -37,8 +37,8 @@ def turns(steps: list[Callable[[list[Tensor]], object]], pool: list[list[Tensor]
     return lambda: next(instance)(next(gradients))
 
 
-def graphed(call: Callable[[], object], times: int) -> Callable[[], object]:
-    """``times`` calls in one CUDA graph."""
+def graphed(call: Callable[[], object], times: int) -> Callable[[], object] | None:
+    """``times`` calls in one CUDA graph, or None where something in them cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -46,9 +46,12 @@ def graphed(call: Callable[[], object], times: int) -> Callable[[], object]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                call()
+    except RuntimeError:
+        return None
     return graph.replay
 
 
@@ -121,9 +124,10 @@ def with_plain_state(step: Step, work: Workload, case: Case, sorted: bool = True
         state.sorted = sorted
         steps.append(partial(step, state))
     call = turns(steps, work.pool)
-    if not graph:
-        return Row(call)
-    return Row(graphed(call, len(work.pool)), each=len(work.pool))
+    replay = graphed(call, len(work.pool)) if graph else None
+    if replay is None:
+        return Row(call, after=lambda: {"cuda_graph": False} if graph else {})
+    return Row(replay, each=len(work.pool), after=lambda: {"cuda_graph": True})
 
 
 def plain(work: Workload, case: Case, sorted: bool = True) -> Row:
@@ -177,7 +181,12 @@ def _apply(threshold: Tensor, theta: Tensor, s: Tensor, m: Tensor, z: Tensor) ->
 def compiled(work: Workload, case: Case) -> Row:
     """One tensor. The mask is a comparison with the k-th largest score."""
     torch.compiler.reset()
-    move, apply = (torch.compile(function, dynamic=False) for function in (partial(_move, case.step), _apply))
+
+    @torch.compile(dynamic=False)
+    def move(theta: Tensor, v: Tensor, s: Tensor, m: Tensor, z: Tensor, g: Tensor) -> None:
+        _move(case.step, theta, v, s, m, z, g)
+
+    apply = torch.compile(_apply, dynamic=False)
 
     def step(state: PlainState, gradients: list[Tensor]) -> None:
         (theta,), (v,), (s,), (m,), (z,), (g,) = state.theta, state.v, state.s, state.m, state.z, gradients

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.workload import size_name
+
 Row = dict[str, Any]
 
 
@@ -25,7 +27,7 @@ def trimmed(raw: dict[str, Any]) -> dict[str, Any]:
     for benchmark in sorted(raw["benchmarks"], key=lambda benchmark: "launches" in benchmark["extra_info"]):
         stats, extra = benchmark["stats"], benchmark["extra_info"]
         key = benchmark["group"], extra["implementation"]
-        if "launches" in extra:
+        if "launches" in extra:  # counted apart from the times, which the profiler would change
             if key in rows:
                 rows[key].update(extra["launches"])
             continue
@@ -87,7 +89,7 @@ def table(results: dict[str, Any]) -> str:
             rate = row["n"] * row["bytes_per_weight"] / seconds / 1e9
             ratio = f"{seconds / ours:.2f}" if ours else "-"
             lines.append(
-                f"| {group} | {row['n'] / 1e6:.3g}M | {100 * row['density']:g} % | {row['implementation']} | {_milliseconds(seconds)} "
+                f"| {group} | {size_name(row['n'])} | {100 * row['density']:g} % | {row['implementation']} | {_milliseconds(seconds)} "
                 f"| {row['bytes_per_weight']:g} | {rate:.3g} | {100 * row['copy_seconds'] / seconds:.0f} | {ratio} | {gpu_cells(row)} |"
             )
     return "\n".join(lines)
@@ -172,7 +174,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     axes.margins(y=0.01)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("median time / time of a copy of the compulsory bytes in the same run (log scale; left is better)")
-    axes.set_title(f"{results['machine']['device']}, {n / 1e6:.1f}M weights", fontsize=10)
+    axes.set_title(f"{results['machine']['device']}, {size_name(n)} weights", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

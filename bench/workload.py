@@ -31,7 +31,7 @@ DISTRIBUTIONS = ("trained-like", "uniform", "atoms 0 and 1", "all equal", "neigh
 
 
 def size_name(n: int) -> str:
-    return f"{n / 1e9:.3g}G" if n >= 1e9 else f"{n / 1e6:.3g}M" if n >= 1e5 else str(n)
+    return f"{n / 1e9:.3g}G" if n >= 999_500_000 else f"{n / 1e6:.3g}M" if n >= 1e5 else str(n)
 
 
 class Case(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -71,23 +72,26 @@ def cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64 << 20
 
 
-def copy_seconds(num_bytes: float, device: torch.device, budget: float = 0.15) -> float:
-    """Time of a copy that moves ``num_bytes``, half of them read and half written; from cold memory, like the steps."""
+def copy_call(num_bytes: float, device: torch.device) -> tuple[Callable[[], object], float]:
+    """A copy that moves ``num_bytes``, half of them read and half written, from cold memory like the steps; and how many are needed."""
     moved = min(num_bytes, MAX_COPY.get(device.type, 5e8))
     entries = max(1, int(moved / 8))
     count = 2 + min(62, int(2 * cache_bytes(device) / moved))
-    pairs = [(torch.zeros(entries, device=device), torch.ones(entries, device=device)) for _ in range(count)]
-    turn = 0
+    pairs = cycle([(torch.zeros(entries, device=device), torch.ones(entries, device=device)) for _ in range(count)])
 
     def call() -> None:
-        nonlocal turn
-        turn += 1
-        target, source = pairs[turn % count]
+        target, source = next(pairs)
         target.copy_(source)
 
     for _ in range(count):
         call()
-    return median_seconds(call, device, budget, least=7) * num_bytes / moved
+    return call, num_bytes / moved
+
+
+def copy_seconds(num_bytes: float, device: torch.device, budget: float = 0.15) -> float:
+    """Median time of a copy that moves ``num_bytes``."""
+    call, times = copy_call(num_bytes, device)
+    return times * median_seconds(call, device, budget, least=7)
 
 
 # --- the short form --------------------------------------------------------------------------------------------------------------------
