@@ -26,6 +26,8 @@ def trimmed(raw: dict[str, Any]) -> dict[str, Any]:
     rows: dict[tuple[str, str], Row] = {}
     for benchmark in sorted(raw["benchmarks"], key=lambda benchmark: "launches" in benchmark["extra_info"]):
         stats, extra = benchmark["stats"], benchmark["extra_info"]
+        if "implementation" not in extra:  # the run was interrupted in this row
+            continue
         key = benchmark["group"], extra["implementation"]
         if "launches" in extra:  # counted apart from the times, which the profiler would change
             if key in rows:
@@ -173,7 +175,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     axes.set_xlim(min(0.5, 0.8 * min(widths)), 1.6 * max(widths))  # room for the numbers
     axes.margins(y=0.01)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("median time / time of a copy of the compulsory bytes in the same run (log scale; left is better)")
+    axes.set_xlabel("median time / time of a copy of the compulsory bytes in the same run\n(log scale; left is better)")
     axes.set_title(f"{results['machine']['device']}, {size_name(n)} weights", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3, frameon=False)

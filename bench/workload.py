@@ -119,25 +119,12 @@ class Workload:
     instances: int  # so many states are needed to be larger than the cache
 
 
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 8 << 30)
-
-
 def forget_workloads(device: torch.device) -> None:
     """Give memory back before another size."""
     workload.cache_clear()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def too_large(n: int, device: torch.device, bytes_each: int = 72) -> str | None:
-    """Why ``n`` weights do not fit, or None. 72 bytes a weight: 12 of the workload, 20 of state, 40 that torch.topk and torch.sort take."""
-    need, free = n * bytes_each, free_bytes(device)
-    return f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free" if need > free else None
 
 
 @lru_cache(maxsize=1)

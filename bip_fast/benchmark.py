@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,18 @@ def copy_seconds(num_bytes: float, device: torch.device, budget: float = 0.15) -
     """Median time of a copy that moves ``num_bytes``."""
     call, times = copy_call(num_bytes, device)
     return times * median_seconds(call, device, budget, least=7)
+
+
+def too_large(n: int, device: torch.device, bytes_each: int = 72) -> str | None:
+    """Why ``n`` weights do not fit, or None. 72 bytes a weight: 12 to 20 of weights and gradients, 20 of state, 32 for torch.topk."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        file = Path("/proc/meminfo")
+        lines = file.read_text().splitlines() if file.exists() else []
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 8 << 30)
+    need = n * bytes_each
+    return f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if need > free else None
 
 
 # --- the short form --------------------------------------------------------------------------------------------------------------------

@@ -249,6 +249,8 @@ def command_bench(options: dict[str, Any]) -> int:
         raise ExperimentError(f"--density must be in [1e-12, 1], got {density}")
     kernels()
     device = pick_device(options["device"])
+    if why := benchmark.too_large(numel, device):
+        raise ExperimentError(f"--numel {numel}: {why} on {device}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {numel:,} weights, fp32, {100 * density:g} % kept, one mask over all\n", flush=True)
     try:

@@ -41,6 +41,15 @@ def test_what_is_wrong_is_said_in_one_line(quick, capsys, options, message):
     assert message in one_line(capsys.readouterr().err)
 
 
+def test_more_than_fits_is_not_tried(quick, monkeypatch, capsys):
+    assert benchmark.too_large(1, torch.device("cpu")) is None
+    why = benchmark.too_large(10**15, torch.device("cpu"))
+    assert why.startswith("needs 72000000.0 GB, ")
+    monkeypatch.setattr(benchmark, "too_large", lambda numel, device: why)
+    assert quick("--numel", "1000") == 2
+    assert f"--numel 1000: {why} on cpu" in one_line(capsys.readouterr().err)
+
+
 def test_memory_that_is_not_there_is_said_in_one_line(monkeypatch, capsys):
     def measure(*_):
         raise torch.OutOfMemoryError("tried to allocate")
