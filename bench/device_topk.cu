@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cub/device/device_topk.cuh>
 
-// n < 2^32: 32-bit offsets are the faster instantiation. With temp == nullptr: *temp_bytes is set to the scratch memory that is needed. Returns a cudaError_t.
+// n < 2^32: 32-bit offsets are the faster instantiation. With temp == nullptr, *temp_bytes is set to the scratch memory that is needed.
+// Returns a cudaError_t.
 extern "C" int bench_device_topk(void* temp, uint64_t* temp_bytes, const float* scores, float* largest, int64_t n, int64_t k,
                                  void* stream) {
   auto requirements = cuda::execution::require(cuda::execution::determinism::not_guaranteed, cuda::execution::output_ordering::unsorted);
