@@ -1,8 +1,11 @@
-"""Benchmarks: every step and the top-k beside the plain torch a user would write, in one run.
+"""Benchmarks: every step, the top-k and whole iterations beside the plain torch a user would write, in one run.
 
-    python3 -m pytest bench --benchmark-json=raw.json          measure (--device cuda, --numel N, --bench-threads N)
+    python3 -m pytest bench --benchmark-json=raw.json          measure (--device cuda, --sizes all, --networks all, --bench-threads N)
     python3 -m bench.report --save raw.json bench/results      keep what matters under bench/results/<device>/
-    python3 -m bench.report bench/results/<device>             print the table, write the chart beside the results
+    python3 -m bench.report bench/results/<device>             print tables and targets, draw times.png and roofline.png beside the results
+    python3 -m bench.readme                                    put the tables into README.md
 
+test_steps, test_topk and test_iterations are the rows; workload and networks what is timed; peers and cub who is compared; clock and
+conftest how. NOTES.md says what is expected. `bip-fast bench` is the short form, for a machine that has only the package.
 Results are committed; the tables and charts in README.md are made from them.
 """

@@ -1,91 +1,237 @@
-"""The same steps in plain torch, as a user who knows torch would write them: in place, no copies, no loops over weights.
+"""Who is compared: FastBiP's steps and the same steps in torch, each as a function of (workload, case) that returns what to call.
 
-`lower`, `upper` and `joint` follow the formulas of `bip_fast.reference` with `torch.topk` for the mask (ties as it likes): as it
-comes, and, for those who know that it sorts what it selects unless told otherwise, with `sorted=False`.
+`bip_fast.plain` has the steps in plain torch. Here they are once more with foreach operations, and compiled: one fused kernel before
+the selection and one after it, the threshold by torch.topk, all in a CUDA graph. The compiled one keeps everything that ties with the
+threshold, so not exactly k: the strongest that torch offers, not the same contract.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LR, MASK_LR, GAMMA, MOMENTUM, WEIGHT_DECAY = 1e-2, 1e-1, 1.0, 0.9, 1e-4
+from bench.workload import Case, Workload
+from bip_fast import FastBiP
+from bip_fast.plain import GAMMA, LR, MASK_LR, MOMENTUM, STEPS, WEIGHT_DECAY, PlainState, plain_state, select
+
+Step = Callable[[PlainState, list[Tensor]], None]
 
 
-@dataclass
-class PlainState:
-    """Lists with one tensor per layer; `z` is what the model's parameters hold."""
+class Row(NamedTuple):
+    """What `measure` needs: a call, the steps in it, what to do ahead of it, and afterwards: check it, and say more about it."""
 
-    theta: list[Tensor]
-    v: list[Tensor]
-    s: list[Tensor]
-    m: list[Tensor]  # float 0 and 1, so that one multiplication applies it
-    z: list[Tensor]
-    kept: list[int]  # one number for a global mask, otherwise one per layer
-    sorted: bool = True  # the default of torch.topk
+    call: Callable[[], object]
+    each: int = 1
+    before: Callable[[], object] | None = None
+    after: Callable[[], dict[str, object]] = dict
 
 
-def plain_state(weights: list[Tensor], density: float, scope: str) -> PlainState:
-    sizes = [weight.numel() for weight in weights]
-    kept = [n - round((1 - density) * n) for n in (sizes if scope == "layer" else [sum(sizes)])]
-    state = PlainState(
-        theta=[weight.clone() for weight in weights],
-        v=[torch.zeros_like(weight) for weight in weights],
-        s=[weight.abs().clamp_(max=1) for weight in weights],
-        m=[torch.zeros_like(weight) for weight in weights],
-        z=[torch.zeros_like(weight) for weight in weights],
-        kept=kept,
-    )
-    select(state)
-    return state
+def turns(steps: list[Callable[[list[Tensor]], object]], pool: list[list[Tensor]]) -> Callable[[], object]:
+    """A call that takes the next instance and the next gradients."""
+    instance, gradients = cycle(steps), cycle(pool)
+    return lambda: next(instance)(next(gradients))
 
 
-def select(state: PlainState) -> None:
-    """Mask of the largest scores, then z = m*theta."""
-    if len(state.kept) == len(state.s):
-        for s, m, k in zip(state.s, state.m, state.kept, strict=True):
-            m.zero_().view(-1)[torch.topk(s.view(-1), k, sorted=state.sorted).indices] = 1
+def graphed(call: Callable[[], object], times: int) -> Callable[[], object] | None:
+    """``times`` calls in one CUDA graph, or None where something in them cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2 * times):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                call()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
+# --- bip_fast ------------------------------------------------------------------------------------------------------------------------
+
+
+def forget_window(opt: FastBiP) -> None:
+    """Take from the selection what it learned from the steps before: the next one has no window, so it takes the way without one."""
+    engine: Any = opt._engine
+    engine.plan._workspace.zero_()
+
+
+def counters(opts: list[FastBiP]) -> dict[str, int]:
+    """Steps of all optimizers, and how many of them had no window or one that did not serve."""
+    rows = [row for opt in opts for row in opt._engine.plan.counters()]  # type: ignore[union-attr]
+    return {
+        "steps": sum(int(row["steps"]) for row in rows),
+        "slow": sum(int(row[name]) for row in rows for name in ("first", "missed", "crowded")),
+    }
+
+
+def fastbip(work: Workload, case: Case) -> Row:
+    mask_lr = 0.0 if case.state == "all equal" else MASK_LR
+    opts, steps, params = [], [], []
+    for _ in range(work.instances):
+        mine = [torch.nn.Parameter(weight.to(case.dtype, copy=True)) for weight in work.weights]
+        opt = FastBiP(mine, density=case.density, scope=case.scope, lr=LR, mask_lr=mask_lr, weight_decay=WEIGHT_DECAY)
+        phase = getattr(opt, case.step)
+
+        def step(gradients: list[Tensor], opt: FastBiP = opt, mine: list[Any] = mine, phase: Any = phase) -> None:
+            for p, g in zip(mine, gradients, strict=True):
+                p.grad = g
+            with phase():
+                opt.step()
+
+        opts.append(opt)
+        steps.append(step)
+        params.append(mine)
+    call = turns(steps, work.pool)
+    for _ in range(2 * work.instances):
+        call()
+    start, begun = [opts[0].mask_of(p) for p in params[0]], counters(opts)
+
+    def after() -> dict[str, object]:
+        """Otherwise something else than the step was timed."""
+        kept = sum(int(opts[0].mask_of(p).sum()) for p in params[0])
+        flips = sum(int((opts[0].mask_of(p) != m).sum()) for p, m in zip(params[0], start, strict=True))
+        if case.scope == "global":
+            assert kept == case.kept
+        assert flips == 0 if case.step == "lower" or case.state == "all equal" else 0 < flips < 0.2 * case.n
+        if case.step == "lower":
+            return {}
+        ended = counters(opts)
+        return {"slow_steps": round((ended["slow"] - begun["slow"]) / max(1, ended["steps"] - begun["steps"]), 4)}
+
+    def before() -> None:
+        for opt in opts:
+            forget_window(opt)
+
+    return Row(call, before=before if case.state == "no window" else None, after=after)
+
+
+# --- torch ---------------------------------------------------------------------------------------------------------------------------
+
+
+def with_plain_state(step: Step, work: Workload, case: Case, sorted: bool = True, graph: bool = False) -> Row:
+    steps = []
+    for _ in range(work.instances):
+        state = plain_state(work.weights, case.density, case.scope, [w.to(case.dtype, copy=True) for w in work.weights])
+        state.sorted = sorted
+        steps.append(partial(step, state))
+    call = turns(steps, work.pool)
+    replay = graphed(call, len(work.pool)) if graph else None
+    if replay is None:
+        return Row(call, after=lambda: {"cuda_graph": False} if graph else {})
+    return Row(replay, each=len(work.pool), after=lambda: {"cuda_graph": True})
+
+
+def plain(work: Workload, case: Case, sorted: bool = True) -> Row:
+    return with_plain_state(STEPS[case.step], work, case, sorted)
+
+
+def foreach_step(phase: str, state: PlainState, gradients: list[Tensor]) -> None:
+    """The plain step with one operation for all tensors."""
+    if phase != "lower":
+        h = torch._foreach_mul(state.m, gradients)
+        torch._foreach_mul_(h, -1 / GAMMA)
+        torch._foreach_add_(h, state.theta)
+        torch._foreach_mul_(h, gradients)
+        torch._foreach_add_(state.s, h, alpha=-MASK_LR)
+        torch._foreach_clamp_min_(state.s, 0)
+        torch._foreach_clamp_max_(state.s, 1)
+    if phase != "upper":
+        torch._foreach_mul_(state.v, MOMENTUM)
+        torch._foreach_addcmul_(state.v, state.m, gradients)
+        torch._foreach_add_(state.v, state.theta, alpha=WEIGHT_DECAY)
+        torch._foreach_add_(state.theta, state.v, alpha=-LR)
+    if phase == "lower":
+        torch._foreach_copy_(state.z, state.m)
+        torch._foreach_mul_(state.z, state.theta)
     else:
-        scores = torch.cat([s.view(-1) for s in state.s])
-        mask = torch.zeros_like(scores)
-        mask[torch.topk(scores, state.kept[0], sorted=state.sorted).indices] = 1
-        for m, part in zip(state.m, mask.split([m.numel() for m in state.m]), strict=True):
-            m.copy_(part.view_as(m))
-    for z, m, theta in zip(state.z, state.m, state.theta, strict=True):
-        torch.mul(m, theta, out=z)
+        select(state)
 
 
-def lower(state: PlainState, gradients: list[Tensor]) -> None:
-    for theta, v, m, z, g in zip(state.theta, state.v, state.m, state.z, gradients, strict=True):
-        v.mul_(MOMENTUM).addcmul_(m, g).add_(theta, alpha=WEIGHT_DECAY)
-        theta.sub_(v, alpha=LR)
-        torch.mul(m, theta, out=z)
+def foreach(work: Workload, case: Case) -> Row:
+    return with_plain_state(partial(foreach_step, case.step), work, case)
 
 
-def move_scores(state: PlainState, gradients: list[Tensor]) -> None:
-    for theta, s, m, g in zip(state.theta, state.s, state.m, gradients, strict=True):
-        h = torch.addcmul(theta, m, g, value=-1 / GAMMA).mul_(g)
-        s.sub_(h, alpha=MASK_LR).clamp_(0, 1)
+def _move(phase: str, theta: Tensor, v: Tensor, s: Tensor, m: Tensor, z: Tensor, g: Tensor) -> None:
+    """What comes before the selection; for a lower step, all of it."""
+    g = g.float()
+    new_s = (s - MASK_LR * (theta - m * g / GAMMA) * g).clamp(0, 1)
+    if phase != "upper":
+        v.copy_(MOMENTUM * v + (m * g + WEIGHT_DECAY * theta))
+        theta.copy_(theta - LR * v)
+    if phase == "lower":
+        z.copy_(m * theta)
+    else:
+        s.copy_(new_s)
 
 
-def upper(state: PlainState, gradients: list[Tensor]) -> None:
-    move_scores(state, gradients)
-    select(state)
+def _apply(threshold: Tensor, theta: Tensor, s: Tensor, m: Tensor, z: Tensor) -> None:
+    m.copy_(s >= threshold)
+    z.copy_(m * theta)
 
 
-def joint(state: PlainState, gradients: list[Tensor]) -> None:
-    move_scores(state, gradients)  # first, at the old theta and m
-    for theta, v, m, g in zip(state.theta, state.v, state.m, gradients, strict=True):
-        v.mul_(MOMENTUM).addcmul_(m, g).add_(theta, alpha=WEIGHT_DECAY)
-        theta.sub_(v, alpha=LR)
-    select(state)
+def compiled(work: Workload, case: Case) -> Row:
+    """One tensor. The mask is a comparison with the k-th largest score."""
+    torch.compiler.reset()
+
+    @torch.compile(dynamic=False)
+    def move(theta: Tensor, v: Tensor, s: Tensor, m: Tensor, z: Tensor, g: Tensor) -> None:
+        _move(case.step, theta, v, s, m, z, g)
+
+    apply = torch.compile(_apply, dynamic=False)
+
+    def step(state: PlainState, gradients: list[Tensor]) -> None:
+        (theta,), (v,), (s,), (m,), (z,), (g,) = state.theta, state.v, state.s, state.m, state.z, gradients
+        move(theta, v, s, m, z, g)
+        if case.step != "lower":
+            apply(torch.topk(s.view(-1), state.kept[0], sorted=False).values.min(), theta, s, m, z)
+
+    return with_plain_state(step, work, case, graph=work.weights[0].is_cuda)
 
 
-STEPS: dict[str, Callable[[PlainState, list[Tensor]], None]] = {"lower": lower, "upper": upper, "joint": joint}
+def sgd(work: Workload, case: Case, kind: str) -> Row:
+    """torch.optim.SGD with momentum and weight decay: the price of training without pruning."""
+    steps = []
+    for _ in range(work.instances):
+        mine = [torch.nn.Parameter(weight.to(case.dtype, copy=True)) for weight in work.weights]
+        opt = torch.optim.SGD(mine, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **{kind: True})
+
+        def step(gradients: list[Tensor], opt: torch.optim.SGD = opt, mine: list[Any] = mine) -> None:
+            for p, g in zip(mine, gradients, strict=True):
+                p.grad = g
+            opt.step()
+
+        steps.append(step)
+    return Row(turns(steps, work.pool))
+
+
+# Who is timed where: a name, a maker of the row, and the cases that it is for.
+PEERS: dict[str, tuple[Callable[[Workload, Case], Row], Callable[[Case], bool]]] = {
+    "bip_fast": (fastbip, lambda case: True),
+    "plain torch": (plain, lambda case: case.state == "warm"),
+    "plain torch, topk(sorted=False)": (
+        partial(plain, sorted=False),
+        lambda case: case.step != "lower" and case._replace(layout="flat").plain,
+    ),
+    "foreach": (foreach, lambda case: case.layout == "resnet18" and case.scope == "global"),
+    "torch.compile": (compiled, lambda case: case.plain and case.n >= 1e7 and (case.step == "upper" or case.n <= 30e6)),
+    "SGD(fused=True), no pruning": (partial(sgd, kind="fused"), lambda case: case.step == "lower" and case._replace(layout="flat").plain),
+    "SGD(foreach=True), no pruning": (
+        partial(sgd, kind="foreach"),
+        lambda case: case.step == "lower" and case.layout == "resnet18",
+    ),
+}
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------------------------
 
 
 def mask_by_topk(scores: Tensor, k: int, sorted: bool = True) -> Tensor:

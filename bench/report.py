@@ -1,7 +1,7 @@
-"""From pytest-benchmark's JSON to the committed results, the Markdown table and the chart.
+"""From pytest-benchmark's JSON to the committed results, the Markdown tables and the charts.
 
-    python3 -m bench.report --save raw.json bench/results      write bench/results/<device>/results.json
-    python3 -m bench.report bench/results/<device>             print the tables, write <device>/times.png
+    python3 -m bench.report --save raw.json bench/results      write bench/results/<device>/results.json, iterations.json or both
+    python3 -m bench.report bench/results/<device>             print the tables, write <device>/times.png and roofline.png
 
 All times are medians of one run, beside a copy that was measured in the same run.
 """
@@ -16,19 +16,47 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.workload import size_name
+
 Row = dict[str, Any]
 
 
 def trimmed(raw: dict[str, Any]) -> dict[str, Any]:
-    """What a number needs to be understood, and nothing about whose machine it was."""
-    rows = []
-    for benchmark in raw["benchmarks"]:
-        stats = benchmark["stats"]
-        calls = benchmark["extra_info"].pop("calls")
+    """What a number needs to be understood, and nothing about whose machine it was. Launches join the row whose work they count."""
+    rows: dict[tuple[str, str], Row] = {}
+    for benchmark in sorted(raw["benchmarks"], key=lambda benchmark: "launches" in benchmark["extra_info"]):
+        stats, extra = benchmark["stats"], benchmark["extra_info"]
+        if "implementation" not in extra:  # the run was interrupted in this row
+            continue
+        key = benchmark["group"], extra["implementation"]
+        if "launches" in extra:  # counted apart from the times, which the profiler would change
+            if key in rows:
+                rows[key].update(extra["launches"])
+            continue
+        calls = extra.pop("calls")
         times = {f"{name}_seconds": float(f"{stats[name] / calls:.4g}") for name in ("median", "min", "iqr")}
-        copy = float(f"{benchmark['extra_info'].pop('copy_seconds'):.4g}")
-        rows.append({"group": benchmark["group"], **benchmark["extra_info"], **times, "copy_seconds": copy, "rounds": stats["rounds"]})
-    return {"machine": raw["machine_info"], "date": raw["datetime"][:10], "rows": rows}
+        rest = {name: float(f"{extra.pop(name):.4g}") for name in ("copy_seconds", "host_seconds") if name in extra}
+        rows[key] = {"group": benchmark["group"], **extra, **times, **rest, "rounds": stats["rounds"]}
+    return {"machine": raw["machine_info"], "date": raw["datetime"][:10], "rows": list(rows.values())}
+
+
+def is_iteration(row: Row) -> bool:
+    return "iteration" in row["group"]
+
+
+def save(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Steps and masks into results.json, iterations into iterations.json; a file for which there are no rows stays as it is."""
+    written = []
+    head = {key: value for key, value in results.items() if key != "rows"}
+    for name, wanted in (("results.json", False), ("iterations.json", True)):
+        rows = [row for row in results["rows"] if is_iteration(row) == wanted]
+        if rows:
+            lines = ",\n  ".join(json.dumps(row) for row in rows)  # a line each, so that a diff shows which row changed
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(head)[:-1] + ',\n "rows": [\n  ' + lines + "\n]}\n")
+            written.append(target)
+    return written
 
 
 def folder_name(device: str) -> str:
@@ -52,8 +80,9 @@ def table(results: dict[str, Any]) -> str:
         f"A copy moves {bandwidth:.3g} GB/s, read plus write (median of the run); steps that update in place can beat it, because a copy",
         "also fetches the memory it overwrites.",
         "",
-        "| step | n | density | implementation | median | bytes per weight | GB/s | % of copy | times bip_fast |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step | n | density | implementation | median | bytes per weight | GB/s | % of copy | times bip_fast "
+        "| host | launches | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group, members in groups_of(rows).items():
         ours = next((row["median_seconds"] for row in members if row["implementation"] == "bip_fast"), None)
@@ -62,15 +91,41 @@ def table(results: dict[str, Any]) -> str:
             rate = row["n"] * row["bytes_per_weight"] / seconds / 1e9
             ratio = f"{seconds / ours:.2f}" if ours else "-"
             lines.append(
-                f"| {group} | {row['n'] / 1e6:.1f}M | {row['density']:.0%} | {row['implementation']} | {_milliseconds(seconds)} "
-                f"| {row['bytes_per_weight']:g} | {rate:.3g} | {100 * row['copy_seconds'] / seconds:.0f} | {ratio} |"
+                f"| {group} | {size_name(row['n'])} | {100 * row['density']:g} % | {row['implementation']} | {_milliseconds(seconds)} "
+                f"| {row['bytes_per_weight']:g} | {rate:.3g} | {100 * row['copy_seconds'] / seconds:.0f} | {ratio} | {gpu_cells(row)} |"
             )
+    return "\n".join(lines)
+
+
+def gpu_cells(row: Row) -> str:
+    """What only a GPU's rows have: host time, launches, memory beyond what was there."""
+    host = _milliseconds(row["host_seconds"]) if "host_seconds" in row else ""
+    memory = f"{row['peak_bytes'] / 1e9:.3g} GB" if "peak_bytes" in row else ""
+    return f"{host} | {row['kernels']:g} | {memory}" if "kernels" in row else f"{host} |  | {memory}"
+
+
+def iterations(results: dict[str, Any]) -> str:
+    """A line for each network and implementation: time, and times dense training of the same batches, in a graph if that is in a graph."""
+    lines = [
+        "| | batch | precision | implementation | median | times dense | times plain torch | host | launches | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group, members in groups_of(results["rows"]).items():
+        by_name = {row["implementation"]: row["median_seconds"] for row in members}
+        for row in members:
+            name, seconds = row["implementation"], row["median_seconds"]
+            graph = ", CUDA graph" if name.endswith(", CUDA graph") else ""
+            dense, plain = by_name.get("dense SGD(fused=True)" + graph), by_name.get("plain torch")
+            ratios = " | ".join(f"{seconds / peer:.3g}" if peer else "" for peer in (dense, plain))
+            cells = f"{row['batch']} | {row['precision']} | {name} | {_milliseconds(seconds)} | {ratios} | {gpu_cells(row)}"
+            lines.append(f"| {group} | {cells} |")
     return "\n".join(lines)
 
 
 def pivot(results: dict[str, Any], prefixes: tuple[str, ...]) -> str:
     """The groups that start with one of ``prefixes``, a line each, a column per implementation: time, and times bip_fast."""
     groups = {name: members for name, members in groups_of(results["rows"]).items() if name.startswith(prefixes)}
+    groups = {name: members for name, members in groups.items() if members[0]["implementation"] == "bip_fast"}
     names = list(dict.fromkeys(row["implementation"] for members in groups.values() for row in members))
     lines = ["| | copy | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for group, members in groups.items():
@@ -95,11 +150,13 @@ def chart(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = groups_of(results["rows"])
-    names = sorted({row["implementation"] for row in results["rows"]}, key=lambda name: (name != "bip_fast", name))
-    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
+    n = statistics.mode(row["n"] for row in results["rows"])  # the size with the most rows; roofline.png shows the others
+    rows = [row for row in results["rows"] if row["n"] == n]
+    groups = groups_of(rows)
+    names = sorted({row["implementation"] for row in rows}, key=lambda name: (name != "bip_fast", name))
+    colours = {name: pyplot.get_cmap("tab10" if len(names) <= 10 else "tab20")(i) for i, name in enumerate(names)}
     ticks, labels, widths, y = [], [], [], 0.0
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.2 * len(results["rows"]) + 0.16 * len(groups)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.2 * len(rows) + 0.16 * len(groups)), layout="constrained")
     for group, members in groups.items():
         ticks.append(y + (len(members) - 1) / 2)
         labels.append(group)
@@ -118,8 +175,8 @@ def chart(results: dict[str, Any], path: Path) -> None:
     axes.set_xlim(min(0.5, 0.8 * min(widths)), 1.6 * max(widths))  # room for the numbers
     axes.margins(y=0.01)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("median time / time of a copy of the compulsory bytes in the same run (log scale; left is better)")
-    axes.set_title(f"{results['machine']['device']}, {max(row['n'] for row in results['rows']) / 1e6:.1f}M weights", fontsize=10)
+    axes.set_xlabel("median time / time of a copy of the compulsory bytes in the same run\n(log scale; left is better)")
+    axes.set_title(f"{results['machine']['device']}, {size_name(n)} weights", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,20 +195,28 @@ def main(arguments: list[str] | None = None) -> int:
         if not results["rows"]:
             print(f"{options.save} has no benchmarks in it", file=sys.stderr)
             return 2
-        target = options.folder / folder_name(results["machine"]["device"]) / "results.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        rows = ",\n  ".join(json.dumps(row) for row in results.pop("rows"))  # a line each, so that a diff shows which row changed
-        target.write_text(json.dumps(results)[:-1] + ',\n "rows": [\n  ' + rows + "\n]}\n")
-        print(target)
+        print(*save(results, options.folder / folder_name(results["machine"]["device"])), sep="\n")
         return 0
-    file = options.folder / "results.json"
-    if not file.is_file():
-        print(f"no results.json in {options.folder}", file=sys.stderr)
+    steps, whole = (read(options.folder / name) for name in ("results.json", "iterations.json"))
+    if not steps and not whole:
+        print(f"no results.json and no iterations.json in {options.folder}", file=sys.stderr)
         return 2
-    results = json.loads(file.read_text())
-    chart(results, file.with_name("times.png"))
-    print(f"{table(results)}\n\n![times](times.png)")
+    if steps:
+        from bench import roofline
+
+        chart(steps, options.folder / "times.png")
+        roofline.chart(steps, options.folder / "roofline.png")
+        print(f"{table(steps)}\n\n![times](times.png)\n\n![percent of copy bandwidth](roofline.png)\n")
+    if whole:
+        print(f"{iterations(whole)}\n")
+    from bench import targets
+
+    print(targets.table(steps, whole))
     return 0
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 if __name__ == "__main__":

@@ -1,117 +1,70 @@
-"""Lower, upper and joint steps of `FastBiP` against plain torch and against torch.optim.SGD, which does not prune at all."""
+"""Lower, upper and joint steps of `FastBiP` against the same steps in torch, and against torch.optim.SGD, which does not prune at all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 
-from bench import peers
-from bench.workload import DENSITY, SGD_BYTES, STEP_BYTES, Workload, make_workload
-
-LAYOUTS = ("flat", "resnet18")
-
-
-@pytest.fixture(scope="module", params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
+from bench import clock
+from bench.conftest import sizes_of
+from bench.peers import PEERS, Row
+from bench.workload import SGD_BYTES, Case, forget_workloads, size_name, step_cases, workload_of
+from bip_fast.benchmark import too_large
 
 
-@pytest.fixture(scope="module")
-def workload(layout: str, numel: int | None, device: torch.device) -> Workload:
-    return make_workload(layout, numel, device)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    cases = step_cases(torch.device(config.getoption("--device")).type, sizes_of(config))
+    if "launches" in metafunc.function.__name__:
+        most = max((case.n for case in cases if case.n <= 30e6), default=0)
+        cases = [case for case in cases if case.n == most and case.plain]
+    pairs = [(case, name) for case in cases for name, (_, wanted) in PEERS.items() if wanted(case)]
+    metafunc.parametrize(("case", "implementation"), pairs, ids=[f"{case}-{name}" for case, name in pairs])
 
 
-def group_of(step: str, layout: str, scope: str) -> str:
-    return f"{step}, {layout}, {scope}"
+@lru_cache(maxsize=1)
+def lack_of_room(n: int, device: torch.device) -> str | None:
+    """Why ``n`` weights do not fit, asked after the workload of another size is gone."""
+    forget_workloads(device)
+    return too_large(n, device)
 
 
-def scopes_of(step: str, layout: str) -> tuple[str, ...]:
-    """A lower step selects nothing, and of one tensor the only layer is all of it."""
-    return ("global",) if step == "lower" or layout == "flat" else ("global", "layer")
+def row_of(case: Case, implementation: str, device: torch.device, compiling: bool) -> Row:
+    if implementation == "torch.compile" and not compiling:
+        pytest.skip("torch.compile on the CPU needs --compile")
+    if why := lack_of_room(case.n, device):
+        pytest.skip(f"{size_name(case.n)} weights: {why}")
+    return PEERS[implementation][0](workload_of(case, device), case)
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("step", ["lower", "upper", "joint"])
-def test_fastbip(step: str, scope: str, layout: str, workload: Workload, measure: Callable[..., None]) -> None:
-    if scope not in scopes_of(step, layout):
-        pytest.skip("the same work as another row")
-    from bip_fast import FastBiP
-
-    params = [torch.nn.Parameter(weight.clone()) for weight in workload.weights]
-    opt = FastBiP(params, density=DENSITY, scope=scope, lr=peers.LR, mask_lr=peers.MASK_LR, weight_decay=peers.WEIGHT_DECAY)
-    phase, gradients, start = getattr(opt, step), workload.gradients(), [opt.mask_of(p).clone() for p in params]
-    calls = 0
-
-    def call() -> None:
-        nonlocal calls
-        calls += 1
-        for p, g in zip(params, next(gradients), strict=True):
-            p.grad = g
-        with phase():
-            opt.step()
-
+def test_step(case: Case, implementation: str, measure: Callable[..., None], device: torch.device, compiling: bool, benchmark: Any) -> None:
+    row = row_of(case, implementation, device, compiling)
     measure(
-        call, group=group_of(step, layout, scope), implementation="bip_fast", n=workload.numel, bytes_per_weight=STEP_BYTES[step], rounds=30
+        row.call,
+        each=row.each,
+        before=row.before,
+        group=case.group,
+        implementation=implementation,
+        n=case.n,
+        bytes_per_weight=SGD_BYTES if implementation.startswith("SGD") else case.bytes_per_weight,
+        density=case.density,
+        step=case.step,
+        state=case.state,
     )
-    flips = sum(int((opt.mask_of(p) != m).sum()) for p, m in zip(params, start, strict=True))
-    kept = sum(int(opt.mask_of(p).sum()) for p in params)
-    # Otherwise something else than the step was timed.
-    assert (flips == 0) if step == "lower" else (0 < flips < 0.05 * workload.numel)
-    if scope == "global":
-        assert kept == workload.kept
+    benchmark.extra_info.update(row.after())
 
 
-@pytest.mark.parametrize("kind", ["plain torch", "plain torch, topk(sorted=False)", "torch.compile"])
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("step", ["lower", "upper", "joint"])
-def test_plain_torch(
-    step: str,
-    scope: str,
-    kind: str,
-    layout: str,
-    workload: Workload,
-    measure: Callable[..., None],
-    device: torch.device,
-    request: pytest.FixtureRequest,
-) -> None:
-    if scope not in scopes_of(step, layout) or (step == "lower" and "sorted" in kind):
-        pytest.skip("the same work as another row")
-    if kind == "torch.compile" and not request.config.getoption("--compile"):
-        pytest.skip("needs --compile")
-    state, gradients, run = peers.plain_state(workload.weights, DENSITY, scope), workload.gradients(), peers.STEPS[step]
-    state.sorted = kind == "plain torch"
-    if kind == "torch.compile":
-        torch.compiler.reset()
-        run = torch.compile(run)
-    measure(
-        lambda: run(state, next(gradients)),
-        group=group_of(step, layout, scope),
-        implementation=kind,
-        n=workload.numel,
-        bytes_per_weight=STEP_BYTES[step],
-        rounds=15 if step == "lower" or device.type == "cuda" else 4,
-    )
-
-
-@pytest.mark.parametrize("kind", ["fused", "foreach"])
-def test_sgd(kind: str, layout: str, workload: Workload, measure: Callable[..., None]) -> None:
-    """torch.optim.SGD with momentum and weight decay: the price of training without pruning."""
-    params = [torch.nn.Parameter(weight.clone()) for weight in workload.weights]
-    opt = torch.optim.SGD(params, lr=peers.LR, momentum=peers.MOMENTUM, weight_decay=peers.WEIGHT_DECAY, **{kind: True})
-    gradients = workload.gradients()
-
-    def call() -> None:
-        for p, g in zip(params, next(gradients), strict=True):
-            p.grad = g
-        opt.step()
-
-    measure(
-        call,
-        group=group_of("lower", layout, "global"),
-        implementation=f"SGD({kind}=True), no pruning",
-        n=workload.numel,
-        bytes_per_weight=SGD_BYTES,
-        rounds=30,
+def test_launches(case: Case, implementation: str, device: torch.device, compiling: bool, benchmark: Any) -> None:
+    """What the device is asked to do in one step."""
+    if device.type != "cuda":
+        pytest.skip("launches are counted on a GPU")
+    row = row_of(case, implementation, device, compiling)
+    benchmark.group = case.group
+    counted = benchmark.pedantic(lambda: clock.launches(row.call), rounds=1)
+    benchmark.extra_info.update(
+        implementation=implementation, calls=row.each, launches={key: value / row.each for key, value in counted.items()}
     )

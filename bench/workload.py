@@ -1,30 +1,91 @@
-"""What is timed: the shapes, states and gradients that every implementation gets, and the copy that all are measured against.
+"""What is timed: the cases, and the weights, gradients and scores that every implementation gets.
 
-Nothing stays in a cache between two rounds. A step touches at least 16 bytes of each of 11.2 million weights (180 MB), and gradients
-come from a rotating pool, so what a step reads was last touched hundreds of megabytes ago.
+Nothing stays in a cache between two calls: gradients come from a rotating pool, and a workload that is smaller than the cache is
+there several times ("instances", each with its own state), so that what a step reads was last touched two caches ago.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DENSITY = 0.1
-POOL = 4  # sets of gradients
+from bip_fast.benchmark import cache_bytes, step_bytes
 
-# Bytes per weight, fp32: the compulsory traffic of DESIGN section 5. Where z is written for kept weights only, it counts in full: at 10 %
-# density four of five cache lines hold a kept weight. The upper step's 0.2 is what flips.
-STEP_BYTES = {"lower": 24.1, "upper": 16.3, "joint": 32.3}
+DENSITY = 0.1
+RESNET18 = 11_164_352  # Conv and Linear weights of ResNet-18 in its CIFAR form
+SIZES = (270_000, RESNET18, 25_600_000, 138_000_000, 1_000_000_000)  # ResNet-20, ResNet-18, ResNet-50, VGG-16, a language model
+DEFAULT_SIZES = {"cpu": SIZES[:2], "cuda": SIZES}
+AXES_AT = {"cpu": (RESNET18,), "cuda": (25_600_000, 138_000_000)}  # where states are looked at; density and dtype at the first
 SGD_BYTES = 20.0  # read gradient, weight, momentum; write weight, momentum
-TOPK_BYTES = 5.0  # read a score, write a mask byte
+STATES = {"warm": "", "no window": ", no window", "all equal": ", all equal"}
+DISTRIBUTIONS = ("trained-like", "uniform", "atoms 0 and 1", "all equal", "neighbouring bits")
+
+
+def size_name(n: int) -> str:
+    return f"{n / 1e9:.3g}G" if n >= 999_500_000 else f"{n / 1e6:.3g}M" if n >= 1e5 else str(n)
+
+
+class Case(NamedTuple):
+    """A step on one workload. ``state``: "warm", with a window from the step before; "no window", without; "all equal" scores."""
+
+    step: str
+    n: int
+    layout: str = "flat"  # one tensor; "resnet18": its 21
+    scope: str = "global"
+    density: float = DENSITY
+    dtype: torch.dtype = torch.float32
+    state: str = "warm"
+
+    @property
+    def group(self) -> str:
+        """The name of what is compared, in results and tables."""
+        what = f"{self.step}, {self.layout} {size_name(self.n)}, {self.scope}"
+        if self.density != DENSITY:
+            what += f", density {100 * self.density:g} %"
+        return what + (", bf16" if self.dtype == torch.bfloat16 else "") + STATES[self.state]
+
+    @property
+    def plain(self) -> bool:
+        """At the middle of every axis but the size."""
+        return self[2:] == Case("", 0)[2:]
+
+    @property
+    def kept(self) -> int:
+        return self.n - round((1 - self.density) * self.n)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return step_bytes(self.step, self.density, self.dtype.itemsize)
+
+    def __str__(self) -> str:
+        return self.group.replace(", ", "-").replace(" ", "")
+
+
+def step_cases(kind: str, sizes: tuple[int, ...]) -> list[Case]:
+    """Boundary lists and not a product: every size at the default of the other axes, every other axis at one or two sizes."""
+    cases = [Case(step, n) for n in sizes for step in ("lower", "upper", "joint")]
+    axes = [n for n in AXES_AT[kind] if n in sizes] or [sizes[-1]]
+    for n in axes:
+        cases += [Case("upper", n, state=state) for state in ("no window", "all equal")]
+    n = axes[0]
+    cases += [Case("upper", n, density=density) for density in (0.5, 0.01, 0.005)]
+    cases += [Case(step, n, density=0.01) for step in ("lower", "joint")]
+    cases += [Case(step, n, dtype=torch.bfloat16) for step in ("lower", "upper", "joint")]
+    if RESNET18 in sizes:
+        scopes = [("lower", "global"), ("upper", "global"), ("upper", "layer"), ("joint", "global"), ("joint", "layer")]
+        cases += [Case(step, RESNET18, "resnet18", scope) for step, scope in scopes]
+    return sorted(
+        cases, key=lambda case: (case.n, case.layout, case.dtype == torch.bfloat16, case.state == "all equal")
+    )  # as `workload` likes
 
 
 def processor_name() -> str:
@@ -49,79 +110,64 @@ def resnet18_shapes() -> list[tuple[int, ...]]:
     return [*shapes, (10, 512)]
 
 
-def shapes_of(layout: str, numel: int | None) -> list[tuple[int, ...]]:
-    """`layout` "resnet18": many tensors; "flat": one of the same size, or of `numel` entries."""
-    shapes = resnet18_shapes()
-    if layout == "flat":
-        return [(1, numel or sum(torch.Size(shape).numel() for shape in shapes))]
-    return shapes
-
-
 @dataclass
 class Workload:
-    """Dense weights as a trained network has them, and a pool of gradients."""
+    """Dense weights as a trained network has them, and gradients."""
 
     weights: list[Tensor]
     pool: list[list[Tensor]]
-
-    @property
-    def numel(self) -> int:
-        return sum(weight.numel() for weight in self.weights)
-
-    @property
-    def kept(self) -> int:
-        return self.numel - round((1 - DENSITY) * self.numel)
-
-    def gradients(self) -> cycle[list[Tensor]]:
-        return cycle(self.pool)
+    instances: int  # so many states are needed to be larger than the cache
 
 
-def make_workload(layout: str, numel: int | None, device: torch.device) -> Workload:
-    # Weights about as wide as training leaves them, a thousandth of them moved by each gradient: 1e-5 to 1e-3 of the mask flips in a step.
-    generator = torch.Generator().manual_seed(0)
-    shapes = shapes_of(layout, numel)
-    weights = [torch.randn(shape, generator=generator) * min(0.05, torch.Size(shape[1:]).numel() ** -0.5) for shape in shapes]
-    pool = [[torch.randn(shape, generator=generator) * 0.01 for shape in shapes] for _ in range(POOL)]
-    return Workload([weight.to(device) for weight in weights], [[gradient.to(device) for gradient in row] for row in pool])
-
-
-def synchronize(device: torch.device) -> None:
+def forget_workloads(device: torch.device) -> None:
+    """Give memory back before another size."""
+    workload.cache_clear()
+    gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
-def copy_seconds(num_bytes: float, device: torch.device, rounds: int = 15) -> float:
-    """Median time of a copy that moves `num_bytes`, half of them read and half written; from cold memory, like the steps."""
-    entries = int(num_bytes / 8)
-    pairs = [(torch.zeros(entries, device=device), torch.ones(entries, device=device)) for _ in range(2)]
-    calls = 1 if device.type == "cpu" else 20
+@lru_cache(maxsize=1)
+def workload(layout: str, n: int, dtype: torch.dtype, equal: bool, device: torch.device) -> Workload:
+    """Weights about as wide as training leaves them; each gradient moves them a thousandth, so 1e-5 to 1e-3 of a mask flips."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = resnet18_shapes() if layout == "resnet18" else [(1, n)]
+    instances = 1 + min(63, math.floor(2 * cache_bytes(device) / (20 * n)))
+    pool = max(2 if n > 100e6 else 4, instances)
 
-    def timed(i: int) -> float:
-        start = time.perf_counter()
-        for j in range(calls):
-            target, source = pairs[(i + j) % 2]
-            target.copy_(source)
-        synchronize(device)
-        return (time.perf_counter() - start) / calls
+    def normal(shape: tuple[int, ...], scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).mul_(scale)
 
-    synchronize(device)
-    for i in range(3):
-        timed(i)
-    return statistics.median(timed(i) for i in range(rounds))
+    weights = [normal(shape, min(0.05, math.prod(shape[1:]) ** -0.5)) for shape in shapes]
+    if equal:
+        weights = [torch.full_like(weight, 0.5) for weight in weights]
+    gradients = [[normal(shape, 0.01).to(dtype) for shape in shapes] for _ in range(pool)]
+    return Workload(weights, gradients, instances)
+
+
+def workload_of(case: Case, device: torch.device) -> Workload:
+    return workload(case.layout, case.n, case.dtype, case.state == "all equal", device)
 
 
 def scores_of(distribution: str, n: int, device: torch.device) -> Tensor:
     """Scores for the top-k: what is hard for a selection is an axis of the benchmark."""
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(n, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def uniform() -> Tensor:
+        return torch.rand(n, generator=generator, device=device)
+
+    def atoms() -> Tensor:
+        x = uniform()
+        return torch.where(x < 0.45, 0.0, torch.where(x > 0.95, 1.0, x))
+
+    def neighbours() -> Tensor:
+        return (0x3F000000 + torch.randint(0, 4, (n,), generator=generator, dtype=torch.int32, device=device)).view(torch.float32)
+
     makers: dict[str, Callable[[], Tensor]] = {
-        "uniform": lambda: uniform,
-        "trained-like": lambda: (torch.randn(n, generator=generator) * 0.02).abs().clamp(max=1),
-        "atoms 0 and 1": lambda: torch.where(uniform < 0.45, 0.0, torch.where(uniform > 0.95, 1.0, uniform)),
-        "all equal": lambda: torch.full((n,), 0.5),
-        "neighbouring bits": lambda: (0x3F000000 + torch.randint(0, 4, (n,), generator=generator, dtype=torch.int32)).view(torch.float32),
+        "uniform": uniform,
+        "trained-like": lambda: torch.randn(n, generator=generator, device=device).mul_(0.02).abs_().clamp_(max=1),
+        "atoms 0 and 1": atoms,
+        "all equal": lambda: torch.full((n,), 0.5, device=device),
+        "neighbouring bits": neighbours,
     }
-    return makers[distribution]().to(device)
-
-
-DISTRIBUTIONS = ("trained-like", "uniform", "atoms 0 and 1", "all equal", "neighbouring bits")
+    return makers[distribution]()
