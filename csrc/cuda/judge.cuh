@@ -42,7 +42,7 @@ struct JudgeGroup {
   UnitRange range;
   Progress* progress;
   Candidate* list;
-  uint32_t capacity;  // of the list; 0: nothing is listed
+  uint32_t capacity;  // of the list; 0: nothing is listed, the window being no use for that
   int shift;          // of the histogram's bins
   bool counted;       // candidates are counted in the block's histogram
 };

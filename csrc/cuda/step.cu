@@ -66,7 +66,7 @@ __device__ __forceinline__ void update_number(const Args& args, const GradientTa
     update_tile<kPhase>(job, room, num_above);
   } else {
     if constexpr (kPhase != Phase::lower)
-      if (tile.tensor.group >= 0) judge_tile(room, num_above, tile);
+      if (tile.tensor.group >= 0 && room.group.capacity != 0) judge_tile(room, num_above, tile);
   }
 }
 

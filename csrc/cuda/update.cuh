@@ -131,7 +131,8 @@ __device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, 
   if constexpr (kPhase != Phase::lower) {
     if (kPhase == Phase::upper || tensor.group >= 0) {
       move_scores<Way>(job, hyper, entry, kept, g, theta, s, exist);
-      word = judge_quad<kVector>(room, num_above, room.group.range, job.tile, place, s, old_word);
+      if (room.group.capacity != 0)  // else there is no window, and bits stay until the group falls back
+        word = judge_quad<kVector>(room, num_above, room.group.range, job.tile, place, s, old_word);
     }
   }
   if constexpr (kPhase == Phase::upper) {
