@@ -1,5 +1,7 @@
 """`bip_fast.topk_mask`: equal to the reference, entry by entry, whatever the scores, the size, the backend or the number of threads."""
 
+import os
+
 import pytest
 import torch
 from helpers import ADVERSARIAL, BOUNDARY_NK, assert_bits, bits, from_bits
@@ -116,6 +118,22 @@ def test_masks_are_nested(backend):
         assert int(mask.sum()) == k
         assert bool((mask | ~previous).all())
         previous = mask
+
+
+@pytest.mark.skipif(not os.environ.get("BIP_FAST_LARGE_TESTS"), reason="needs 12 GB of memory and BIP_FAST_LARGE_TESTS=1")
+def test_more_scores_than_31_bits_can_count(backend):
+    if backend.name == "sim":
+        pytest.skip("needs hours on the simulator")
+    n = 2**31 + 1000
+    scores = torch.zeros(n, device=backend.device)
+    largest = [7, 2**31 + 5, n - 1]
+    scores[largest] = torch.tensor([1.0, 2.0, 3.0], device=backend.device)
+    mask = topk_mask(scores, 5)
+    # Of the zeros, the two whose index * 2654435761 mod 2**32 is lowest: index 0, and the inverse of 1.
+    assert 244002641 * 2654435761 % 2**32 == 1
+    expected = {*largest, 0, 244002641}
+    found = {i * 2**24 + int(j) for i, part in enumerate(mask.split(2**24)) for j in part.nonzero().flatten()}
+    assert found == expected
 
 
 @hypothesis.settings(max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])

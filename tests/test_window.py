@@ -1,5 +1,7 @@
 """The window of the streaming pass: every path that a selection can take ends at the same mask, and the counters say which it took."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from lockstep import Lockstep
 from sim import build
 from sim.network import Network
 
-from bip_fast import FastBiP
+from bip_fast import _C, FastBiP
+from bip_fast.arena import unpack_mask
 
 F32, BF16 = 0, 1
 LOWER, UPPER, JOINT = 0, 1, 2
@@ -194,6 +197,44 @@ def test_an_old_window_is_no_rule(module):
             twins.networks[backend].workspaces[backend][offset : offset + 16].view(np.uint64)[:] = memory
         twins.step()
         twins.step()
+
+
+@pytest.mark.skipif(not os.environ.get("BIP_FAST_LARGE_TESTS"), reason="needs 14 GB of memory and BIP_FAST_LARGE_TESTS=1")
+def test_one_group_of_a_billion():
+    """Two upper steps of the CPU kernels: exactly k are kept, no dropped score is above a kept one, and the second step is one pass."""
+    n, k = 10**9, 10**8
+    scores = torch.empty(n).uniform_(generator=torch.Generator().manual_seed(0))
+    theta, words = torch.full((n,), 0.01), torch.zeros(-(-n // 32), dtype=torch.int32)
+    z, g = torch.zeros(n, dtype=torch.bfloat16), torch.full((n,), 1e-3, dtype=torch.bfloat16)
+    tensors, groups = np.zeros(1, _C.tensor_dtype), np.zeros(1, _C.group_dtype)
+    row = tensors[0]
+    for name, x in {"param": z, "theta": theta, "momentum": theta, "scores": scores, "mask": words}.items():
+        row[name] = x.data_ptr()
+    row["numel"], row["dtype"] = n, BF16
+    groups["numel"], groups["kept"] = n, k
+    hypers, gradients = np.zeros(1, _C.hyper_dtype), np.zeros(1, _C.gradient_dtype)
+    hypers["mask_lr"] = hypers["inv_gamma"] = 1.0
+    gradients["data"], gradients["dtype"] = g.data_ptr(), BF16
+    tiles = np.zeros(-(-n // _C.TILE), np.int32)
+    workspace = torch.zeros(_C.cpu.step_workspace_bytes(1, 1, len(tiles)), dtype=torch.uint8)
+    counters, nonfinite = np.zeros(1, _C.counters_dtype), np.zeros(1, np.int64)
+    for step in (1, 2):
+        _C.cpu.step(
+            phase=UPPER, tensors=tensors.ctypes.data, num_tensors=1, tile_tensor=tiles.ctypes.data, num_tiles=len(tiles),
+            groups=groups.ctypes.data, num_groups=1, hypers=hypers.ctypes.data, gradients=gradients, grad_scale=0, found_inf=0,
+            num_nonfinite=nonfinite.ctypes.data, counters=counters.ctypes.data, workspace=workspace.data_ptr(), where=2,
+        )  # fmt: skip
+        kept, lowest, highest = 0, 2.0, -1.0
+        for i, part in enumerate(scores.split(2**24)):
+            mask = unpack_mask(words[i * 2**19 : (i + 1) * 2**19], part.numel())
+            assert torch.equal(z[i * 2**24 :][: part.numel()] != 0, mask)
+            kept += int(mask.sum())
+            lowest = min(lowest, float(part[mask].min()))
+            highest = max(highest, float(part[~mask].max()))
+        assert kept == k
+        assert highest <= lowest
+        assert counters["steps"][0] == step
+    assert counters["missed"][0] == counters["crowded"][0] == 0
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
