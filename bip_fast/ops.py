@@ -7,7 +7,7 @@ everything they trust is checked here or in `bip_fast.arena`. All memory is allo
 from __future__ import annotations
 
 import operator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import ModuleType
 from typing import Any
 
@@ -109,6 +109,10 @@ class StepPlan:
         tiles = (tensors["numel"] + tile - 1) // tile
         tensors["first_tile"] = np.cumsum(tiles) - tiles
         groups["first"] = np.cumsum(groups["numel"]) - groups["numel"]
+        for number, group in enumerate(groups):
+            members = np.flatnonzero(tensors["group"] == number)
+            group["tile_begin"] = tensors["first_tile"][members].min()
+            group["tile_end"] = (tensors["first_tile"] + tiles)[members].max()
         self.device = device
         self.backend = backend(device)
         self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
@@ -149,24 +153,34 @@ class StepPlan:
             num_nonfinite: int64 scalar.
             grad_scale, found_inf: fp32 scalars on the device, as a GradScaler sets them.
         """
-        with launch_guard(self.device):
-            self.backend.step(
-                phase=PHASES[phase],
-                tensors=self._tensors.address,
-                num_tensors=self.num_tensors,
-                tile_tensor=self._tile_tensor.address,
-                num_tiles=self.num_tiles,
-                groups=self._groups.address,
-                num_groups=self.num_groups,
-                hypers=self._hypers.address,
-                gradients=gradients,
-                grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,
-                found_inf=found_inf.data_ptr() if found_inf is not None else 0,
-                num_nonfinite=num_nonfinite.data_ptr(),
-                counters=self._counters.data_ptr(),
-                workspace=self._workspace.data_ptr(),
-                where=launch_where(self.device),
-            )
+        try:
+            with launch_guard(self.device):
+                self._launch(phase, gradients, num_nonfinite, grad_scale, found_inf)
+        except BaseException:
+            with suppress(RuntimeError):  # a step that was only launched in part must not be gone on with
+                self._workspace.zero_()
+            raise
+
+    def _launch(
+        self, phase: str, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        self.backend.step(
+            phase=PHASES[phase],
+            tensors=self._tensors.address,
+            num_tensors=self.num_tensors,
+            tile_tensor=self._tile_tensor.address,
+            num_tiles=self.num_tiles,
+            groups=self._groups.address,
+            num_groups=self.num_groups,
+            hypers=self._hypers.address,
+            gradients=gradients,
+            grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,
+            found_inf=found_inf.data_ptr() if found_inf is not None else 0,
+            num_nonfinite=num_nonfinite.data_ptr(),
+            counters=self._counters.data_ptr(),
+            workspace=self._workspace.data_ptr(),
+            where=launch_where(self.device),
+        )
 
 
 def is_ordinary(x: Tensor) -> bool:

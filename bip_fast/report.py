@@ -6,6 +6,7 @@ floating-point tensors of two or more dimensions. A weight is kept when it is no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,12 +38,13 @@ class Row(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """How the masks of one selection group were found, since its weights began to compete.
+    """How the masks of one selection group were found, since the optimizer last laid out its groups (made, loaded, another group added).
 
-    Of ``steps`` upper and joint steps, those that could not use the window around the threshold of the step before: ``first``, there was
-    none; ``missed``, the new threshold lay outside; ``crowded``, too many scores lay inside. They cost more time and change nothing else.
-    ``candidates`` scores were looked at twice in all other steps, ``flips`` mask entries have changed. Kept scores are at or above
-    ``threshold``, the others at or below.
+    Of ``steps`` upper and joint steps, those that took more than one pass: ``first``, there was no window around the threshold of a step
+    before; ``missed``, the new threshold lay outside; ``crowded``, too many scores lay inside. They cost time and change nothing else.
+    ``candidates`` scores were looked at twice in all other steps, ``flips`` mask entries have changed, in steps of
+    more than one pass also back again. Kept scores are at or above
+    ``threshold``, the others at or below; it is infinite where all are kept, or none.
     """
 
     name: str
@@ -58,7 +60,12 @@ class Selection(NamedTuple):
 
     @property
     def fallbacks(self) -> int:
+        """Steps of more than one pass."""
         return self.first + self.missed + self.crowded
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: None."""
+        return {**self._asdict(), "threshold": self.threshold if math.isfinite(self.threshold) else None}
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         table = {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
-        return table | ({"selections": [row._asdict() for row in self.selections]} if self.selections else {})
+        return table | ({"selections": [row.as_dict() for row in self.selections]} if self.selections else {})
 
     def __str__(self) -> str:
         cells = [_cells(row.name, "x".join(map(str, row.shape)), row) for row in self.rows]

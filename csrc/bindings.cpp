@@ -101,8 +101,9 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       {BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"), BIP_FIELD(Hyper, momentum, "f4"),
        BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"), BIP_FIELD(Hyper, nesterov, "i4")},
       sizeof(bip::Hyper));
-  m.attr("group_dtype") =
-      table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, first, "i8")}, sizeof(bip::Group));
+  m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, first, "i8"),
+                                       BIP_FIELD(Group, tile_begin, "i8"), BIP_FIELD(Group, tile_end, "i8")},
+                                      sizeof(bip::Group));
   m.attr("counters_dtype") =
       table_dtype({BIP_FIELD(Counters, steps, "i8"), BIP_FIELD(Counters, first, "i8"), BIP_FIELD(Counters, missed, "i8"),
                    BIP_FIELD(Counters, crowded, "i8"), BIP_FIELD(Counters, candidates, "i8"), BIP_FIELD(Counters, flips, "i8"),

@@ -62,18 +62,19 @@ struct Hyper {
 struct Group {
   int64_t numel;
   int64_t kept;
-  int64_t first;  // entries of the groups before this one
+  int64_t first;                 // entries of the groups before this one
+  int64_t tile_begin, tile_end;  // all its tiles are in [tile_begin, tile_end)
 };
 
 // How the selection of one group went, summed over its upper and joint steps. For whoever wants to look: nothing is decided by it.
 struct Counters {
   int64_t steps;
-  int64_t first;       // of these, steps that had no window, or on the CPU none to trust, and too many entries to list them all
-  int64_t missed;      //   steps whose k-th key was outside the window
-  int64_t crowded;     //   steps with more keys inside the window than the candidate list holds
-  int64_t candidates;  // keys listed by steps that were right at once
-  int64_t flips;       // mask entries that changed
-  float threshold;     // of the last step: a score that parts, kept scores are not below it and the others not above
+  int64_t first;       // of these, steps that fell back because there was no window (on the CPU: and a sample gave none)
+  int64_t missed;      //   because the k-th key was outside the window
+  int64_t crowded;     //   because more keys were inside the window than the candidate list holds
+  int64_t candidates;  // keys listed by the other steps
+  int64_t flips;       // mask entries that changed; in a step that fell back also those that changed back
+  float threshold;     // of the last step: a score that parts, kept scores are not below it and the others not above; may be infinite
   int32_t reserved;
 };
 

@@ -19,8 +19,9 @@ BIP_HD uint32_t score_key(float score) {
   return magnitude > 0x7f800000u ? 0u : ordered;
 }
 
-// A score that has this key.
+// The score that has this key; keys of no score are those of the infinities.
 BIP_HD float key_score(uint32_t key) {
+  key = key < 0x007fffffu ? 0x007fffffu : key > 0xff800000u ? 0xff800000u : key;
   const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);

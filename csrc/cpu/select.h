@@ -8,7 +8,7 @@
 //
 // Keys are whole order keys, tie key included: a sample of them splits a million equal scores as well as a million different ones.
 // Keys are unique (order_key.h), so the mask depends neither on the sample nor on the path nor on the order in which candidates were
-// listed. Nothing is remembered from one step to the next: the sample knows the scores, however far they moved.
+// listed. A sample knows the scores, however far they moved; steps take one where they have no window from the step before (step.cpp).
 #pragma once
 
 #include <algorithm>

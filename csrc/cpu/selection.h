@@ -28,7 +28,8 @@ struct Selection {
   Counters* counters;
   Window window{};
   Window judged{};       // the window that the candidates were judged by
-  bool sampled = false;  // the window is from a sample and not from memory
+  bool sampled = false;  // there was no window from memory to trust
+  bool sample = false;   // a sample is to be taken
   bool listed = false;   // all keys inside the window are among the candidates
   std::mutex mutex{};
   alignas(64) std::atomic<int64_t> found{0};  // keys listed, or that there was no room for; away from what every thread reads
@@ -76,19 +77,18 @@ inline std::vector<Selection> lay_out_selections(const Step& step) {
   return selections;
 }
 
-// The key that `rank` of all keys inside the window are above, which `counts` of them in bins of 2^shift keys show; by the average distance of
-// keys where it is not inside.
-inline uint64_t key_of_rank(const Window& window, int shift, const uint32_t* counts, int64_t inside, int64_t rank) {
-  const double distance = static_cast<double>(window.hi - window.lo) / static_cast<double>(inside + 1);
+// The `rank`-th largest of keys that lie in the window; by their average distance where there are not so many.
+inline uint64_t key_of_rank(const Window& window, std::vector<uint64_t>& keys, int64_t rank) {
+  const int64_t count = static_cast<int64_t>(keys.size());
+  const double distance = static_cast<double>(window.hi - window.lo) / static_cast<double>(count + 1);
   if (rank < 1) return key_above(window.hi, distance * static_cast<double>(1 - rank));
-  if (rank > inside) return key_below(window.lo, distance * static_cast<double>(rank - inside));
-  int bin = kBins - 1;
-  for (; bin > 0 && rank > counts[bin]; --bin) rank -= counts[bin];
-  const uint64_t lo = window.lo + (static_cast<uint64_t>(bin) << shift);
-  return key_at(lo, lo + std::min<uint64_t>(window.hi - lo, 1ull << shift), counts[bin], static_cast<double>(rank));
+  if (rank > count) return key_below(window.lo, distance * static_cast<double>(rank - count));
+  std::nth_element(keys.begin(), keys.begin() + (rank - 1), keys.end(), [](uint64_t a, uint64_t b) { return a > b; });
+  return keys[static_cast<size_t>(rank - 1)];
 }
 
-// Leaves the window of the next step, from the candidates and the threshold found among them.
+// Leaves the window of the next step, from the candidates and the threshold found among them. Its ends are keys of candidates, tie keys
+// included, so that it may begin and end inside of an atom.
 inline void remember(Selection& selection, uint64_t threshold) {
   const Window& judged = selection.judged;
   Memory& memory = *selection.memory;
@@ -96,20 +96,18 @@ inline void remember(Selection& selection, uint64_t threshold) {
     memory.known = 0;
     return;
   }
-  const int64_t found = selection.found, wanted = selection.kept - selection.above;
-  const uint64_t* const end = selection.keys + found;
-  const int64_t rank =
-      std::count_if(static_cast<const uint64_t*>(selection.keys), end, [&](uint64_t key) { return key >= memory.threshold; });
+  std::vector<uint64_t> keys(selection.keys, selection.keys + selection.found);
+  const int64_t wanted = selection.kept - selection.above;
+  const int64_t rank = std::count_if(keys.begin(), keys.end(), [&](uint64_t key) { return key >= memory.threshold; });
   const int64_t error = memory.threshold ? std::abs(rank - wanted) : 0;
   widen_window(memory, error, selection.numel);
-  const int shift = digit_shift(judged);
-  for (const uint64_t* key = selection.keys; key != end; ++key) ++selection.counts[(*key - judged.lo) >> shift];
   const int64_t half = memory.half;
-  memory.hi = key_of_rank(judged, shift, selection.counts, found, wanted - half);
-  memory.lo = key_of_rank(judged, shift, selection.counts, found, wanted + half);
-  std::memset(selection.counts, 0, kBins * sizeof(uint32_t));
+  memory.hi = key_of_rank(judged, keys, wanted - half);
+  memory.lo = key_of_rank(judged, keys, wanted + half);
+  // A threshold that moves far is better found by a sample.
+  const bool seen = memory.threshold == 0 || (memory.threshold >= judged.lo && memory.threshold <= judged.hi);
+  memory.known = seen && 2 * error <= half;
   memory.threshold = threshold;
-  memory.known = 2 * error <= half;  // a threshold that moves farther is better found by a sample
 }
 
 // Counts of the group that a piece of work is in, handed over when the group changes.

@@ -151,7 +151,7 @@ void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit
     const Tile tile = tile_of(context.step, index);
     if (tile.tensor->group < 0) continue;
     Selection& selection = context.selections[tile.tensor->group];
-    if (!selection.sampled || selection.listed) continue;
+    if (!selection.sample) continue;
     for_sampled_blocks(index * kBlocks, (index + 1) * kBlocks, selection.stride, [&](int64_t number) {
       const int64_t offset = (number - index * kBlocks) * kBlock;
       const Tile block{tile.tensor, tile.begin + offset, static_cast<int>(std::min<int64_t>(kBlock, tile.count - offset))};
@@ -185,9 +185,10 @@ void guess_windows(Context& context, bool moved, int threads) {
   parallel_for(threads, step.num_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       Selection& selection = context.selections[group];
-      if (!selection.sampled || selection.listed) continue;
+      if (!selection.sample) continue;
       selection.window = guess_window(selection.keys, selection.found, selection.capacity, selection.numel, selection.kept);
       selection.found = selection.above = 0;
+      selection.sample = false;
     }
   });
 }
@@ -199,14 +200,13 @@ void open_windows(Context& context, int threads) {
     Selection& selection = context.selections[group];
     const Memory& memory = *selection.memory;
     const bool open = selection.kept > 0 && selection.kept < selection.numel;
-    selection.sampled = open && !memory.known;
+    selection.sampled = selection.sample = open && !memory.known;
     if (open)
       selection.window = {memory.lo, memory.hi, 0, 0};
     else
       selection.window.lo = selection.window.hi = selection.kept ? 0 : kNoKey;
     any = any || selection.sampled;
     ++selection.counters->steps;
-    selection.counters->first += selection.sampled;
   }
   if (any) guess_windows(context, false, threads);
 }
@@ -222,9 +222,9 @@ bool check_windows(Context& context, bool first) {
     selection.listed = hit && selection.found <= selection.capacity;
     all = all && selection.listed;
     if (!first) continue;
-    selection.counters->missed += !hit;
-    selection.counters->crowded += hit && !selection.listed;
-    selection.counters->candidates += selection.listed ? selection.found.load() : 0;
+    Counters& counters = *selection.counters;
+    counters.candidates += selection.listed ? selection.found.load() : 0;
+    if (!selection.listed) ++(selection.sampled ? counters.first : hit ? counters.crowded : counters.missed);
   }
   return all;
 }
@@ -302,7 +302,7 @@ void project(Context& context, int threads) {
     for (int64_t group = 0; group < step.num_groups; ++group) {
       Selection& selection = context.selections[group];
       if (selection.listed || selection.sampled) continue;
-      selection.sampled = resample = true;
+      selection.sampled = selection.sample = resample = true;
       selection.found = 0;
     }
     if (resample) {

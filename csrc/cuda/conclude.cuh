@@ -23,7 +23,8 @@ __device__ __forceinline__ Guess guess_of(const Args& args, int group) {
 // Calls body(tile) for all tiles of a group: one block, one warp per tile.
 template <class Body>
 __device__ __forceinline__ void for_tiles_of(const Args& args, int group, Body body) {
-  for (int number = warp_id(); number < args.step.num_tiles; number += kWarps) {
+  const Group& selection = args.step.groups[group];
+  for (int number = static_cast<int>(selection.tile_begin) + warp_id(); number < selection.tile_end; number += kWarps) {
     const Tile tile(args.step, number);
     if (tile.tensor.group == group) body(tile);
   }
@@ -41,11 +42,11 @@ __device__ inline void repair(const Args& args, int group, const Candidate& cand
   atomicAdd(reinterpret_cast<unsigned long long*>(&args.step.counters[group].flips), 1ull);
 }
 
-// Selects exactly among a list of all keys inside the window, and ends the step for the group.
-__device__ __noinline__ void settle_group(const Args& args, Room& room, int group, const Candidate* list, uint32_t candidates,
-                                          const Window& window) {
-  const Window settled =
-      settle(room, list, candidates, window, [&](const Candidate& candidate, bool kept) { repair(args, group, candidate, kept); });
+// Selects exactly among a list that has all keys inside the window, makes those inside `unsettled` right, and ends the step for the group.
+__device__ __noinline__ inline void settle_group(const Args& args, Room& room, int group, const Candidate* list, uint32_t candidates,
+                                                 Window window, Window unsettled) {
+  const Window settled = settle(room, list, candidates, window, unsettled,
+                                [&](const Candidate& candidate, bool kept) { repair(args, group, candidate, kept); });
   if (thread_id() != 0) return;
   GroupState& state = state_of(args, group);
   state.memory.threshold = settled.hi;
@@ -56,7 +57,7 @@ __device__ __noinline__ void settle_group(const Args& args, Room& room, int grou
 }
 
 // Narrows the window of a group until its keys can be listed, lists and settles them: a block that works alone.
-__device__ __noinline__ void fall_back_alone(const Args& args, JudgeRoom& room, int group, Window window) {
+__device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom& room, int group, Window window) {
   GroupState& state = state_of(args, group);
   const uint32_t capacity = capacity_of(args, group);
   while (window.inside > capacity) {
@@ -72,12 +73,13 @@ __device__ __noinline__ void fall_back_alone(const Args& args, JudgeRoom& room, 
   end_judging(room, num_above, args.step.counters[group]);
   __syncthreads();
   if (thread_id() == 0) room.above = 0;  // nobody asks: the window is certain
-  settle_group(args, room, group, candidates_of(args, group), window.inside, window);
+  settle_group(args, room, group, candidates_of(args, group), window.inside, window, window);
 }
 
 // The window held the k-th key, and all keys inside are listed: `wanted` of them are kept. Their histogram is in `room`.
-__device__ inline void accept(const Args& args, JudgeRoom& room, int group, Window window) {
+__device__ inline void accept(const Args& args, JudgeRoom& room, int group, const Window& judged) {
   GroupState& state = state_of(args, group);
+  Window window = judged;
   const uint32_t listed = window.inside;
   const int shift = window_shift(window);
   const uint32_t rank = rank_of(room, window, shift, state.memory.threshold);
@@ -99,7 +101,8 @@ __device__ inline void accept(const Args& args, JudgeRoom& room, int group, Wind
   } else {
     window = narrow(room, window, shift, window.lo, &state.memory, true);
   }
-  if (listed <= args.workspace.alone) return settle_group(args, room, group, candidates_of(args, group), listed, window);
+  if (args.workspace.alone || listed <= kAloneUpTo)
+    return settle_group(args, room, group, candidates_of(args, group), listed, window, judged);
   if (thread_id() != 0) return;
   state.window = window;
   state.listed = listed;
@@ -123,7 +126,7 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
     widen_window(state.memory, known && missed > 0 ? missed + state.memory.half : 0, selection.numel);
   }
   clear(room);
-  if (args.workspace.alone == ~0u) {
+  if (args.workspace.alone) {
     for_tiles_of(args, group, [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
     return fall_back_alone(args, room, group, narrow_first(room, selection, kScoreDigit, &state.memory));
   }
@@ -134,7 +137,7 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
 
 // Run by the block that has published the last entry of a group in the first launch, with the group's whole histogram in `room`.
 // A call, so that what it needs does not take registers from the streaming loop.
-__device__ __noinline__ void conclude(const Args& args, JudgeRoom& room, int group) {
+__device__ __noinline__ inline void conclude(const Args& args, JudgeRoom& room, int group) {
   const bool known = guess_of(args, group).known;
   GroupState& state = state_of(args, group);
   const int64_t kept = args.step.groups[group].kept, above = state.progress.above, inside = state.progress.collected;

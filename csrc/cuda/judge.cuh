@@ -27,15 +27,6 @@ struct UnitRange {
   __device__ __forceinline__ bool near(float score) const { return score >= low && !(score > high); }
 };
 
-// The same for any scores.
-struct AnyRange {
-  ScoreRange range;
-
-  __device__ __forceinline__ explicit AnyRange(const Window& window) : range(window) {}
-  __device__ __forceinline__ bool above(float score) const { return score_key(score) > range.high; }
-  __device__ __forceinline__ bool near(float score) const { return score_key(score) >= range.low && score_key(score) <= range.high; }
-};
-
 // What a block's warps need of a group for its few candidates: in shared memory, because registers are scarcer.
 struct JudgeGroup {
   Window window;
@@ -73,7 +64,7 @@ __device__ __forceinline__ uint32_t sum_of_warp(uint32_t value) {
 }
 
 // Moves a warp's `pending` candidates to the group's list.
-__device__ __noinline__ void flush_pending(JudgeRoom& room, uint32_t pending) {
+__device__ __noinline__ inline void flush_pending(JudgeRoom& room, uint32_t pending) {
   const JudgeGroup& group = room.group;
   __syncwarp();
   uint32_t at = 0;
@@ -132,8 +123,8 @@ struct Judged {
 
 // Whole warp: entries of the `near` bits are looked at as whole keys, those inside the window become candidates and keep their bit; the mask
 // word at `address` is written if it changes. A call, so that what it needs does not take registers from the streaming loop.
-__device__ __noinline__ Judged judge_near(JudgeRoom& room, Quad<float> s, unsigned above, unsigned near, uint32_t old_word, Place place,
-                                          uint32_t* address) {
+__device__ __noinline__ inline Judged judge_near(JudgeRoom& room, Quad<float> s, unsigned above, unsigned near, uint32_t old_word,
+                                                 Place place, uint32_t* address) {
   const unsigned old_bits = old_word >> bit_of_lane() & 0xfu;
   const uint64_t lo = room.group.window.lo, hi = room.group.window.hi;
   unsigned inside = 0;
@@ -155,15 +146,15 @@ __device__ __noinline__ Judged judge_near(JudgeRoom& room, Quad<float> s, unsign
 // The lane's quad at `place` of a tile, whole warp: returns the new mask word and has written it if it differs from `old_word`; adds what is
 // above the window to `num_above`. In nearly all turns no entry of the warp is near the threshold or flips, and two comparisons of floats
 // are all there is to do.
-template <bool kVector, class ScoreOrKeyRange>
-__device__ __forceinline__ uint32_t judge_quad(JudgeRoom& room, uint32_t& num_above, const ScoreOrKeyRange& range, const Tile& tile,
-                                               int place, const Quad<float>& s, uint32_t old_word) {
+template <bool kVector>
+__device__ __forceinline__ uint32_t judge_quad(JudgeRoom& room, uint32_t& num_above, const Tile& tile, int place, const Quad<float>& s,
+                                               uint32_t old_word) {
   unsigned above = 0, near = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     if (!kVector && place + j >= tile.entries) continue;
-    above |= range.above(s.x[j]) ? 1u << j : 0u;
-    near |= range.near(s.x[j]) ? 1u << j : 0u;
+    above |= room.group.range.above(s.x[j]) ? 1u << j : 0u;
+    near |= room.group.range.near(s.x[j]) ? 1u << j : 0u;
   }
   Judged judged{old_word, above};
   if (__ballot_sync(kAllLanes, above != (old_word >> bit_of_lane() & 0xfu) || near != 0) != 0)
@@ -186,7 +177,6 @@ constexpr int kJudgeAhead = 2;  // quads, and their mask words, that a lane load
 // One warp judges the scores of a tile as they are, and writes z where the mask flips.
 template <bool kVector>
 __device__ void judge_tile(JudgeRoom& room, uint32_t& num_above, const Tile& tile) {
-  const AnyRange range(room.group.window);
   for (int base = 0; base < tile.entries; base += kJudgeAhead * kStride) {
     Quad<float> s[kJudgeAhead];
     uint32_t old_words[kJudgeAhead];
@@ -199,7 +189,7 @@ __device__ void judge_tile(JudgeRoom& room, uint32_t& num_above, const Tile& til
 #pragma unroll
     for (int ahead = 0; ahead < kJudgeAhead; ++ahead) {
       const int place = base + ahead * kStride + lane_id() * kQuad;
-      flip_quad(tile, place, judge_quad<kVector>(room, num_above, range, tile, place, s[ahead], old_words[ahead]), old_words[ahead]);
+      flip_quad(tile, place, judge_quad<kVector>(room, num_above, tile, place, s[ahead], old_words[ahead]), old_words[ahead]);
     }
   }
 }

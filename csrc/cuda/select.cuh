@@ -286,10 +286,12 @@ __device__ __forceinline__ Verdict judge(const Window& window, const ScoreRange&
   return key >= window.hi ? Verdict::kept : key < window.lo ? Verdict::dropped : Verdict::undecided;
 }
 
-// Run by one block over a list of all keys inside an open window, or over more: repair(candidate, kept) for every one of them.
-// Returns the closed window, whose hi is the threshold. The histogram is empty before and after.
+// Run by one block over a list that has all keys inside an open window, and more: finds the threshold, then calls repair(candidate, kept) for
+// those of the list that are inside `unsettled`, the others being right already. Returns the closed window, whose hi is the threshold.
+// The histogram is empty before and after.
 template <class Repair>
-__device__ inline Window settle(Room& room, const Candidate* list, uint32_t candidates, Window window, Repair repair) {
+__device__ inline Window settle(Room& room, const Candidate* list, uint32_t candidates, Window window, const Window& unsettled,
+                                Repair repair) {
   while (window.inside != 0) {
     const int shift = window_shift(window);
     for (uint32_t i = thread_id(); i < candidates; i += kThreads) {
@@ -299,7 +301,8 @@ __device__ inline Window settle(Room& room, const Candidate* list, uint32_t cand
     }
     window = narrow(room, window, shift, window.lo);
   }
-  for (uint32_t i = thread_id(); i < candidates; i += kThreads) repair(list[i], list[i].key >= window.hi);
+  for (uint32_t i = thread_id(); i < candidates; i += kThreads)
+    if (list[i].key >= unsettled.lo && list[i].key < unsettled.hi) repair(list[i], list[i].key >= window.hi);
   return window;
 }
 

@@ -10,8 +10,9 @@
 // The block that completes a group in the update knows whether the window held its k-th key (conclude.cuh). If so it settles the
 // candidates, or leaves them to `finish` where they are many. If not, the group falls back: finish counts first digits of its scores, narrow
 // second ones, apply judges by the window they give. 12.1 bytes more per weight. Nothing returns to the host.
+// The mask changes in two places: judge_near (judge.cuh) while streaming, repair (conclude.cuh) candidate by candidate.
 // Whatever the path and the grid, a group's mask is the top-k of its scores by unique keys. A tensor's entries are written by one
-// warp only until its group is complete, and then only by the block that completed it, or, candidate by candidate, by the finish.
+// warp only until its group is complete, and then by the block that completed it or by the finish.
 #include "conclude.cuh"
 #include "launch.cuh"
 #include "update.cuh"
@@ -29,25 +30,28 @@ struct Run {
   int group;
 };
 
-// The run that starts at `begin`. Every warp finds it for itself: no barrier, and the tables are in the cache.
+// The run that starts at `begin`. Every warp finds it for itself, a tensor per lane: no barrier, and the tables are in the cache.
 __device__ Run next_run(const Step& step, int begin, int end) {
   int group = -1;
-  for (int tile = begin; tile < end; tile += kWarp) {
-    const bool exists = tile + lane_id() < end;
-    const int mine = exists ? step.tensors[step.tile_tensor[tile + lane_id()]].group : -1;
+  for (int64_t first = step.tile_tensor[begin];; first += kWarp) {
+    const int64_t which = first + lane_id();
+    const bool inside = which < step.num_tensors && step.tensors[which].first_tile < end;
+    const int mine = inside && step.tensors[which].numel > 0 ? step.tensors[which].group : -1;
     const unsigned pruned = __ballot_sync(kAllLanes, mine >= 0);
-    if (pruned == 0) continue;
-    if (group < 0) group = __shfl_sync(kAllLanes, mine, __ffs(pruned) - 1);
+    if (pruned != 0 && group < 0) group = __shfl_sync(kAllLanes, mine, __ffs(static_cast<int>(pruned)) - 1);
     const unsigned other = __ballot_sync(kAllLanes, mine >= 0 && mine != group);
-    if (other != 0) return {begin, tile + __ffs(other) - 1, group};
+    if (other != 0) {
+      const int start = inside ? static_cast<int>(step.tensors[which].first_tile) : 0;
+      return {begin, __shfl_sync(kAllLanes, start, __ffs(static_cast<int>(other)) - 1), group};
+    }
+    if (__ballot_sync(kAllLanes, inside) != kAllLanes) return {begin, end, group};
   }
-  return {begin, end, group};
 }
 
 // One warp moves one tile, and judges it.
 template <Phase kPhase, class AnyRoom>
 __device__ __forceinline__ void update_number(const Args& args, const GradientTable& table, int number, float inverse_scale, AnyRoom& room,
-                                              uint32_t& num_above) {
+                                              Sums& sums) {
   const Step& step = args.step;
   const int which = step.tile_tensor[number];
   const bool is_inline = which < kInlineGradients;
@@ -62,19 +66,25 @@ __device__ __forceinline__ void update_number(const Args& args, const GradientTa
       return;
   }
   if (data) {
-    const Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype, step.num_nonfinite};
-    update_tile<kPhase>(job, room, num_above);
+    const Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype};
+    update_tile<kPhase>(job, room, sums);
   } else {
     if constexpr (kPhase != Phase::lower)
-      if (tile.tensor.group >= 0 && room.group.capacity != 0) judge_tile(room, num_above, tile);
+      if (tile.tensor.group >= 0 && room.group.capacity != 0) judge_tile(room, sums.above, tile);
   }
 }
 
-__device__ __forceinline__ void update_lower(const Args& args, const GradientTable& table, int begin, int end, float inverse_scale) {
+__device__ __forceinline__ void update_lower(const Args& args, const GradientTable& table, int begin, int end, float inverse_scale,
+                                             Sums& sums) {
   Nothing nothing;
-  uint32_t none = 0;
   for (int number = begin + warp_id(); number < end; number += kWarps)
-    update_number<Phase::lower>(args, table, number, inverse_scale, nothing, none);
+    update_number<Phase::lower>(args, table, number, inverse_scale, nothing, sums);
+}
+
+__device__ __forceinline__ void report_nonfinite(const Step& step, const Sums& sums) {
+  const uint32_t nonfinite = sum_of_warp(sums.nonfinite);
+  if (lane_id() == 0 && nonfinite)
+    atomicAdd(reinterpret_cast<unsigned long long*>(step.num_nonfinite), static_cast<unsigned long long>(nonfinite));
 }
 
 struct StreamRoom : JudgeRoom {
@@ -95,26 +105,28 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
     room.inverse_scale = inverse_of(step.grad_scale);
   }
   clear(room);
+  Sums sums;
   while (room.run.end < room.end) {
     const Run run = next_run(step, room.run.end, room.end);
     __syncthreads();
     if (thread_id() == 0) room.run = run;
     __syncthreads();
     if (run.group < 0) {
-      if (kPhase == Phase::joint) update_lower(args, table, run.begin, run.end, room.inverse_scale);
+      if (kPhase == Phase::joint) update_lower(args, table, run.begin, run.end, room.inverse_scale, sums);
       continue;
     }
     // Read before this block publishes any entry of the group, so before the last block replaces it.
     const Guess guess = guess_of(args, run.group);
     begin_judging(room, guess.window, state_of(args, run.group).progress, candidates_of(args, run.group),
                   guess.known ? capacity_of(args, run.group) : 0, true);
-    uint32_t num_above = 0;
+    sums.above = 0;
     for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
-      update_number<kPhase>(args, table, number, room.inverse_scale, room, num_above);
+      update_number<kPhase>(args, table, number, room.inverse_scale, room, sums);
     const int group = room.run.group;
-    end_judging(room, num_above, step.counters[group]);
+    end_judging(room, sums.above, step.counters[group]);
     if (merge(room, args.workspace.histograms[group], state_of(args, group).progress, numel_of(args, group))) conclude(args, room, group);
   }
+  report_nonfinite(step, sums);
 }
 
 // One thread per gradient pointer that did not fit into the parameters of the update.
@@ -128,7 +140,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (skipped(args.step)) return;
   const float inverse_scale = inverse_of(args.step.grad_scale);
   const Range share = block_range(args.step.num_tiles);
-  update_lower(args, table, share.begin, share.end, inverse_scale);
+  Sums sums;
+  update_lower(args, table, share.begin, share.end, inverse_scale, sums);
+  report_nonfinite(args.step, sums);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
@@ -171,8 +185,8 @@ __device__ void finish_share(const Args& args, Room& room, int group) {
   const Window window = state.window;
   const uint32_t listed = state.listed;
   const Candidate* list = candidates_of(args, group);
-  Candidate* few = args.workspace.few + static_cast<int64_t>(group) * kFew;
-  const bool fits = window.inside <= kFew;
+  Candidate* few = few_of(args, group);
+  const bool fits = window.inside <= few_capacity(args.step.groups[group].numel);
   const Range share = block_range(listed);
   if (share.begin == share.end) return;
   for (int i = share.begin + thread_id(); i < share.end; i += kThreads) {
@@ -184,7 +198,7 @@ __device__ void finish_share(const Args& args, Room& room, int group) {
   }
   if (thread_id() == 0) room.entries = static_cast<uint32_t>(share.end - share.begin);
   if (!publish_is_last(room, state.progress, listed)) return;
-  settle_group(args, room, group, fits ? few : list, fits ? window.inside : listed, window);
+  settle_group(args, room, group, fits ? few : list, fits ? window.inside : listed, window, window);
   __syncthreads();
 }
 
@@ -229,7 +243,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_apply_kern
   __shared__ JudgeRoom room;
   if (skipped(args.step)) return;
   if (blockIdx.x == 0 && thread_id() == 0) args.workspace.queue->finishing = 0;  // nobody reads it in this launch
-  if (args.workspace.queue->falling == 0) return;
+  // Read once for the block: others count it down in this launch. A block that finds 0 has no entry of a group that falls back.
+  if (thread_id() == 0) room.last = args.workspace.queue->falling == 0;
+  __syncthreads();
+  if (room.last) return;
   clear(room);
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
     const bool listable = state.window.inside <= capacity_of(args, run.group);
@@ -239,10 +256,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_apply_kern
     end_judging(room, num_above, args.step.counters[run.group]);
     if (!publish_is_last(room, state.progress, numel_of(args, run.group))) return;
     if (room.group.capacity != 0)
-      settle_group(args, room, run.group, room.group.list, room.group.window.inside, room.group.window);
+      settle_group(args, room, run.group, room.group.list, room.group.window.inside, room.group.window, room.group.window);
     else
       fall_back_alone(args, room, run.group, room.group.window);
-    // A block that reads 0 from here on has no entry of a group that falls back: all are published.
     if (thread_id() == 0) atomicSub(&args.workspace.queue->falling, 1u);
   });
 }
@@ -279,7 +295,7 @@ void step(const Step& step, void* stream) {
     launch<step_upper_kernel>("step", "step_upper_kernel", tiles, stream, args, table);
   else
     launch<step_joint_kernel>("step", "step_joint_kernel", tiles, stream, args, table);
-  if (step.num_groups == 0 || args.workspace.alone == ~0u) return;
+  if (step.num_groups == 0 || args.workspace.alone) return;
   launch<step_finish_kernel>("step", "step_finish_kernel", tiles, stream, args);
   launch<step_narrow_kernel>("step", "step_narrow_kernel", tiles, stream, args);
   launch<step_apply_kernel>("step", "step_apply_kernel", tiles, stream, args);

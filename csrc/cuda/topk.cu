@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_apply_kern
   for_tiles_in(topk, room, block_range(tiles_of(topk.n)), [&](const Tile& tile) { apply_tile(args, tile, window); });
   if (window.inside == 0 || !publish_is_last(room, workspace.progress, static_cast<uint32_t>(topk.n))) return;
   if (window.inside > args.capacity) window = narrow_alone(args, room, window);
-  settle(room, workspace.candidates(), window.inside, window,
+  settle(room, workspace.candidates(), window.inside, window, window,
          [&](const Candidate& candidate, bool kept) { topk.mask[candidate.entry] = kept; });
 }
 

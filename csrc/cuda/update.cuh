@@ -43,7 +43,12 @@ struct Job {
   float inverse_scale;  // of gradients
   const void* gradient;
   DType gradient_dtype;
-  int64_t* num_nonfinite;
+};
+
+// What a lane counts.
+struct Sums {
+  uint32_t above = 0;      // keys above the window of the group that the block is at
+  uint32_t nonfinite = 0;  // entries skipped
 };
 
 __device__ __forceinline__ bool moves_score_momentum(const Tensor& tensor, const Hyper& hyper) {
@@ -113,26 +118,24 @@ struct Nothing {};
 
 // One lane's quad at `place`, whole warp.
 template <Phase kPhase, class Way, class AnyRoom>
-__device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, AnyRoom& room, uint32_t& num_above, int place,
-                                            uint32_t old_word, Quad<float>& g, Quad<float>& theta, Quad<float>& v, Quad<float>& s) {
+__device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, AnyRoom& room, Sums& sums, int place, uint32_t old_word,
+                                            Quad<float>& g, Quad<float>& theta, Quad<float>& v, Quad<float>& s) {
   constexpr bool kVector = Way::kVector;
   const Tensor& tensor = job.tile.tensor;
   const int64_t entry = job.tile.first + place;
   const int exist = job.tile.entries - place;
   const unsigned kept = old_word >> bit_of_lane();
-  unsigned nonfinite = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     g.x[j] *= job.inverse_scale;
-    nonfinite += (kVector || j < exist) && !is_finite(g.x[j]);
+    if (kVector || j < exist) sums.nonfinite += !is_finite(g.x[j]);
   }
-  if (nonfinite) atomicAdd(reinterpret_cast<unsigned long long*>(job.num_nonfinite), static_cast<unsigned long long>(nonfinite));
   uint32_t word = old_word;
   if constexpr (kPhase != Phase::lower) {
     if (kPhase == Phase::upper || tensor.group >= 0) {
       move_scores<Way>(job, hyper, entry, kept, g, theta, s, exist);
       if (room.group.capacity != 0)  // else there is no window, and bits stay until the group falls back
-        word = judge_quad<kVector>(room, num_above, room.group.range, job.tile, place, s, old_word);
+        word = judge_quad<kVector>(room, sums.above, job.tile, place, s, old_word);
     }
   }
   if constexpr (kPhase == Phase::upper) {
@@ -145,7 +148,7 @@ __device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, 
 
 // All loads are issued before the first value is used; those of g come last, because their branches use them.
 template <Phase kPhase, class Way, class AnyRoom>
-__device__ __forceinline__ void update_quads(const Job& job, AnyRoom& room, uint32_t& num_above, int base) {
+__device__ __forceinline__ void update_quads(const Job& job, AnyRoom& room, Sums& sums, int base) {
   constexpr int kAhead_ = kUpdateAhead<kPhase, Way>;
   constexpr bool kVector = Way::kVector;
   const Tensor& tensor = job.tile.tensor;
@@ -165,7 +168,7 @@ __device__ __forceinline__ void update_quads(const Job& job, AnyRoom& room, uint
   load_gradients<kAhead_, kVector>(g, job, base);
 #pragma unroll
   for (int ahead = 0; ahead < kAhead_; ++ahead)
-    update_quad<kPhase, Way>(job, hyper, room, num_above, base + ahead * kStride + lane_id() * kQuad, words[ahead], g[ahead], theta[ahead],
+    update_quad<kPhase, Way>(job, hyper, room, sums, base + ahead * kStride + lane_id() * kQuad, words[ahead], g[ahead], theta[ahead],
                              v[ahead], s[ahead]);
 }
 
@@ -181,20 +184,20 @@ __device__ __forceinline__ bool vectorizes(const Job& job) {
 
 // Loop bounds are the warp's, because judging is done by all lanes together.
 template <Phase kPhase, class Way, class AnyRoom>
-__device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, uint32_t& num_above) {
+__device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, Sums& sums) {
 #pragma unroll 1
   for (int base = 0; base < (Way::kVector ? static_cast<int>(kTile) : job.tile.entries); base += kUpdateAhead<kPhase, Way> * kStride)
-    update_quads<kPhase, Way>(job, room, num_above, base);
+    update_quads<kPhase, Way>(job, room, sums, base);
 }
 
 template <Phase kPhase, class AnyRoom>
-__device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, uint32_t& num_above) {
+__device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, Sums& sums) {
   if (!vectorizes<kPhase>(job))
-    update_tile<kPhase, EntryByEntry>(job, room, num_above);
+    update_tile<kPhase, EntryByEntry>(job, room, sums);
   else if (kPhase != Phase::lower && moves_score_momentum(job.tile.tensor, job.hyper))
-    update_tile<kPhase, WithMomentum>(job, room, num_above);
+    update_tile<kPhase, WithMomentum>(job, room, sums);
   else
-    update_tile<kPhase, Plain>(job, room, num_above);
+    update_tile<kPhase, Plain>(job, room, sums);
 }
 
 }  // namespace bip::cuda

@@ -1,6 +1,6 @@
 // What a step keeps in the caller's workspace, and who owns which part of it.
 //
-// Per group: 24 KB of histogram and state, and two lists of candidates, 16 bytes for every 128 entries and 32 KB.
+// Per group: 16 KB of histogram, and two lists of candidates: 32 KB, and 16 bytes for every 128 entries.
 #pragma once
 
 #include <algorithm>
@@ -34,19 +34,24 @@ struct Queue {
   uint32_t falling;    // groups that fall back and are not done; 0 between steps
 };
 
-constexpr uint32_t kFew = 1024;        // room for what is undecided once the bin of the k-th key is known
-constexpr uint32_t kAloneUpTo = 2048;  // candidates that the last block settles itself, sooner than another launch would
-constexpr int64_t kAloneTiles = 512;   // up to so many tiles one launch does all: the fallback, too, is quicker than three launches
+// Room for what is undecided once the bin of the k-th key is known.
+BIP_HD uint32_t few_capacity(int64_t numel) { return 1024 + static_cast<uint32_t>(numel / (128 * 256)); }
+
+constexpr uint32_t kAloneUpTo =
+    512;  // candidates that the last block settles itself, two for each thread; more are shared out in the finish
+// Up to so many tiles one launch does all. That saves most steps three launches; a step that falls back has one block narrow the window, some
+// 0.2 ms, which in a training run is the first step and less than one in a hundred of the others.
+constexpr int64_t kAloneTiles = 512;
 
 struct Workspace {
   Queue* queue;
   GroupState* states;     // [num_groups]
   int32_t* finish_list;   // [num_groups]
   Histogram* histograms;  // [num_groups]; 0 between launches
-  Candidate* few;         // [num_groups][kFew]
+  Candidate* few;         // a list of few_capacity() for each group
   Candidate* candidates;  // a list of candidate_capacity() for each group
   Gradient* gradients;    // [num_tensors - kInlineGradients], written in front of each step that reads them
-  uint32_t alone;         // candidates that a last block settles itself
+  bool alone;             // the first launch does all
 };
 
 struct Args {
@@ -66,15 +71,19 @@ inline int64_t lay_out(char* base, int64_t num_tensors, int64_t num_groups, int6
   take(parts.states, num_groups);
   take(parts.finish_list, num_groups);
   take(parts.histograms, num_groups);
-  take(parts.few, num_groups * kFew);
-  take(parts.candidates, num_groups ? num_groups * candidate_capacity(0) + num_tiles * kTile / 128 + 1 : 0);
+  const int64_t entries = num_groups ? num_tiles * kTile : 0;
+  take(parts.few, num_groups * few_capacity(0) + entries / (128 * 256) + 1);
+  take(parts.candidates, num_groups * candidate_capacity(0) + entries / 128 + 1);
   take(parts.gradients, std::max<int64_t>(num_tensors - kInlineGradients, 0));
-  parts.alone = num_tiles <= kAloneTiles ? ~0u : kAloneUpTo;
+  parts.alone = num_tiles <= kAloneTiles;
   if (workspace) *workspace = parts;
   return offset;
 }
 
-// The candidates of group g begin where those of all groups before end, each rounded up.
+// The lists of a group begin where those of all groups before end, each rounded up.
+__device__ __forceinline__ Candidate* few_of(const Args& args, int group) {
+  return args.workspace.few + group * static_cast<int64_t>(few_capacity(0)) + args.step.groups[group].first / (128 * 256);
+}
 __device__ __forceinline__ Candidate* candidates_of(const Args& args, int group) {
   return args.workspace.candidates + group * static_cast<int64_t>(candidate_capacity(0)) + args.step.groups[group].first / 128;
 }

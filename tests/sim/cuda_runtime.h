@@ -26,7 +26,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline)) inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__ &  // written after the type: one copy of the parameter for the whole grid, as on the device
 #define __shared__ static __attribute__((section("bip_shared")))

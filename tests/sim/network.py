@@ -44,6 +44,7 @@ class Network:
             row["first_tile"] = len(tiles)
             tiles += [i] * -(-numel // module.TILE)
         self.tiles = np.array(tiles, np.int32)
+        self.groups["tile_end"] = len(tiles)  # any bounds will do
         self.groups["first"] = np.cumsum(self.groups["numel"]) - self.groups["numel"]
         self.workspaces, self.counters, self.begin = {}, {}, 0
         self.nonfinite = self.arrays["num_nonfinite"] = np.zeros(1, np.int64)
