@@ -6,6 +6,7 @@ around a step (checks, hyper-parameters, the phase) is `FastBiP.step` itself: a 
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -118,7 +119,8 @@ class GraphedIteration:
         optimizer: a FastBiP, or any torch optimizer, of parameters on one device.
         loss_fn: called with the model's output and the other tensors of a batch. Returns the loss, or a tuple of it and further
             tensors that you want back, such as the output.
-        autocast: torch.bfloat16 runs model and loss under autocast (without its cache of weights); None runs them as they are.
+        autocast: torch.bfloat16 runs model and loss under autocast (without its cache of weights); None as the call finds them, so under an
+            autocast that it is in.
         warmup: eager calls before a capture, at least 1.
 
     Attributes:
@@ -145,16 +147,17 @@ class GraphedIteration:
     ) -> None:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be None or torch.bfloat16 (float16 needs a GradScaler, which asks the host), got {autocast}")
-        if warmup < 1:
-            raise ValueError(f"warmup must be at least 1, got {warmup}")
+        if not isinstance(warmup, int) or warmup < 1:
+            raise ValueError(f"warmup must be an integer of at least 1, got {warmup!r}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"optimizer must take steps without a closure, got {type(optimizer).__name__}")
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self._autocast, self._warmup = autocast, warmup
-        roots = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
-        self._modules = [module for root in roots for module in root.modules()]
         given = [p for group in optimizer.param_groups for p in group["params"]]
-        self._params = list(dict.fromkeys([*given, *(p for root in roots for p in root.parameters())]))
         if not given:
             raise ValueError("the optimizer has no parameters")
+        self._params: list[Tensor] = []
         self._device = given[0].device
         can_record = self._device.type in RECORDERS
         self.reason = None if can_record else f"the parameters are on {self._device}, and only CUDA has graphs"
@@ -176,11 +179,13 @@ class GraphedIteration:
         batch = (x, *targets)
         if not all(isinstance(t, Tensor) for t in batch):
             raise TypeError(f"a batch must be tensors, got {', '.join(type(t).__name__ for t in batch)}")
+        if isinstance(self.optimizer, FastBiP):
+            self.optimizer._running("step")
+        self._look_around()
         self._clear_gradients()
         if self.reason is None:
             whole = self._whole_step()
-            key = (getattr(self.optimizer, "phase", ""), whole, *((t.shape, t.dtype) for t in batch))
-            self._forget_if_stale()
+            key = (getattr(self.optimizer, "phase", ""), whole, self._autocast_dtype(), *((t.shape, t.dtype) for t in batch))
             if key in self._graphs or (self._eager_calls[key] >= self._warmup and len(self._graphs) < MAX_GRAPHS):
                 try:
                     return self._graphed(key, batch, whole)
@@ -189,7 +194,9 @@ class GraphedIteration:
                     self._graphs.clear()
                     self._recorder = None
                     self._clear_gradients()
+            results = self._eager(batch)
             self._eager_calls[key] += 1
+            return results
         return self._eager(batch)
 
     # --- eager -----------------------------------------------------------------------------------------------------------------------
@@ -202,12 +209,22 @@ class GraphedIteration:
         return results
 
     def _forward_backward(self, batch: tuple[Tensor, ...]) -> Any:
+        dtype = self._autocast_dtype()
         with torch.enable_grad():
-            with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+            with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
                 results = self.loss_fn(self.model(batch[0]), *batch[1:])
-            loss = results[0] if isinstance(results, tuple) else results
+            loss, *others = results if isinstance(results, tuple) else (results,)
+            if not all(isinstance(x, Tensor) for x in (loss, *others)):
+                kinds = ", ".join(type(x).__name__ for x in (loss, *others))
+                raise TypeError(f"loss_fn must return the loss, a tensor, or a tuple of it and further tensors, got {kinds}")
             loss.backward()
         return tuple(x.detach() for x in results) if isinstance(results, tuple) else results.detach()
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        """Of ``autocast``, or of an autocast that the call is in."""
+        if self._autocast is None and torch.is_autocast_enabled(self._device.type):
+            return torch.get_autocast_dtype(self._device.type)
+        return self._autocast
 
     def _clear_gradients(self) -> None:
         for p in self._params:
@@ -225,16 +242,16 @@ class GraphedIteration:
         )
         return isinstance(self.optimizer, FastBiP) and not any(hooks)
 
-    def _forget_if_stale(self) -> None:
-        """Drop graphs that were made for other modes of the modules, or for parameters and buffers elsewhere."""
+    def _look_around(self) -> None:
+        """Find the parameters as they are now, and drop graphs that were made for other ones, elsewhere or in another mode."""
+        roots = [root for root in (self.model, self.loss_fn) if isinstance(root, nn.Module)]
+        modules = [module for root in roots for module in root.modules()]
+        given = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._params = list(dict.fromkeys([*given, *(p for module in modules for p in module._parameters.values() if p is not None)]))
+        buffers = [t for module in modules for t in module._buffers.values() if t is not None]
         surroundings = (
-            [module.training for module in self._modules],
-            [
-                (t.data_ptr(), t.requires_grad)
-                for module in self._modules
-                for t in (*module._parameters.values(), *module._buffers.values())
-                if t is not None
-            ],
+            [module.training for module in modules],
+            [(t.data_ptr(), t.requires_grad) for t in (*self._params, *buffers)],
         )
         if surroundings != self._surroundings:
             if self._graphs:  # torch does not take up a pool again that all graphs have left
