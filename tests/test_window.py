@@ -326,7 +326,7 @@ def test_offsets_beyond_31_bits(module, which, phase):
 
 
 def test_a_threshold_inside_an_atom_stays_in_the_window(backend):
-    """Half of the kept scores are 1, which is where the threshold is, while all others move: the window lies between tie keys of that atom."""
+    """The threshold is among scores of 1, while all others move: the window lies between tie keys of that atom."""
     params = make_params([20_000], device=backend.device)
     run = Lockstep(params, lambda: FastBiP(params, sparsity=0.9, levels="joint", mask_lr=0.3))
     run.random_steps(20)

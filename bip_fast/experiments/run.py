@@ -108,10 +108,9 @@ class RunFolder:
         if unknown:
             raise ExperimentError(f"{self.path / 'config.json'} has unknown settings: {', '.join(sorted(unknown))}")
         for name, value in given.items():
-            if stored.get(name, getattr(Settings, name, None)) != value:
-                raise ExperimentError(
-                    f"--resume continues a run with {option(name)} {stored.get(name, getattr(Settings, name, None))}, got {value}; leave {option(name)} out"
-                )
+            own = stored.get(name, getattr(Settings, name, None))  # a setting that is younger than the run had its default
+            if own != value:
+                raise ExperimentError(f"--resume continues a run with {option(name)} {own}, got {value}; leave {option(name)} out")
         try:
             return Settings.of(stored)
         except (ExperimentError, TypeError, ValueError, AttributeError) as error:
