@@ -173,6 +173,17 @@ def test_missing_barrier_shows_under_some_seed(run, sim):
     assert wrong
 
 
+def test_a_race_between_blocks_shows_under_some_seed(run, sim):
+    missed = 0
+    for seed in range(9):
+        sim.set_seed(seed)
+        parts, arrived, total = np.zeros(9, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32)
+        run("early_arrival", parts, arrived, total, n=9)
+        missed += total[0] != 9 * THREADS
+        assert seed or not missed  # block after block
+    assert missed
+
+
 def test_faults_outside_kernels_are_not_swallowed(library):
     """The signal handlers are there while a kernel runs, and no longer."""
     code = f"""

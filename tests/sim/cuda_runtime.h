@@ -8,11 +8,11 @@
 //   - a block that goes round its barriers without end
 //   - any access to unmapped memory: null, wild, or just past the end of memory from `guarded()`
 //   - shared memory used before it is written: every block starts with it full of 0xA5
-// A seed (0: natural order) shuffles the order of blocks, warps and lanes, and lets others go ahead at atomics and fences.
+// A seed (0: natural order, one block after the other) shuffles the order of blocks, warps and lanes, has up to 1024 threads in blocks that take
+// turns, and lets others go ahead at atomics, fences and __ldcg.
 //
-// Limits. Blocks do not overlap in time, so a race between blocks shows only if whole blocks in another order change the result, and a spin
-// wait on another block hangs. A race inside a block shows only if an order that some seed makes changes the result. Memory is sequentially
-// consistent: a missing fence is not seen. Accesses to host memory are only stopped where pages end: use `guarded()`.
+// Limits. A race shows only if an order that some seed makes changes the result, and a spin wait on a block that is not resident hangs.
+// Memory is sequentially consistent: a missing fence is not seen. Accesses to host memory are only stopped where pages end: use `guarded()`.
 // __shared__ must not be in a template. Speed says nothing about a GPU.
 #pragma once
 
@@ -134,6 +134,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builti
 
 template <class T>
 T __ldcg(const T* address) {
+  sim::maybe_yield();
   return *address;
 }
 template <class T>

@@ -50,6 +50,17 @@ __global__ void last_block_kernel(int* parts, unsigned* arrived, int* total) {
 
 // ---- at fault ----
 
+// Arrives before its part is written: in no order of whole blocks does the last one miss a part.
+__global__ void early_arrival_kernel(int* parts, unsigned* arrived, int* total) {
+  __shared__ bool last;
+  if (thread_id() == 0) last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+  __syncthreads();
+  atomicAdd(&parts[blockIdx.x], 1);
+  __syncthreads();
+  if (last && thread_id() == 0)
+    for (unsigned block = 0; block < gridDim.x; ++block) *total += parts[block];
+}
+
 __global__ void divergent_barrier_kernel(int* data) {
   if (threadIdx.x < 64)
     __syncthreads();
@@ -138,6 +149,7 @@ void run_by_name(const std::string& name, int* a, int* b, int* c, int n) {
   if (name == "collectives") return run(collectives_kernel, 1, a);
   if (name == "order") return run(order_kernel, n, a, b);
   if (name == "last_block") return run(last_block_kernel, n, a, reinterpret_cast<unsigned*>(b), c);
+  if (name == "early_arrival") return run(early_arrival_kernel, n, a, reinterpret_cast<unsigned*>(b), c);
   if (name == "divergent_barrier") return run(divergent_barrier_kernel, 1, a);
   if (name == "exit_before_barrier") return run(exit_before_barrier_kernel, 1, a);
   if (name == "shuffle_by_exited_lane") return run(shuffle_by_exited_lane_kernel, 1, a);

@@ -37,8 +37,9 @@ struct Thread {
 };
 
 struct Simulator {
-  std::mutex mutex;  // one launch at a time
-  std::vector<Thread> threads;
+  std::mutex mutex;           // one launch at a time
+  std::vector<Thread> all;    // of all blocks that are resident
+  Thread* threads = nullptr;  // of the block that runs
   char* stacks = nullptr;
   Context scheduler;
   unsigned num_threads = 0, current = 0;
@@ -213,25 +214,68 @@ bool release_barrier() {
   return true;
 }
 
-void run_block() {
-  if (__start_bip_shared) std::memset(__start_bip_shared, 0xA5, static_cast<size_t>(__stop_bip_shared - __start_bip_shared));
-  s.barriers = 0;
-  for (unsigned i = 0; i < s.num_threads; ++i) {
-    s.threads[i].state = State::ready;
-    make_context(s.threads[i].context, s.stacks + i * kStack + kStackGuard, kStack - kStackGuard, thread_main);
+// ---- all blocks ----
+
+// A block that is resident: its shared memory and barriers while another one runs.
+struct Resident {
+  unsigned block = 0;
+  bool active = false;
+  int barriers = 0;
+  std::vector<char> shared;
+};
+
+size_t shared_size() { return __start_bip_shared ? static_cast<size_t>(__stop_bip_shared - __start_bip_shared) : 0; }
+
+void begin_block(Resident& resident, size_t place, unsigned block) {
+  resident = {block, true, 0, std::vector<char>(shared_size(), static_cast<char>(0xA5))};
+  for (size_t i = place * s.num_threads; i < (place + 1) * s.num_threads; ++i) {
+    s.all[i].state = State::ready;
+    make_context(s.all[i].context, s.stacks + i * kStack + kStackGuard, kStack - kStackGuard, thread_main);
   }
+}
+
+// Runs some warps of the block, or lets it pass its barrier. False: it has ended, or there is a fault.
+bool advance_block() {
   const unsigned warps = (s.num_threads + kWarp - 1) / kWarp;
-  for (bool progress = true; progress && !s.faulted;) {
-    progress = false;
-    const unsigned start = s.seed ? static_cast<unsigned>(next_random() % warps) : 0;
-    const bool backwards = s.seed && (next_random() & 1u);
-    for (unsigned i = 0; i < warps && !s.faulted; ++i) {
-      const unsigned warp = (start + (backwards ? warps - i : i)) % warps;
-      // With a seed a warp may run far ahead of the others.
-      const unsigned turns = s.seed ? 1 + static_cast<unsigned>(next_random() % 4) : 1;
-      for (unsigned turn = 0; turn < turns && !s.faulted && run_warp(warp); ++turn) progress = true;
-    }
-    if (!progress && !s.faulted) progress = release_barrier();
+  const unsigned start = s.seed ? static_cast<unsigned>(next_random() % warps) : 0;
+  const bool backwards = s.seed && (next_random() & 1u);
+  bool progress = false;
+  for (unsigned i = 0; i < warps && !s.faulted; ++i) {
+    const unsigned warp = (start + (backwards ? warps - i : i)) % warps;
+    // With a seed a warp may run far ahead of the others.
+    const unsigned turns = s.seed ? 1 + static_cast<unsigned>(next_random() % 4) : 1;
+    for (unsigned turn = 0; turn < turns && !s.faulted && run_warp(warp); ++turn) progress = true;
+    if (progress && s.seed && next_random() % 4 == 0) return true;
+  }
+  return s.faulted ? false : progress || release_barrier();
+}
+
+// The block at `place` runs for a while: with a seed until another one's turn comes, otherwise to its end.
+void run_resident(Resident& resident, size_t place) {
+  blockIdx = dim3(resident.block, 0, 0);
+  s.threads = s.all.data() + place * s.num_threads;
+  s.barriers = resident.barriers;
+  if (shared_size()) std::memcpy(__start_bip_shared, resident.shared.data(), shared_size());
+  for (uint64_t turns = s.seed ? 1 + next_random() % (next_random() % 8 ? 4 : 64) : ~0ull; turns && resident.active; --turns)
+    resident.active = advance_block();
+  if (shared_size()) std::memcpy(resident.shared.data(), __start_bip_shared, shared_size());
+  resident.barriers = s.barriers;
+}
+
+// With a seed several blocks are resident and take turns; otherwise one after the other.
+void run_blocks(const std::vector<unsigned>& order) {
+  std::vector<Resident> residents(s.seed ? std::min<size_t>(kMaxThreads / s.num_threads, order.size()) : 1);
+  size_t begun = 0, active = 0;
+  for (; active < residents.size(); ++active) begin_block(residents[active], active, order[begun++]);
+  while (active && !s.faulted) {
+    size_t place = s.seed ? next_random() % residents.size() : 0;
+    while (!residents[place].active) place = (place + 1) % residents.size();
+    run_resident(residents[place], place);
+    if (residents[place].active) continue;
+    if (begun < order.size())
+      begin_block(residents[place], place, order[begun++]);
+    else
+      --active;
   }
 }
 
@@ -267,7 +311,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*thread)(void*), void* context
   }
   s.faulted = false;
   if (!s.stacks) s.stacks = allocate_stacks(kMaxThreads, kStack, kStackGuard);
-  s.threads.resize(kMaxThreads);
+  s.all.resize(kMaxThreads);
   s.num_threads = block.x;
   s.run = thread;
   s.context = context;
@@ -279,10 +323,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*thread)(void*), void* context
   const CatchFaults guard([](const char* what) {
     if (s.in_thread) fault(what);
   });
-  for (unsigned i = 0; i < grid.x && !s.faulted; ++i) {
-    blockIdx = dim3(order[i], 0, 0);
-    run_block();
-  }
+  run_blocks(order);
   return s.faulted ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
