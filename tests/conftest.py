@@ -32,3 +32,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def module():
+    """The project's kernels on the simulator and on the CPU, as they are compiled: no torch. Orders are put back to the natural one."""
+    from sim import build
+
+    module = build.load()
+    yield module
+    module.sim.set_seed(0)
+    module.sim.set_max_grid(4)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """double(kind=Double) lets `GraphedIteration` record on the CPU with a stand-in; returns the recorders it makes."""
+    from graph_pairs import Double
+
+    from bip_fast import graphs
+
+    def use(kind=Double):
+        Double.made = []
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", kind)
+        return Double.made
+
+    return use

@@ -7,11 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from sim import build
-from sim.network import Network
-
-from bip_fast import reference
 
 THREADS = 256
 
@@ -38,15 +34,6 @@ def run(library, sim):
             raise RuntimeError(message.value.decode())
 
     return run
-
-
-@pytest.fixture
-def module():
-    """The project's kernels on the simulator, put back to its natural order afterwards."""
-    module = build.load()
-    yield module
-    module.sim.set_seed(0)
-    module.sim.set_max_grid(4)
 
 
 # --- correct kernels -------------------------------------------------------------------------------------------------------------
@@ -203,159 +190,3 @@ def test_no_compiler_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler"):
         build.compiler()
-
-
-# --- the project's kernels, at the level of bip.h --------------------------------------------------------------------------------
-
-
-def topk(module, scores, k):
-    """`topk` between guard pages, with a workspace full of rubbish."""
-    sim, n = module.sim, len(scores)
-    given, mask = sim.guarded(n, align=4), sim.guarded(n, np.uint8, align=1)
-    given[:] = scores
-    workspace = sim.guarded(module.cuda.topk_workspace_bytes(n), np.uint8)
-    workspace[:] = 0xCD
-    module.cuda.topk(scores=given.ctypes.data, n=n, k=k, mask=mask.ctypes.data, workspace=workspace.ctypes.data, where=0)
-    return torch.from_numpy(mask.copy()).bool()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_topk_in_any_order_of_blocks_and_warps(module, seed):
-    module.sim.set_seed(seed)
-    scores = torch.randn(40_001, generator=torch.Generator().manual_seed(seed))
-    scores[::3] = 0.25
-    for grid in (1, 3, 100):
-        module.sim.set_max_grid(grid)
-        for k in (1, 9_000, 20_000, 40_000):
-            assert torch.equal(topk(module, scores.numpy(), k), reference.topk_mask(scores, k)), (grid, k)
-
-
-def test_topk_fallback(module):
-    """Two neighbouring atoms, each too large for the candidate list after three digits: the last block narrows alone."""
-    bits = 0x3F000000 + np.arange(300_000, dtype=np.int32) % 2
-    scores = torch.from_numpy(bits.view(np.float32).copy())
-    for k in (70_000, 220_000):
-        assert torch.equal(topk(module, scores.numpy(), k), reference.topk_mask(scores, k))
-
-
-@pytest.mark.parametrize(("n", "k", "launches"), [(0, 0, 0), (5000, 100, 1), (20_000, 0, 1), (20_000, 20_000, 1), (20_000, 100, 3)])
-def test_topk_launches(module, n, k, launches):
-    module.sim.launches()
-    assert int(topk(module, np.arange(n, dtype=np.float32), k).sum()) == k
-    assert module.sim.launches() == launches
-
-
-ALONE_TILES = 512  # kAloneTiles in workspace.cuh: up to so many, one launch does all
-F32, BF16, F16 = 0, 1, 2
-LOWER, UPPER, JOINT = 0, 1, 2
-# dense and pruned, full and short tiles, two groups whose tensors alternate, empty tensors and groups
-MIXED = [(3000, 0, F32), (64, -1, F32), (9000, 1, BF16), (0, 0, F32), (33, -1, F16), (4097, 0, F16), (1024, 1, F32), (1, 1, F32)]
-MIXED.append((70, 2, F32))
-
-
-def assert_equal_to_cpu(module, specs, kept, phases, seeds=(0,), grids=(4,), options=None, **network):
-    """Every byte of the state is that of the CPU kernels, after every step."""
-    options = options or {}
-    expected, states = Network(module, specs, kept, **network), []
-    for i, phase in enumerate(phases):
-        expected.step(module.cpu, phase, seed=i, **options)
-        states.append(expected.state())
-    for seed in seeds:
-        for grid in grids:
-            module.sim.set_seed(seed)
-            module.sim.set_max_grid(grid)
-            given = Network(module, specs, kept, **network)
-            for i, phase in enumerate(phases):
-                given.step(module.cuda, phase, seed=i, **options)
-                state = given.state()
-                wrong = [name for name in state if state[name] != states[i][name]]
-                assert not wrong, (seed, grid, i, phase, wrong)
-            if UPPER in phases or JOINT in phases:
-                assert given.kept() == sum(kept)
-
-
-@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F16,), (F32, BF16, F16)], ids=str)
-@pytest.mark.parametrize("mask_momentum", [0.0, 0.8])
-def test_steps_of_every_kind(module, dtypes, mask_momentum):
-    for options in ({"scale": 1024.0}, {"align": 1}, {"without": (0, 1, 2)}):
-        assert_equal_to_cpu(
-            module, MIXED, [500, 9100, 0, 0], [UPPER, LOWER, JOINT, UPPER, JOINT], mask_momentum=mask_momentum,
-            options={"dtypes": dtypes} | options,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_steps_in_any_order_of_blocks_and_warps(module, seed):
-    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [JOINT, LOWER, UPPER, JOINT], [seed], grids=[1, 2, 5, 64], nesterov=1)
-
-
-ATOMS = {
-    "zeros": np.zeros,
-    "ones": np.ones,
-    "halves": lambda n: np.full(n, 0.5),
-    "zeros and ones": lambda n: np.arange(n) % 2,
-    "neighbours": lambda n: (0x3F000000 + np.arange(n, dtype=np.int32) % 2).view(np.float32),
-    "subnormals": lambda n: (np.arange(n, dtype=np.int32) % 100).view(np.float32),
-}
-
-
-@pytest.mark.parametrize("atoms", ATOMS)
-@pytest.mark.parametrize("kept", [1, 20_000, 110_000, 199_999])
-def test_atoms(module, atoms, kept):
-    """Scores that do not move: the tie order decides, in the window of a histogram and, for neighbours, in the fallback."""
-    assert_equal_to_cpu(module, [(150_000, 0, F32), (50_000, 0, F32)], [kept], [UPPER, JOINT], mask_lr=0.0, scores=ATOMS[atoms])
-
-
-@pytest.mark.parametrize("k", [1, 10_000, 39_999])
-def test_projection_without_gradients(module, k):
-    """The scores are selected as they are, also where the first digit does not resolve them."""
-    for seed in range(3):
-        scores = np.random.default_rng(seed).random(40_000).astype(np.float32)
-        scores[seed::7] = (0.0, 1.0, 0.5)[seed]
-        network = Network(module, [(40_000, 0, F32)], [k])
-        network.arrays["scores"][:40_000] = scores
-        network.step(module.cuda, UPPER, without=(0,))
-        mask = np.unpackbits(network.arrays["mask"].view(np.uint8), bitorder="little")[:40_000]
-        assert torch.equal(torch.from_numpy(mask).bool(), reference.topk_mask(torch.from_numpy(scores), k))
-
-
-def test_more_tensors_than_kernel_parameters_hold(module):
-    specs = [(100 + i % 50, i % 3 - 1, i % 3) for i in range(850)]
-    assert_equal_to_cpu(module, specs, [9000, 17_000], [UPPER, LOWER, JOINT], options={"dtypes": (F32, F16), "without": (5, 405, 806)})
-
-
-def test_more_than_a_thousand_groups(module):
-    specs = [(90 + i % 50, i, F32) for i in range(1030)]
-    assert_equal_to_cpu(module, specs, [i % 91 for i in range(1030)], [UPPER, LOWER, JOINT], seeds=[1], grids=[7])
-
-
-def test_groups_with_histograms_of_their_own(module):
-    specs = [(2500 + i, i % 7, F32) for i in range(21)]
-    assert_equal_to_cpu(module, specs, [0, 1, 2000, 4000, 7000, 7536, 7538], [UPPER, LOWER, JOINT, UPPER], seeds=[0, 2], grids=[3, 30])
-
-
-def test_twenty_steps_on_one_workspace(module):
-    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [LOWER, UPPER] * 10)
-    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [JOINT] * 20)
-
-
-@pytest.mark.parametrize("phase", [LOWER, UPPER, JOINT])
-def test_found_inf_skips_everything(module, phase):
-    network = Network(module, MIXED, [500, 9100, 3, 0])
-    network.step(module.cuda, JOINT)
-    before, workspace = network.state(), network.workspaces[module.cuda].tobytes()
-    network.step(module.cuda, phase, seed=1, found_inf=1.0)
-    assert network.state() == before
-    assert network.workspaces[module.cuda].tobytes() == workspace
-    network.step(module.cuda, phase, seed=1, found_inf=0.0)
-    assert network.state() != before
-
-
-@pytest.mark.parametrize(("tensors", "further"), [(1, 0), (400, 0), (401, 1), (800, 1), (801, 2)])
-def test_launches_of_a_step(module, tensors, further):
-    network = Network(module, [(40, 0, F32)] * tensors, [10])
-    alone = tensors <= ALONE_TILES
-    for phase, launches in ((LOWER, 1), (UPPER, 1 if alone else 4), (JOINT, 1 if alone else 4)):
-        module.sim.launches()
-        network.step(module.cuda, phase)
-        assert module.sim.launches() == launches + further

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import fill_gradients, make_params
 from lockstep import Lockstep
-from sim import build
 from sim.network import Network
 
 from bip_fast import _C, FastBiP
@@ -18,14 +17,6 @@ LOWER, UPPER, JOINT = 0, 1, 2
 # More tiles than one launch does alone: a large group of two tensors with a dense one between, a middle one, and one that is all listed.
 SPECS = [(400_000, 0, F32), (150_001, 1, F32), (777, -1, F32), (130_033, 0, BF16), (1000, 1, F32), (900, 2, F32)]
 KEPT = [53_000, 75_000, 100]
-
-
-@pytest.fixture
-def module():
-    module = build.load()
-    yield module
-    module.sim.set_seed(0)
-    module.sim.set_max_grid(4)
 
 
 class Twins:
