@@ -1,11 +1,13 @@
 """Fast BiP: prune PyTorch networks by bi-level optimisation, with hand-written CPU and CUDA kernels.
 
-`FastBiP` is the optimizer, `topk_mask` the exact mask of the k largest scores, `reference` the same mathematics in plain torch.
+`FastBiP` is the optimizer, `SparsitySchedule` makes its sparsity grow, `topk_mask` is the exact mask of the k largest scores, `reference` the
+same mathematics in plain torch.
 """
 
 from . import reference
 from .ops import build_info, topk_mask
 from .optimizer import FastBiP
+from .schedule import SparsitySchedule
 
-__all__ = ["FastBiP", "__version__", "build_info", "reference", "topk_mask"]
+__all__ = ["FastBiP", "SparsitySchedule", "__version__", "build_info", "reference", "topk_mask"]
 __version__ = "0.1.0"

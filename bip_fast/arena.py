@@ -214,7 +214,7 @@ class Arena:
 
     def selection(self, options: Sequence[tuple[float, str]]) -> list[SelectionGroup]:
         """Which pruned tensors compete for how many places, under the (sparsity, scope) of every parameter group."""
-        return selection_groups([Budget(slot.numel, *options[slot.member.row]) for slot in self.pruned])
+        return selection_groups([Budget(tuple(slot.shape), *options[slot.member.row]) for slot in self.pruned])
 
     def plan(self, groups: Sequence[SelectionGroup], hypers: np.ndarray) -> StepPlan:
         """Launch recipe for a `selection`."""

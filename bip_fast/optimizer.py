@@ -49,7 +49,8 @@ class FastBiP(torch.optim.Optimizer):
         weight_decay: L2 penalty of theta.
         nesterov: Nesterov momentum for theta.
         pattern: "unstructured".
-        scope: "global": all weights of the same sparsity compete; "layer": every tensor keeps its own fraction.
+        scope: "global": all weights of the same sparsity compete; "layer": every tensor keeps its own fraction; "erk": every tensor has a
+            budget of its own, larger for small layers (Erdos-Renyi-Kernel), and all of the same sparsity keep that together.
         levels: "alternating": ``lower_steps`` lower steps, then an upper one, each on its own batch; "joint": both from every backward.
         lower_steps: lower steps per upper step.
         exclude: names, `fnmatch` patterns, modules or parameters that stay dense; one or many.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 
 import torch
 from helpers import assert_bits, fill_gradients, flat_like, pruned_of
@@ -38,6 +39,27 @@ def hyper_of(group: dict) -> Hyper:
     return Hyper(**{key: group[key] for key in HYPER_KEYS})
 
 
+def erk_budgets(params: list[Tensor], sparsity: float) -> list[int]:
+    """Erdos-Renyi-Kernel, from its definition: densities in proportion to sum over product of the dimensions, none above 1."""
+    total = reference.kept(sum(p.numel() for p in params), sparsity)
+    raw = [Fraction(sum(p.shape), p.numel()) for p in params]
+    dense: set[int] = set()
+    while True:
+        rest = total - sum(params[i].numel() for i in dense)
+        weight = sum(raw[i] * p.numel() for i, p in enumerate(params) if i not in dense)
+        density = [Fraction(1) if i in dense else raw[i] * rest / weight for i in range(len(params))]
+        more = {i for i, d in enumerate(density) if d >= 1} - dense
+        if not more:
+            break
+        dense |= more
+    exact = [d * p.numel() for d, p in zip(density, params, strict=True)]
+    floors = [int(x) for x in exact]
+    largest = sorted(range(len(params)), key=lambda i: (floors[i] - exact[i], i))
+    for i in largest[: total - sum(floors)]:
+        floors[i] += 1
+    return floors
+
+
 class Lockstep:
     """Remember the weights, build the optimizer, then keep both sides in step."""
 
@@ -62,20 +84,26 @@ class Lockstep:
 
     # --- the selection groups ---
 
-    def _selection_groups(self) -> list[tuple[float, list[Tensor]]]:
-        """(sparsity, parameters): one per sparsity where the scope is global, one per parameter where it is layer."""
+    def _selection_groups(self) -> list[tuple[int, list[Tensor]]]:
+        """(kept, parameters): one per sparsity where the scope is global, one per parameter where it is layer or erk."""
         together: dict[object, list[Tensor]] = {}
+        erk: dict[float, list[Tensor]] = {}
         for group in self.opt.param_groups:
             for p in group["params"]:
                 if p in self.pruned:
                     key = (group["sparsity"], None if group["scope"] == "global" else len(together))
                     together.setdefault(key, []).append(p)
-        return [(key[0], params) for key, params in together.items()]
+                    if group["scope"] == "erk":
+                        erk.setdefault(group["sparsity"], []).append(p)
+        budgets = {p: k for sparsity, params in erk.items() for p, k in zip(params, erk_budgets(params, sparsity), strict=True)}
+        return [
+            (budgets.get(params[0], reference.kept(sum(p.numel() for p in params), key[0])), params) for key, params in together.items()
+        ]
 
     def _select(self) -> None:
-        for sparsity, params in self._selection_groups():
+        for kept, params in self._selection_groups():
             scores = torch.cat([self.states[p].s for p in params])
-            mask = reference.topk_mask(scores, reference.kept(scores.numel(), sparsity))
+            mask = reference.topk_mask(scores, kept)
             for p, m in zip(params, mask.split([p.numel() for p in params]), strict=True):
                 self.states[p] = self.states[p]._replace(m=m)
 

@@ -140,7 +140,7 @@ def test_every_name_of_a_tied_weight_excludes_it(backend):
 
 
 def test_the_largest_group():
-    budget = Budget(2**31, 0.5, "global")
+    budget = Budget((2**16, 2**15), 0.5, "global")
     with pytest.raises(ValueError, match=r"2\*\*32"):
         selection_groups([budget] * 2)
     assert len(selection_groups([budget._replace(scope="layer")] * 2)) == 2

@@ -1,0 +1,86 @@
+"""Sparsity that grows while the masks are learned."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from .optimizer import FastBiP
+
+__all__ = ["CURVES", "SparsitySchedule"]
+
+# How much of the way from the first sparsity to the last is still to go, at a share t of the steps.
+CURVES = {"cubic": lambda t: (1 - t) ** 3, "linear": lambda t: 1 - t}
+
+
+class SparsitySchedule:
+    """Moves the sparsity of every pruned group of a `FastBiP` from ``start`` to the one it has, step by step.
+
+    The cubic curve is that of gradual magnitude pruning (Zhu and Gupta 2017): ``s_t = s_end + (s_start - s_end) * (1 - t)^3``, which prunes
+    most while there is much to choose from. The number of kept weights is changed where the kernels read it: no new plan, no new capture of
+    a CUDA graph. It counts from the next upper or joint step. Groups of scope "global" compete with each other while their sparsities are
+    equal, so also at a common ``start``.
+
+    Args:
+        optimizer: whose ``sparsity``, in every group that has one, is the end of the way.
+        kind: "cubic" or "linear".
+        start: sparsity at the beginning, in [0, 1).
+        steps: calls of `step` from the beginning to the end, at least 1.
+        begin: calls of `step` before the beginning, at which the sparsity is ``start``.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> schedule = SparsitySchedule(opt, "cubic", steps=1000)
+        >>> for x, y in loader:
+        ...     loss_fn(model(x), y).backward()
+        ...     opt.step()
+        ...     opt.zero_grad()
+        ...     schedule.step()
+    """
+
+    def __init__(self, optimizer: FastBiP, kind: str = "cubic", *, start: float = 0.0, steps: int, begin: int = 0) -> None:
+        if kind not in CURVES:
+            raise ValueError(f"kind must be {' or '.join(map(repr, CURVES))}, got {kind!r}")
+        if not 0 <= start < 1:
+            raise ValueError(f"start must be in [0, 1), got {start!r}")
+        self.optimizer, self.kind, self.start = optimizer, kind, float(start)
+        self.steps, self.begin = _whole("steps", steps, 1), _whole("begin", begin, 0)
+        self._ends = [group["sparsity"] for group in optimizer.param_groups]
+        self._count = 0
+        self._set()
+
+    def step(self) -> None:
+        """One step on; after the last one the sparsity stays."""
+        self._count += 1
+        self._set()
+
+    def _set(self) -> None:
+        share = min(max(self._count - self.begin, 0) / self.steps, 1.0)
+        to_go = CURVES[self.kind](share)
+        for group, end in zip(self.optimizer.param_groups, self._ends, strict=False):  # groups added later keep what they have
+            if end is not None and group["prune"]:
+                group["sparsity"] = end + (self.start - end) * to_go
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer, for a checkpoint."""
+        return {"kind": self.kind, "start": self.start, "steps": self.steps, "begin": self.begin, "ends": self._ends, "count": self._count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken; sets the sparsity of the groups. ValueError if it is of another kind of thing."""
+        if state_dict.keys() != self.state_dict().keys() or len(state_dict["ends"]) > len(self.optimizer.param_groups):
+            raise ValueError(f"state_dict must come from SparsitySchedule.state_dict() of as many groups, got the keys {list(state_dict)}")
+        self.kind, self.start, self.steps, self.begin = (state_dict[key] for key in ("kind", "start", "steps", "begin"))
+        self._ends, self._count = list(state_dict["ends"]), state_dict["count"]
+        self._set()
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
