@@ -1,7 +1,7 @@
 """Fast BiP: prune PyTorch networks by bi-level optimisation, with hand-written CPU and CUDA kernels.
 
-`FastBiP` is the optimizer, `SparsitySchedule` makes its sparsity grow, `topk_mask` is the exact mask of the k largest scores, `reference` the
-same mathematics in plain torch.
+`FastBiP` is the optimizer, `SparsitySchedule` makes its sparsity grow, `topk_mask` is the exact mask of the k largest scores, and
+`reference` the same mathematics in plain torch.
 """
 
 from . import reference
