@@ -41,7 +41,6 @@ struct Tally {
   __device__ __forceinline__ explicit Tally(FirstDigit first_digit) : digit(first_digit) {}
 
   __device__ __forceinline__ void add(Histogram& histogram, uint32_t key) {
-    constexpr uint32_t kZero = 0x80000000u, kOne = 0xbf800000u;  // score_key of 0 and 1
     zeros += key == kZero;
     ones += key == kOne;
     if (key == kZero || key == kOne) return;
@@ -53,13 +52,15 @@ struct Tally {
     ++run;
   }
   __device__ __forceinline__ void flush(Histogram& histogram) {
-    put(histogram, 0x80000000u, zeros);
-    put(histogram, 0xbf800000u, ones);
+    put(histogram, kZero, zeros);
+    put(histogram, kOne, ones);
     put(histogram, run_key, run);
     zeros = ones = run = 0;
   }
 
  private:
+  static constexpr uint32_t kZero = 0x80000000u, kOne = 0xbf800000u;  // score_key of 0 and 1
+
   __device__ __forceinline__ void put(Histogram& histogram, uint32_t key, uint32_t times) const {
     if (times) count(histogram, first_bin(digit, key), key, times);
   }

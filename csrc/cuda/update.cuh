@@ -29,7 +29,7 @@ struct EntryByEntry {
 template <Phase kPhase, class Way>
 constexpr int kUpdateAhead = kPhase == Phase::lower || !Way::kMomentum ? 2 : 1;
 
-// What a multiprocessor asks of memory at once. An H200 answers after some 0.8 microseconds, in which it could deliver 29 KB to each.
+// What a multiprocessor asks of memory at once: bandwidth times latency is some 30 KB for each of an H200's, by data sheets.
 template <Phase kPhase>
 constexpr int kBytesInFlight = (kPhase == Phase::joint ? 4 * kBlocksPerProcessorJoint : 3 * kBlocksPerProcessor) * kThreads *
                                kUpdateAhead<kPhase, Plain> * static_cast<int>(sizeof(Quad<float>));

@@ -37,10 +37,10 @@ struct Queue {
 // Room for what is undecided once the bin of the k-th key is known.
 BIP_HD uint32_t few_capacity(int64_t numel) { return 1024 + static_cast<uint32_t>(numel / (128 * 256)); }
 
-constexpr uint32_t kAloneUpTo =
-    512;  // candidates that the last block settles itself, two for each thread; more are shared out in the finish
-// Up to so many tiles one launch does all. That saves most steps three launches; a step that falls back has one block narrow the window, some
-// 0.2 ms, which in a training run is the first step and less than one in a hundred of the others.
+// Candidates that the last block settles itself, two for each thread; more are shared out in the finish. Not tuned on a GPU yet.
+constexpr uint32_t kAloneUpTo = 512;
+// Up to so many tiles one launch does all. That saves most steps three launches; in a step that falls back (in a training run the first, and few
+// others: bench/window.py) one block narrows the window. Not tuned on a GPU yet.
 constexpr int64_t kAloneTiles = 512;
 
 struct Workspace {
