@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, Slot, unpack_mask
+from . import reference
+from .arena import Arena, Slot, in_memory_order
 from .options import check_group
 from .phases import Phases
+from .reference import Blocks
+from .units import unpack_mask
 
 __all__ = ["EXTRA", "extra", "fitting"]
 
@@ -51,9 +54,11 @@ def _fitting(
     if torch.as_tensor(state_dict[EXTRA]["num_nonfinite"]).numel() != 1:
         raise ValueError("state_dict must hold one number as num_nonfinite, got several")
     groups = state_dict["param_groups"]
-    expected, given = ([(len(group["params"]), group.get("prune")) for group in side] for side in (param_groups, groups))
+    expected, given = (
+        [(len(group["params"]), group.get("prune"), group.get("pattern")) for group in side] for side in (param_groups, groups)
+    )
     if expected != given:
-        raise ValueError(f"state_dict must have parameter groups of (length, prune) {expected}, got {given}")
+        raise ValueError(f"state_dict must have parameter groups of (length, prune, pattern) {expected}, got {given}")
     for group, own in zip(groups, param_groups, strict=True):
         check_group({**own, **group})
     params = [p for group in param_groups for p in group["params"]]
@@ -64,9 +69,9 @@ def _fitting(
         if _shapes(state) != own_shapes:
             raise ValueError(f"state_dict must hold {own_shapes} for {slot.member.label}, got {_shapes(state)}")
         _check_values(slot, state)
-        if slot.member.pruned and groups[slot.member.row].get("sparsity") is None:
+        if slot.member.pruned and groups[slot.member.row].get("sparsity") is None and param_groups[slot.member.row]["sparsity"] is not None:
             raise ValueError(f"state_dict must have a sparsity for {slot.member.label}, got None")
-        kept += int(unpack_mask(state["mask"], slot.numel).sum()) if slot.member.pruned else 0
+        kept += int(unpack_mask(state["mask"], slot.numel).sum()) if slot.member.masked else 0
         states.append(state)
     if kept != state_dict[EXTRA]["kept"]:
         raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {state_dict[EXTRA]['kept']} were saved")
@@ -85,7 +90,16 @@ def _check_values(slot: Slot, state: dict[str, Tensor]) -> None:
     if slot.member.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
         raise ValueError(f"state_dict must hold scores in [0, 1] for {slot.member.label}, got others")
     u = state.get(_MAY_BE_MISSING)
-    if u is not None and (not slot.member.pruned or u.shape != slot.shape):
-        raise ValueError(
-            f"state_dict must hold {_MAY_BE_MISSING} of shape {tuple(slot.shape)} for {slot.member.label}, got {tuple(u.shape)}"
-        )
+    if u is not None and (not slot.member.pruned or u.shape != state["scores"].shape):
+        shape = tuple(state["scores"].shape) if slot.member.pruned else "none"
+        raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {slot.member.label}, got {tuple(u.shape)}")
+    if isinstance(slot.member.division, Blocks):
+        _check_units(slot, unpack_mask(state["mask"].cpu(), slot.numel).view(slot.shape), slot.member.division)
+
+
+def _check_units(slot: Slot, mask: torch.Tensor, blocks: Blocks) -> None:
+    """ValueError for a mask that keeps parts of units."""
+    flat = in_memory_order(torch.empty_strided(slot.shape, slot.stride, dtype=torch.bool).copy_(mask))
+    units = flat.view(blocks.rows, blocks.cols)[:: blocks.block_rows, :: blocks.block_cols]
+    if not torch.equal(reference.expand(units.flatten(), blocks), flat):
+        raise ValueError(f"state_dict must hold whole units, got a mask of {slot.member.label} with parts of some (another memory layout?)")

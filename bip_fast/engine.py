@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
+from .members import roster_of
 from .ops import StepPlan, backend
 from .options import GROUP_KEYS, check_group, hyper_table
-from .prunable import is_pruned, members_of
+from .patterns import NofM
+from .prunable import Known
 from .report import Selection
 
 __all__ = ["Engine"]
@@ -27,8 +29,7 @@ class Engine:
 
     Args:
         param_groups: of the optimizer; looked at again in every step, so that schedulers are followed.
-        names: labels for errors and reports.
-        excluded: parameters that stay dense although their group is pruned.
+        known: names of the parameters, which of them stay dense, and what belongs together.
         states: saved states of parameters that were trained before; all others start as their magnitude says.
         project: select the masks anew from all scores.
 
@@ -41,15 +42,18 @@ class Engine:
     def __init__(
         self,
         param_groups: Sequence[dict[str, Any]],
-        names: Mapping[Tensor, str],
-        excluded: set[Tensor],
+        known: Known,
         states: Mapping[Tensor, dict[str, Tensor]],
         project: bool,
     ) -> None:
-        self._groups, self._excluded = param_groups, excluded
-        self._members = members_of(param_groups, names, excluded)
+        self._groups, self._known = param_groups, known
+        self._members, self.decisions = roster_of(param_groups, known)
         if not any(member.pruned for member in self._members):
-            raise ValueError("nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions")
+            why = "; ".join(f"{row.name}: {row.reason}" for row in self.decisions[:5])
+            raise ValueError(
+                "nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions" + (why and f" ({why})")
+            )
+        self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
         device = self._members[0].param.device
         backend(device)
         self._checked: Any = None  # the options that were last found valid
@@ -62,23 +66,27 @@ class Engine:
                 self.arena.load(slot, states[slot.member.param])
             else:
                 self.arena.start(slot)
+        for number, unit_set in enumerate(self.arena.units.sets):
+            if not any(self.arena.slots[part.slot].member.param in states for part in unit_set.parts if part.counts):
+                self.arena.start_units(number)
         self.arena.record()
         if project:
             self.plan.run("upper", self.arena.no_gradients(), self.arena.num_nonfinite)
             self.arena.mark_written()
 
-    def _options(self) -> list[tuple[float, str]]:
-        """(sparsity, scope) of every parameter group."""
-        return [(float(group["sparsity"] or 0), group["scope"]) for group in self._groups]  # None: nothing in it is pruned
+    def _options(self) -> list[tuple[Any, ...]]:
+        """What the selection depends on, of every parameter group."""
+        return [(group["sparsity"], group["scope"], group["min_kept"]) for group in self._groups]
 
     def replan(self) -> None:
         """Make the plan for the options as they are now."""
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
         self._planned = self._options()
-        self._selection = self.arena.selection(self._planned)
+        self._selection = self.arena.selection(self._groups)
         self._with_score_momentum = self.arena.score_momentum is not None
-        self.plan: StepPlan = self.arena.plan(self._selection, hyper_table(self._groups))
+        least = [int(group["min_kept"]) for group in self._groups]
+        self.plan: StepPlan = self.arena.plan(self._selection, hyper_table(self._groups), least)
 
     def refresh(self, phase: str) -> bool:
         """Bring the plan up to date with the options, before a step of ``phase``; True when it is a new one.
@@ -92,8 +100,9 @@ class Engine:
             if not self._with_score_momentum and any(group["mask_momentum"] > 0 for group in self._groups):
                 new = True
             elif self._planned != self._options():
-                selection = self.arena.selection(self._options())
+                selection = self.arena.selection(self._groups)
                 new = [group.members for group in selection] != [group.members for group in self._selection]
+                new = new or [options[2] for options in self._planned] != [options[2] for options in self._options()]
                 if not new:
                     self._planned, self._selection = self._options(), selection
                     self.plan.set_kept([group.kept for group in selection])
@@ -110,12 +119,14 @@ class Engine:
             return
         for group in self._groups:
             check_group(group)
+        for group, (pattern, prune) in zip(self._groups, self._fixed, strict=True):
+            if group["pattern"] != pattern:
+                raise ValueError(f"pattern of a parameter group cannot change any more, was {pattern!r}, got {group['pattern']!r}")
+            if bool(group["prune"]) != prune:
+                raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r}")
         for member in self._members:
-            group = self._groups[member.row]
-            if member.pruned and group["sparsity"] is None:
+            if member.pruned and self._groups[member.row]["sparsity"] is None and not isinstance(member.division, NofM):
                 raise ValueError(f"give one of sparsity and density, got neither, for {member.label}")
-            if member.pruned != is_pruned(group, member.param, self._excluded):
-                raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r} for {member.label}")
         self._checked = seen
 
     def kernels(self, phase: str, grad_scale: Any = None, found_inf: Any = None) -> Callable[[StepPlan], None]:
@@ -140,11 +151,8 @@ class Engine:
         """How the selection of every group went; waits for the device."""
         rows = []
         for group, counters in zip(self._selection, self.plan.counters(), strict=True):
-            name = self.arena.pruned[group.members[0]].member.label
-            if len(group.members) > 1:
-                name += f" and {len(group.members) - 1} more"
             counts = {key: counters[key].item() for key in Selection._fields if key in (counters.dtype.names or ())}
-            rows.append(Selection(name=name, numel=group.numel, kept=group.kept, **counts))
+            rows.append(Selection(name=self.arena.label_of(group), numel=group.numel, kept=group.kept, **counts))
         return tuple(rows)
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:

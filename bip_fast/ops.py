@@ -9,11 +9,14 @@ from __future__ import annotations
 import operator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .units import UnitTables
 
 try:
     from . import _C
@@ -99,12 +102,14 @@ class StepPlan:
 
     Args:
         device: where parameters, state and tables live.
-        tensors: rows of ``tensor_dtype``, pruned and dense, whose pointers stay valid as long as the plan.
+        tensors: rows of ``tensor_dtype``, whose pointers stay valid as long as the plan: first those with scores, units after all others
+            of them, then the rest.
         groups: rows of ``group_dtype``, one per selection group.
         hypers: rows of ``hyper_dtype``, one per parameter group.
+        units: sets of units and their parts.
     """
 
-    def __init__(self, device: torch.device, tensors: np.ndarray, groups: np.ndarray, hypers: np.ndarray) -> None:
+    def __init__(self, device: torch.device, tensors: np.ndarray, groups: np.ndarray, hypers: np.ndarray, units: UnitTables) -> None:
         tile = kernels().TILE
         tiles = (tensors["numel"] + tile - 1) // tile
         tensors["first_tile"] = np.cumsum(tiles) - tiles
@@ -116,12 +121,23 @@ class StepPlan:
         self.device = device
         self.backend = backend(device)
         self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
+        unit_rows = slice(units.first_row, units.first_row + len(units.sets))
+        self.num_scored_tiles = int(tiles[: unit_rows.stop].sum())
+        self._unit_counts = {
+            "num_unit_sets": len(units.sets),
+            "num_parts": len(units.parts),
+            "num_items": units.num_items,
+            "unit_tile_begin": self.num_scored_tiles - int(tiles[unit_rows].sum()),
+            "unit_tile_end": self.num_scored_tiles,
+        }
         self._tensors = DeviceTable(tensors, device)
         self._tile_tensor = DeviceTable(np.repeat(np.arange(len(tensors), dtype=np.int32), tiles), device)
         self._group_rows, self._groups = groups, DeviceTable(groups, device)
+        self._unit_sets, self._parts = DeviceTable(units.sets, device), DeviceTable(units.parts, device)
         self._hypers = DeviceTable(hypers, device)
-        size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_tiles)
+        size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+        self._unit_scratch = units.scratch
         self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
 
     def set_kept(self, kept: list[int]) -> None:
@@ -159,6 +175,7 @@ class StepPlan:
         except BaseException:
             with suppress(RuntimeError):  # a step that was only launched in part must not be gone on with
                 self._workspace.zero_()
+                self._unit_scratch.zero_()
             raise
 
     def _launch(
@@ -172,6 +189,10 @@ class StepPlan:
             num_tiles=self.num_tiles,
             groups=self._groups.address,
             num_groups=self.num_groups,
+            unit_sets=self._unit_sets.address,
+            parts=self._parts.address,
+            **self._unit_counts,
+            num_scored_tiles=self.num_scored_tiles,
             hypers=self._hypers.address,
             gradients=gradients,
             grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .arena import Arena, Slot
 from .checkpoint import EXTRA, extra, fitting
 from .engine import Engine
+from .members import is_pruned
 from .ops import StepPlan
-from .options import check_group, check_levels, check_lower_steps, resolve_density
+from .options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
 from .phases import Phases
-from .prunable import frozen_of, is_pruned, param_groups_of, split_names
+from .prunable import Known, param_groups_of, split_names
 from .report import Report, layer_table
 
 __all__ = ["FastBiP"]
@@ -48,14 +49,23 @@ class FastBiP(torch.optim.Optimizer):
         mask_momentum: of the scores; 0, as in the paper, needs no memory.
         weight_decay: L2 penalty of theta.
         nesterov: Nesterov momentum for theta.
-        pattern: "unstructured".
-        scope: "global": all weights of the same sparsity compete; "layer": every tensor keeps its own fraction; "erk": every tensor has a
+        pattern: what is kept or dropped as one: "unstructured", single weights; "filter", output channels, with the bias of a layer;
+            "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`bip_fast.patterns`). A unit of
+            several weights has one score, at the start the mean of abs(theta), and moves by the sum of its weights' gradients. What a
+            pattern does not fit stays dense, with the reason in `report`; so do the outputs of a Module ("filter": its last weight) and
+            its inputs ("channel": its first).
+        scope: "global": all units of the same sparsity compete; "layer": every tensor keeps its own fraction; "erk": every tensor has a
             budget of its own, larger for small layers (Erdos-Renyi-Kernel), and all of the same sparsity keep that together.
+        min_kept: filters, channels or blocks that every layer keeps, even if that is more than the sparsity allows.
         levels: "alternating": ``lower_steps`` lower steps, then an upper one, each on its own batch; "joint": both from every backward.
         lower_steps: lower steps per upper step.
         exclude: names, `fnmatch` patterns, modules or parameters that stay dense; one or many.
+        overrides: sparsity, or a dict of options, by name: ``{"layer1.*": 0.5, "head": {"pattern": "2:4"}}``. The last that matches counts;
+            such weights get parameter groups of their own.
+        coupled: lists of names of parameters whose filters are one: weights that add up in a residual join, and vectors (batch-norm,
+            biases) that are masked with them. `bip_fast.export.coupling` finds them.
 
-    All but the last three are keys of parameter groups too, and ``prune=False`` makes a group dense; so do frozen parameters stay.
+    All but the last five are keys of parameter groups too, and ``prune=False`` makes a group dense; so do frozen parameters stay.
     Hyper-parameters may change at any time, by schedulers or by hand; a new sparsity (density is turned into it once) or scope counts
     from the next upper or joint step.
 
@@ -90,9 +100,12 @@ class FastBiP(torch.optim.Optimizer):
         nesterov: bool = False,
         pattern: str = "unstructured",
         scope: str = "global",
+        min_kept: int = 1,
         levels: str = "alternating",
         lower_steps: int = 1,
         exclude: str | nn.Module | Tensor | Iterable[str | nn.Module | Tensor] = (),
+        overrides: Mapping[str, Any] | None = None,
+        coupled: Iterable[Iterable[str]] = (),
         **unknown: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -107,16 +120,18 @@ class FastBiP(torch.optim.Optimizer):
             "nesterov": nesterov,
             "pattern": pattern,
             "scope": scope,
+            "min_kept": min_kept,
             "prune": True,
             **unknown,
         }
         resolve_density(defaults)
         if unknown:
             raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
+        resolve_pattern(defaults)
         check_group(defaults)
         self._phases = Phases(check_levels(levels), check_lower_steps(lower_steps))
-        given = param_groups_of(params, exclude)
-        self._names, self._excluded = given.names, given.excluded
+        given = param_groups_of(params, exclude, overrides, coupled)
+        self._known = given.known
         self._reset()
         super().__init__(given.groups, defaults)
         self._building = False
@@ -136,28 +151,28 @@ class FastBiP(torch.optim.Optimizer):
         group = dict(param_group)
         group["params"], names = split_names(group["params"])
         resolve_density(group)
+        resolve_pattern(group)
         check_group(self.defaults | group)
         if self._building:  # __init__ builds once for all groups
             super().add_param_group(group)
             return
         self._arena_of("add a parameter group").check_untouched()
-        excluded = self._excluded | frozen_of(group["params"])
-        if self._phases.frozen and any(is_pruned(self.defaults | group, p, excluded) for p in group["params"]):
+        known = self._known.with_group(names, group["params"])
+        if self._phases.frozen and any(is_pruned(self.defaults | group, p, known) for p in group["params"]):
             raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
         super().add_param_group(group)
-        before = self._names, self._excluded
-        self._names, self._excluded = self._names | names, excluded
+        before, self._known = self._known, known
         try:
             self._build(self._running("add a parameter group").saved_state(), project=not self._phases.frozen)
         except BaseException:
             self.param_groups.pop()  # as it was: the new group is the last
-            self._names, self._excluded = before
+            self._known = before
             raise
 
     def _build(self, states: Mapping[Tensor, dict[str, Tensor]], project: bool) -> None:
         """The engine for the groups as they are now."""
         old = self._engine
-        engine = Engine(self.param_groups, self._names, self._excluded, states, project)
+        engine = Engine(self.param_groups, self._known, states, project)
         if old is not None:
             engine.arena.num_nonfinite.copy_(old.arena.num_nonfinite)
         self._engine = engine
@@ -242,8 +257,11 @@ class FastBiP(torch.optim.Optimizer):
         return self._arena_of("look at a weight").state_of(self._slot(p))["theta"].clone()
 
     def scores_of(self, p: Tensor) -> Tensor:
-        """Copy of the scores ``s`` of a pruned parameter: float32, with the shape and strides of ``p``. ValueError if it is not pruned."""
-        return self._arena_of("look at scores").state_of(self._slot(p))["scores"].clone()
+        """Copy of the scores ``s`` of a pruned parameter, at every weight that of its unit: float32, shape and strides of ``p``.
+
+        ValueError if it is not pruned.
+        """
+        return self._arena_of("look at scores").scores_of(self._slot(p))
 
     @property
     def num_nonfinite(self) -> int:
@@ -251,14 +269,14 @@ class FastBiP(torch.optim.Optimizer):
         return int(self._arena_of("count").num_nonfinite)
 
     def report(self) -> Report:
-        """Table of the pruned parameters (name, shape, kept of total, sparsity), and how their selection went, by selection group.
+        """Table of the pruned parameters (name, shape, kept of total, sparsity), how their selection went, what stays dense and why.
 
         After `finalize`, the table of that moment. Waits for the device.
         """
         if self._finished is not None:
             return self._finished
         engine = self._running("report")
-        return layer_table([(slot.member.label, slot.member.param) for slot in engine.arena.pruned], engine.selections())
+        return layer_table([(slot.member.label, slot.member.param) for slot in engine.arena.pruned], engine.selections(), engine.decisions)
 
     # --- the end of a run ------------------------------------------------------------------------------------------------------------
 
@@ -280,7 +298,7 @@ class FastBiP(torch.optim.Optimizer):
         self.state.clear()
         for group in self.param_groups:
             group["params"] = []
-        self._names, self._excluded = {}, set()
+        self._known = Known()
 
     # --- saving and loading ----------------------------------------------------------------------------------------------------------
 
@@ -329,18 +347,13 @@ class FastBiP(torch.optim.Optimizer):
         arena = self._arena_of("copy")
         arena.check_untouched()  # a copy has the parameters from their state
         state = super().__getstate__() | {"state": self._running("copy").saved_state()}
-        names = [self._names.get(p) for group in self.param_groups for p in group["params"]]
-        excluded = [p in self._excluded for group in self.param_groups for p in group["params"]]
-        return state | {"_phases": self._phases, "names": names, "excluded": excluded, "num_nonfinite": arena.num_nonfinite}
+        return state | {"_phases": self._phases, "_known": self._known, "num_nonfinite": arena.num_nonfinite}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
-        names, excluded, num_nonfinite = (state.pop(key) for key in ("names", "excluded", "num_nonfinite"))
+        num_nonfinite = state.pop("num_nonfinite")
         super().__setstate__(state)
         self._reset()
         self._building = False
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._names = {p: name for p, name in zip(params, names, strict=True) if name is not None}
-        self._excluded = {p for p, out in zip(params, excluded, strict=True) if out}
         self._build(dict(self.state), project=False)
         self._arena_of("copy").num_nonfinite.copy_(num_nonfinite)

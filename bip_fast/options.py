@@ -10,15 +10,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .budgets import SCOPES
 from .ops import kernels
-from .patterns import PATTERNS, SCOPES
+from .patterns import parse
 
-__all__ = ["GROUP_KEYS", "HYPER_KEYS", "LEVELS", "check_group", "check_levels", "check_lower_steps", "hyper_table", "resolve_density"]
+__all__ = [
+    "GROUP_KEYS",
+    "HYPER_KEYS",
+    "LEVELS",
+    "check_group",
+    "check_levels",
+    "check_lower_steps",
+    "hyper_table",
+    "resolve_density",
+    "resolve_pattern",
+]
 
 LEVELS = ("alternating", "joint")
 HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
-GROUP_KEYS = (*HYPER_KEYS, "sparsity", "pattern", "scope", "prune")
-_OF_THE_OPTIMIZER = ("levels", "lower_steps", "exclude")
+GROUP_KEYS = (*HYPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")
+_OF_THE_OPTIMIZER = ("levels", "lower_steps", "exclude", "overrides", "coupled")
 
 
 class _Range(NamedTuple):
@@ -38,7 +49,7 @@ _RANGES = {
     "mask_momentum": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
 }
-_CHOICES = {"levels": LEVELS, "pattern": PATTERNS, "scope": SCOPES}
+_CHOICES = {"levels": LEVELS, "scope": SCOPES}
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -66,15 +77,19 @@ def check_levels(levels: Any) -> str:
     return str(levels)
 
 
+def _check_count(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
+
+
 def check_lower_steps(lower_steps: Any) -> int:
     """``lower_steps`` as an int of at least 1; else ValueError."""
-    try:
-        steps = operator.index(lower_steps)
-    except TypeError:
-        steps = 0
-    if steps < 1:
-        raise ValueError(f"lower_steps must be an integer of at least 1, got {lower_steps!r}")
-    return steps
+    return _check_count("lower_steps", lower_steps, 1)
 
 
 def resolve_density(options: dict[str, Any]) -> None:
@@ -97,6 +112,23 @@ def resolve_density(options: dict[str, Any]) -> None:
         raise ValueError(f"density must be at least 1e-12, got {density!r}")
 
 
+def resolve_pattern(options: dict[str, Any]) -> None:
+    """Leave out the sparsity of a pattern that has one of its own, in place.
+
+    Raises:
+        ValueError: the pattern is none, or another sparsity is given beside it.
+    """
+    if "pattern" not in options:
+        return
+    own = parse(options["pattern"]).sparsity
+    if own is None:
+        return
+    given = options.get("sparsity")
+    if given is not None and (not isinstance(given, Real) or abs(float(given) - own) > 1e-9):
+        raise ValueError(f"sparsity must be {own:g} or left out with pattern {options['pattern']!r}, got {given!r}")
+    options["sparsity"] = None
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the options of one parameter group.
 
@@ -112,7 +144,8 @@ def check_group(group: dict[str, Any]) -> None:
         _check_number(name, group[name])
     _check_flag("nesterov", group["nesterov"])
     _check_flag("prune", group["prune"])
-    _check_choice("pattern", group["pattern"])
+    resolve_pattern({"pattern": group["pattern"], "sparsity": group["sparsity"]})
+    _check_count("min_kept", group["min_kept"], 0)
     _check_choice("scope", group["scope"])
     if group["nesterov"] and not group["momentum"] > 0:
         raise ValueError(f"nesterov needs a momentum greater than 0, got momentum={group['momentum']!r}")

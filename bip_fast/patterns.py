@@ -1,92 +1,125 @@
-"""Sparsity sets and budgets: what is a selection group, and how many of its weights are kept."""
+"""Sparsity patterns: how the weights of a tensor fall into units, which are kept or dropped as one. The kernels know units, not names.
+
+====================  ==============================================================================================================
+"unstructured"        every weight is a unit
+"filter"              the weights of one output channel
+"channel"             the weights that read one input channel
+"block:RxC"           blocks of R rows and C columns of the weight as a matrix, its first dimension by all others; smaller at the edges
+"N:M"                 every weight is a unit, and of every M that follow each other in a row of that matrix N are kept
+====================  ==============================================================================================================
+
+Rows and columns are those of the memory: in ``channels_last`` the columns run over the input channels of one kernel position first, which
+is the order that sparse kernels for that layout read.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .ops import MAX_GROUP
-from .reference import kept
+from .reference import Blocks
 
-__all__ = ["PATTERNS", "SCOPES", "Budget", "SelectionGroup", "erk_kept", "selection_groups"]
+__all__ = ["Layer", "NofM", "Pattern", "Refused", "parse"]
 
-PATTERNS = ("unstructured",)
-SCOPES = ("global", "layer", "erk")
+SIZES = (2, 4, 8, 16, 32)  # M of N:M: what one mask word divides into
+EXPECTED = '"unstructured", "filter", "channel", "N:M" with N < M and M one of 2, 4, 8, 16, 32, or "block:RxC"'
 
 
-class Budget(NamedTuple):
-    """What one pruned tensor asks for."""
+class Refused(Exception):
+    """A pattern does not fit a tensor; the message is the reason, to stand after "dense: "."""
 
-    shape: tuple[int, ...]
-    sparsity: float
-    scope: str
+
+class Layer(NamedTuple):
+    """What a weight belongs to, as far as a pattern asks: which dimension holds the outputs, and in how many groups inputs fall."""
+
+    transposed: bool = False
+    groups: int = 1
+
+
+class NofM(NamedTuple):
+    """Of every ``of`` entries that follow each other ``keep`` are kept."""
+
+    keep: int
+    of: int
+
+
+class Pattern(NamedTuple):
+    """One kind of unit.
+
+    Args:
+        name: as the user wrote it.
+        kind: "unstructured", "filter", "channel", "N:M" or "block".
+        sizes: N and M, or R and C.
+    """
+
+    name: str
+    kind: str
+    sizes: tuple[int, int] = (1, 1)
 
     @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def structured(self) -> bool:
+        """Units of several weights."""
+        return self.kind in ("filter", "channel", "block")
+
+    @property
+    def sparsity(self) -> float | None:
+        """The one fraction of zeros that it can have, if it decides that."""
+        return 1 - self.sizes[0] / self.sizes[1] if self.kind == "N:M" else None
+
+    def divide(self, shape: Sequence[int], stride: Sequence[int], layer: Layer) -> Blocks | NofM | None:
+        """Units of a dense tensor; None: its entries.
+
+        Raises:
+            Refused: they would not be what the pattern promises.
+        """
+        if self.kind == "unstructured":
+            return None
+        if 0 in shape:
+            raise Refused("it has no entries")
+        order = memory_order(shape, stride)
+        if self.kind in ("filter", "channel"):
+            outputs = (self.kind == "filter") != layer.transposed
+            return _along(order, shape, 0, 1) if outputs else _along(order, shape, 1, layer.groups)
+        if order[0] != 0:
+            raise Refused("its first dimension is not the outermost in memory")
+        rows, cols = shape[0], math.prod(shape[1:])
+        if self.kind == "block":
+            return Blocks(rows, cols, min(self.sizes[0], rows), min(self.sizes[1], cols))
+        if layer.transposed:
+            raise Refused(f"{self.name} runs along the inputs, which are not neighbours in memory in a transposed convolution")
+        if cols % self.sizes[1]:
+            raise Refused(f"its {cols} inputs per output are not a multiple of {self.sizes[1]}")
+        return NofM(*self.sizes)
 
 
-class SelectionGroup(NamedTuple):
-    """Tensors whose weights compete: ``members`` are positions in the list of budgets, in order."""
-
-    members: list[int]
-    numel: int
-    kept: int
-
-
-def erk_kept(shapes: Sequence[tuple[int, ...]], sparsity: float) -> list[int]:
-    """How many weights each tensor keeps under Erdos-Renyi-Kernel budgets (Mocanu et al. 2018; with kernels, Evci et al. 2020).
-
-    The density of a tensor is proportional to the sum of its dimensions over their product, so what it keeps to the sum of its dimensions:
-    small layers stay denser than large ones. A tensor that would keep more than it has stays whole, and the others share what is left.
-    All together keep ``n - round(sparsity*n)``, exactly: remainders of the division go to the largest, earlier tensors first.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    rest = kept(sum(sizes), sparsity)
-    keeps = [0] * len(shapes)
-    open_, whole = {i for i, size in enumerate(sizes) if size}, {-1}
-    while whole and open_:
-        total = sum(sum(shapes[i]) for i in open_)
-        whole = {i for i in open_ if rest * sum(shapes[i]) >= sizes[i] * total}
-        for i in whole:
-            keeps[i] = sizes[i]
-        open_ -= whole
-        rest -= sum(sizes[i] for i in whole)
-    if open_:
-        parts = {i: divmod(rest * sum(shapes[i]), total) for i in open_}
-        for i, (quotient, _) in parts.items():
-            keeps[i] = quotient
-        rest -= sum(quotient for quotient, _ in parts.values())
-        for i in sorted(open_, key=lambda i: (-parts[i][1], i))[:rest]:
-            keeps[i] += 1
-    return keeps
+def memory_order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Dimensions of a dense tensor from the outermost in memory to the innermost. Those of size 1 stay where they are named."""
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -stride[d])
+    for d, size in enumerate(shape):
+        if size == 1:
+            order.insert(d, d)
+    return order
 
 
-def selection_groups(budgets: Sequence[Budget]) -> list[SelectionGroup]:
-    """Groups of tensors that share one budget.
+def _along(order: list[int], shape: Sequence[int], dim: int, groups: int) -> Blocks:
+    """Units are the places along a dimension; with groups, each of which has its own, a share of dimension 0 times the places."""
+    if groups > 1 and order[0] != 0:
+        raise Refused("its first dimension, which its groups divide, is not the outermost in memory")
+    place = order.index(dim)
+    before, after = (math.prod(shape[d] for d in part) for part in (order[:place], order[place + 1 :]))
+    return Blocks(before, shape[dim] * after, max(before // groups, 1), max(after, 1))
 
-    Scope "layer" makes one group per tensor; scope "global" one group of all tensors with the same sparsity; scope "erk" one group per
-    tensor, of which those with the same sparsity together keep what a global group would (`erk_kept`).
 
-    Raises:
-        ValueError: a group has 2**32 weights or more.
-    """
-    members: dict[Hashable, list[int]] = {}
-    together: dict[float, list[int]] = {}
-    for position, budget in enumerate(budgets):
-        key = budget.sparsity if budget.scope == "global" else (position,)
-        members.setdefault(key, []).append(position)
-        if budget.scope == "erk":
-            together.setdefault(budget.sparsity, []).append(position)
-    shares: dict[int, int] = {}
-    for sparsity, positions in together.items():
-        shares |= dict(zip(positions, erk_kept([budgets[i].shape for i in positions], sparsity), strict=True))
-    groups = []
-    for positions in members.values():
-        numel = sum(budgets[position].numel for position in positions)
-        if numel >= MAX_GROUP:
-            raise ValueError(f'a selection group must have fewer than 2**32 weights, got {numel}; scope="layer" makes smaller groups')
-        first = positions[0]
-        groups.append(SelectionGroup(positions, numel, shares.get(first, kept(numel, budgets[first].sparsity))))
-    return groups
+def parse(text: object) -> Pattern:
+    """The pattern of a name; ValueError says which there are."""
+    if text in ("unstructured", "filter", "channel"):
+        return Pattern(str(text), str(text))
+    if isinstance(text, str):
+        n_of_m, block = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"block:(\d+)x(\d+)", text)
+        if n_of_m and 0 < int(n_of_m[1]) < int(n_of_m[2]) and int(n_of_m[2]) in SIZES:
+            return Pattern(text, "N:M", (int(n_of_m[1]), int(n_of_m[2])))
+        if block and int(block[1]) and int(block[2]):
+            return Pattern(text, "block", (int(block[1]), int(block[2])))
+    raise ValueError(f"pattern must be {EXPECTED}, got {text!r}")

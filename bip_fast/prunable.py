@@ -1,30 +1,54 @@
-"""Which parameters are pruned: from a Module, a list, names or parameter groups to groups of tensors."""
+"""Which parameters are pruned: from a Module, a list, names or parameter groups to groups of tensors, and what is known about each."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from .arena import Member
-from .ops import DTYPES, is_ordinary
+from .patterns import Layer
 
-__all__ = ["Given", "frozen_of", "is_pruned", "members_of", "param_groups_of", "split_names"]
+__all__ = ["Given", "Known", "frozen_of", "param_groups_of", "split_names"]
+
+NO_LAYER = "it is not the weight of a Conv or Linear layer"
+
+
+@dataclass
+class Known:
+    """What the optimizer was told about parameters, besides their groups.
+
+    Args:
+        names: labels for errors and reports.
+        dense: why a parameter stays dense although its group may be pruned.
+        layers: of the weights of a Module.
+        ends: the first and the last weight of a Module that could be pruned: its inputs and outputs are nobody's to remove.
+        coupled: weights whose filters are kept or dropped together, and the vectors that belong to these filters.
+        left_out: (name, shape, reason) of parameters of a Module that the optimizer does not have.
+    """
+
+    names: dict[Tensor, str] = field(default_factory=dict)
+    dense: dict[Tensor, str] = field(default_factory=dict)
+    layers: dict[Tensor, Layer] = field(default_factory=dict)
+    ends: tuple[Tensor, ...] = ()
+    coupled: list[list[Tensor]] = field(default_factory=list)
+    left_out: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
+
+    def with_group(self, names: Mapping[Tensor, str], params: Iterable[Any]) -> Known:
+        """The same, and what another parameter group says."""
+        return Known(self.names | dict(names), self.dense | frozen_of(params), self.layers, self.ends, self.coupled, self.left_out)
 
 
 class Given(NamedTuple):
     """What the first argument of `FastBiP` says."""
 
     groups: list[dict[str, Any]]
-    names: dict[Tensor, str]
-    excluded: set[Tensor]  # dense although their group is pruned
+    known: Known
     aliases: list[tuple[str, Tensor]]  # every name, of tied parameters too
 
 
@@ -36,23 +60,30 @@ def split_names(params: Any) -> tuple[list[Any], dict[Tensor, str]]:
     return [p for _, p in pairs], {p: name for name, p in pairs if name is not None}
 
 
+def _layer_of(module: nn.Module) -> Layer:
+    return Layer(bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1)))
+
+
 def _module_groups(model: nn.Module) -> Given:
     """Conv and Linear weights, and a second group of all other parameters; parameters that are frozen are in neither."""
-    layers = (layer for layer in model.modules() if isinstance(layer, (_ConvNd, nn.Linear)))
-    weights = {layer._parameters.get("weight") for layer in layers}  # None where a parametrization computes the weight
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    aliases: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
-    pruned = [p for p in names if p in weights]
-    dense = [p for p in names if p not in weights]
-    groups: list[dict[str, Any]] = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
-    computed = [
-        name for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)) and "weight" not in layer._parameters
-    ]
+    modules = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
+    weights = {layer.weight: layer for _, layer in modules if layer._parameters.get("weight") is not None}
+    learning: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    pruned = [p for p in learning if p in weights]
+    dense = [p for p in learning if p not in weights]
+    computed = [name for name, layer in modules if "weight" not in layer._parameters]  # by a parametrization
     if computed and not pruned:
         raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
     if computed:
         warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
-    return Given([group for group in groups if group["params"]], names, set(), aliases)
+    known = Known(names=learning, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if p.dim() >= 2})
+    known.ends = (pruned[0], pruned[-1]) if pruned else ()
+    known.coupled = [[p, layer.bias] for p, layer in weights.items() if p in learning and layer.bias is not None and layer.bias in learning]
+    known.left_out = [
+        (name, tuple(p.shape), "it is frozen") for name, p in model.named_parameters() if not p.requires_grad and p.dim() >= 2
+    ]
+    groups: list[dict[str, Any]] = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
+    return Given([group for group in groups if group["params"]], known, list(model.named_parameters(remove_duplicate=False)))
 
 
 def _list_groups(params: Any) -> Given:
@@ -71,22 +102,30 @@ def _list_groups(params: Any) -> Given:
         members, named = split_names(group["params"])
         names |= named
         groups.append({**group, "params": members})
-    return Given(groups, names, frozen_of(p for group in groups for p in group["params"]), [(name, p) for p, name in names.items()])
+    known = Known(names=names, dense=frozen_of(p for group in groups for p in group["params"]))
+    return Given(groups, known, [(name, p) for p, name in names.items()])
 
 
-def frozen_of(params: Iterable[Any]) -> set[Tensor]:
-    """Parameters that do not learn, so that nobody expects them to change."""
-    return {p for p in params if isinstance(p, Tensor) and p.is_leaf and not p.requires_grad}
+def frozen_of(params: Iterable[Any]) -> dict[Tensor, str]:
+    """Parameters that do not learn, so that nobody expects them to change, and that as a reason."""
+    return {p: "it is frozen" for p in params if isinstance(p, Tensor) and p.is_leaf and not p.requires_grad}
+
+
+def _named(what: str, pattern: str, prunable: Sequence[Tensor], aliases: list[tuple[str, Tensor]]) -> set[Tensor]:
+    """Weights that would be pruned and have a name, or are in a module of a name, that matches; ValueError if there are none."""
+    if not aliases:
+        raise ValueError(f"{what} has the name {pattern!r}, but the parameters came without names; pass the model or named_parameters()")
+    found = {p for name, p in aliases if fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")} & set(prunable)
+    if not found:
+        raise ValueError(f"{what} must match weights that would be pruned, got {pattern!r}, which matches none")
+    return found
 
 
 def _excluded_by(item: Any, prunable: list[Tensor], aliases: list[tuple[str, Tensor]]) -> set[Tensor]:
     """Parameters that one entry of ``exclude`` means; ValueError if there are none."""
     if isinstance(item, str):
-        if not aliases:
-            raise ValueError(f"exclude has the name {item!r}, but the parameters came without names; pass the model or named_parameters()")
-        found = {p for name, p in aliases if fnmatchcase(name, item) or fnmatchcase(name, item + ".*")} & set(prunable)
-        what = repr(item)
-    elif isinstance(item, nn.Module):
+        return _named("exclude", item, prunable, aliases)
+    if isinstance(item, nn.Module):
         own = set(item.parameters())
         found, what = {p for p in prunable if p in own}, type(item).__name__
     elif isinstance(item, Tensor):
@@ -98,78 +137,78 @@ def _excluded_by(item: Any, prunable: list[Tensor], aliases: list[tuple[str, Ten
     return found
 
 
-def param_groups_of(params: nn.Module | Iterable[Any], exclude: Any) -> Given:
-    """Parameter groups, names, and the parameters that stay dense although their group is pruned.
+def _overridden(given: Given, overrides: Mapping[str, Any], prunable: list[Tensor]) -> list[dict[str, Any]]:
+    """The groups, where weights that ``overrides`` names have groups of their own, behind the one that they were in."""
+    options: dict[Tensor, dict[str, Any]] = {}
+    for pattern, value in overrides.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"overrides must have names as keys, got {pattern!r}")
+        chosen = dict(value) if isinstance(value, Mapping) else {"sparsity": value}
+        if chosen.keys() & {"params", "prune"} or None in chosen.values():
+            raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
+        for p in _named("overrides", pattern, prunable, given.aliases):
+            options[p] = chosen
+    groups = []
+    for group in given.groups:
+        parts: list[tuple[dict[str, Any], list[Tensor]]] = [({}, [p for p in group["params"] if p not in options])]
+        for p in group["params"]:
+            if p in options:
+                same = next((members for own, members in parts if own == options[p]), None)
+                parts.append((options[p], [p])) if same is None else same.append(p)
+        for own, members in parts:
+            if members:
+                rest = {key: value for key, value in group.items() if own.keys().isdisjoint({"sparsity", "density"}) or key != "sparsity"}
+                groups.append({**rest, **own, "params": members})
+    return groups
+
+
+def _coupled(given: Given, coupled: Iterable[Iterable[str]]) -> list[list[Tensor]]:
+    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone."""
+    by_name = dict(given.aliases)
+    lists, seen = [], set()
+    for names in coupled:
+        if isinstance(names, str):
+            raise TypeError(f"coupled must hold lists of names, got the string {names!r}")
+        for name in names:
+            if name not in by_name:
+                raise ValueError(f"coupled must hold names of parameters, got {name!r}, which is none")
+            if by_name[name] in seen:
+                raise ValueError(f"coupled must name a parameter once, got {name!r} again")
+            seen.add(by_name[name])
+        lists.append([by_name[name] for name in names])
+    biases = {pair[0]: pair[1] for pair in given.known.coupled}
+    for members in lists:
+        members += [bias for p, bias in biases.items() if p in members and bias not in seen]
+    return lists + [pair for pair in given.known.coupled if pair[0] not in seen and pair[1] not in seen]
+
+
+def param_groups_of(
+    params: nn.Module | Iterable[Any], exclude: Any = (), overrides: Mapping[str, Any] | None = None, coupled: Iterable[Iterable[str]] = ()
+) -> Given:
+    """Parameter groups, and what is known about the parameters in them.
 
     Args:
         params: Module (its Conv and Linear weights are pruned), parameters, ``(name, parameter)`` pairs, or groups of either.
         exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
+        overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
+        coupled: lists of names of parameters whose filters are kept or dropped together.
 
     Raises:
         TypeError: not one of these.
-        ValueError: an entry of ``exclude`` matches nothing that would be pruned.
+        ValueError: a name matches nothing that would be pruned.
     """
     given = _module_groups(params) if isinstance(params, nn.Module) else _list_groups(params)
     prunable = [
         p
         for group in given.groups
         for p in group["params"]
-        if isinstance(p, Tensor) and not is_lazy(p) and is_pruned({"prune": True, **group}, p, set())
+        if isinstance(p, Tensor) and not is_lazy(p) and group.get("prune", True) and p.dim() >= 2 and p not in given.known.dense
     ]
     if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
         raise TypeError(f"exclude must be or hold names, modules and parameters, got {type(exclude).__name__}")
     for item in [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else exclude:
-        given.excluded.update(_excluded_by(item, prunable, given.aliases))
-    return given
-
-
-def _is_dense(p: Tensor) -> bool:
-    """True when the entries fill one stretch of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _check_param(p: Tensor, label: str, device: torch.device) -> None:
-    """Raise ValueError unless the kernels can work on ``p`` where it lies."""
-    if is_lazy(p):
-        raise ValueError(f"{label} has no shape yet; run the model once on an example before you make the optimizer")
-    if not is_ordinary(p):
-        raise ValueError(f"{label} must be an ordinary tensor, got {type(p).__name__}")
-    if p.layout != torch.strided or p.dtype not in DTYPES:
-        raise ValueError(f"{label} must be a dense tensor of float32, bfloat16 or float16, got {p.layout} of {p.dtype}")
-    if p.device != device:
-        raise ValueError(f"all parameters must be on one device, got {label} on {p.device} and others on {device}")
-    if p.is_inference():
-        raise ValueError(f"{label} was made in inference mode and cannot be trained; make the model outside of it")
-    if p.numel() and not _is_dense(p):
-        raise ValueError(f"{label} must fill its memory densely, got shape {tuple(p.shape)} with strides {p.stride()}; use .contiguous()")
-
-
-def is_pruned(group: Mapping[str, Any], p: Tensor, excluded: set[Tensor]) -> bool:
-    """The rule: a parameter of a group that is pruned, with two or more dimensions, and not excluded."""
-    return bool(group["prune"]) and p.dim() >= 2 and p not in excluded
-
-
-def members_of(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str], excluded: set[Tensor]) -> list[Member]:
-    """Every parameter of the groups once, checked; ValueError names one that the kernels cannot work on."""
-    params = [(row, group, p) for row, group in enumerate(param_groups) for p in group["params"]]
-    members: dict[Tensor, Member] = {}
-    for number, (row, group, p) in enumerate(params):
-        label = names.get(p) or f"parameter {number} of shape {'?' if is_lazy(p) else tuple(p.shape)}"
-        _check_param(p, label, params[0][2].device)
-        members.setdefault(p, Member(p, label, is_pruned(group, p, excluded), row))
-    _check_apart(list(members.values()))
-    return list(members.values())
-
-
-def _check_apart(members: list[Member]) -> None:
-    """ValueError when two parameters share memory: each would be pruned as if the other did not exist."""
-    placed = sorted((m.param.data_ptr(), m.param.data_ptr() + m.param.numel() * m.param.element_size(), m.label) for m in members)
-    placed = [place for place in placed if place[0] < place[1] and place[0]]
-    for (_, end, first), (begin, _, second) in pairwise(placed):
-        if begin < end:
-            raise ValueError(f"{first} and {second} share memory; tie them as one parameter (`a.weight = b.weight`)")
+        given.known.dense |= dict.fromkeys(_excluded_by(item, prunable, given.aliases), "it is excluded")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a dict of names, got {type(overrides).__name__}")
+    given.known.coupled = _coupled(given, coupled)
+    return given._replace(groups=_overridden(given, overrides or {}, prunable))

@@ -9,12 +9,31 @@ Symbols: ``theta`` dense weights, ``s`` scores in [0, 1], ``m`` boolean mask, ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Hyper", "State", "kept", "start", "topk_mask", "lower", "upper", "joint", "masked"]
+__all__ = [
+    "Blocks",
+    "Hyper",
+    "State",
+    "expand",
+    "joint",
+    "kept",
+    "lower",
+    "masked",
+    "nm_mask",
+    "start",
+    "topk_mask",
+    "topk_of_sets",
+    "unit_gradient",
+    "unit_means",
+    "unit_sums",
+    "upper",
+    "upper_units",
+]
 
 
 class Hyper(NamedTuple):
@@ -39,6 +58,30 @@ class State(NamedTuple):
     m: Tensor
 
 
+class Blocks(NamedTuple):
+    """Units of a tensor: its entries in memory order are a matrix ``rows x cols``, and a unit is a block of it.
+
+    Units are numbered row by row; those at the far edges may be smaller.
+    """
+
+    rows: int
+    cols: int
+    block_rows: int
+    block_cols: int
+
+    @property
+    def down(self) -> int:
+        return -(-self.rows // self.block_rows) if self.rows else 0
+
+    @property
+    def across(self) -> int:
+        return -(-self.cols // self.block_cols) if self.cols else 0
+
+    @property
+    def units(self) -> int:
+        return self.down * self.across
+
+
 def kept(n: int, sparsity: float) -> int:
     """Number of weights kept out of ``n`` at a ``sparsity`` in [0, 1)."""
     return n - round(sparsity * n)
@@ -49,11 +92,8 @@ def masked(m: Tensor, x: Tensor) -> Tensor:
     return torch.where(m, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def topk_mask(scores: Tensor, k: int) -> Tensor:
-    """Mask of exactly ``k`` ones: larger score first, equal scores by ``(i * 2654435761) mod 2**32``, lowest first.
-
-    ``i`` is the position in ``scores.flatten()``. NaN is smaller than every number, and -0 equals +0.
-    """
+def _best_first(scores: Tensor) -> Tensor:
+    """Positions in ``scores.flatten()``, the largest first: equal scores by ``(i * 2654435761) mod 2**32``, lowest first."""
     flat = scores.flatten().double()  # every float32 is a double; the order is the same
     flat = torch.where(flat.isnan(), torch.full_like(flat, -torch.inf), flat)
     lowest = scores.flatten().isnan().long()  # -inf still beats NaN
@@ -62,10 +102,101 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     # Sort by the least significant criterion first; every later sort is stable and keeps it among equals.
     order = tie.argsort(stable=True)
     order = order[lowest[order].argsort(stable=True)]
-    order = order[flat[order].argsort(stable=True, descending=True)]
-    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    mask[order[:k]] = True
+    return order[flat[order].argsort(stable=True, descending=True)]
+
+
+def topk_mask(scores: Tensor, k: int) -> Tensor:
+    """Mask of exactly ``k`` ones: larger score first, equal scores by ``(i * 2654435761) mod 2**32``, lowest first.
+
+    ``i`` is the position in ``scores.flatten()``. NaN is smaller than every number, and -0 equals +0.
+    """
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[_best_first(scores)[:k]] = True
     return mask.view(scores.shape)
+
+
+def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    """Mask that keeps, of every ``m`` entries of ``scores.flatten()`` that follow each other, the ``n`` largest in the order of `topk_mask`."""
+    rank = _best_first(scores).argsort()  # among all, which is an order inside of each group too
+    return (rank.view(-1, m).argsort(1).argsort(1) < n).view(scores.shape)
+
+
+def topk_of_sets(scores: Sequence[Tensor], k: int, least: Sequence[int]) -> list[Tensor]:
+    """Masks of ``k`` ones over several flat tensors together, of which each keeps its ``least`` largest in any case."""
+    flat = torch.cat(list(scores))
+    number = torch.cat([torch.full_like(x, i, dtype=torch.long) for i, x in enumerate(scores)])
+    order = _best_first(flat)
+    needed = torch.cat([order[number[order] == i][:count] for i, count in enumerate(least)])
+    return list(topk_mask(flat.index_fill(0, needed, 2.0), k).split([x.numel() for x in scores]))
+
+
+# --- units: weights that share one score ---------------------------------------------------------------------------------------------
+
+
+def expand(values: Tensor, blocks: Blocks) -> Tensor:
+    """What each of the ``rows * cols`` entries has, in memory order, of ``values`` of the units."""
+    by_row = values.view(blocks.down, blocks.across).repeat_interleave(blocks.block_rows, 0)[: blocks.rows]
+    return by_row.repeat_interleave(blocks.block_cols, 1)[:, : blocks.cols].flatten()
+
+
+def _padded(x: Tensor, dim: int, length: int) -> Tensor:
+    zeros = torch.zeros([length - x.shape[d] if d == dim else size for d, size in enumerate(x.shape)], dtype=x.dtype, device=x.device)
+    return torch.cat([x, zeros], dim)
+
+
+def unit_sums(x: Tensor, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
+    """Sums over the members of every unit, ``[units]``, of a value for every entry in memory order; ``onto``: of tensors before it.
+
+    The order decides the bits: columns of at most 64 rows; these by the number of the column mod 32, the 32 partial sums in pairs of
+    neighbours; then such strips in order. Zeros that stand for what is not there change nothing.
+    """
+    rows, cols, block_rows, block_cols = blocks
+    matrix = _padded(_padded(x.view(rows, cols), 0, blocks.down * block_rows), 1, blocks.across * block_cols)
+    terms = matrix.view(blocks.down, block_rows, blocks.across, block_cols)
+    total = torch.zeros(blocks.units, dtype=x.dtype, device=x.device) if onto is None else onto
+    for begin in range(0, block_rows, 64):
+        columns = torch.zeros_like(terms[:, 0])
+        for row in range(begin, min(begin + 64, block_rows)):
+            columns = columns + terms[:, row]
+        width = min(32, 1 << (block_cols - 1).bit_length())
+        columns = _padded(columns, 2, -(-block_cols // width) * width)
+        lanes = torch.zeros_like(columns[:, :, :width])
+        for i in range(0, columns.shape[2], width):
+            lanes = lanes + columns[:, :, i : i + width]
+        while lanes.shape[2] > 1:
+            lanes = lanes[:, :, 0::2] + lanes[:, :, 1::2]
+        total = total + lanes.flatten()
+    return total
+
+
+def unit_means(magnitudes: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
+    """The start scores of units, ``min(mean |theta|, 1)``: of the magnitudes of every tensor that the units are made of."""
+    total: Tensor | None = None
+    count: Tensor | None = None
+    for x, blocks in zip(magnitudes, parts, strict=True):
+        total = unit_sums(x, blocks, total)
+        count = unit_sums(torch.ones_like(x), blocks, count)
+    assert total is not None
+    assert count is not None
+    return (total / count).clamp(max=1)
+
+
+def unit_gradient(theta: Tensor, m: Tensor, g: Tensor, gamma: float, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
+    """``h`` of units, ``sum of (theta_j - m*g_j/gamma) * g_j``: what one tensor adds. NaN where a gradient is not finite."""
+    terms = (theta - masked(m, g) * (1 / gamma)) * g
+    return unit_sums(torch.where(g.isfinite(), terms, torch.full_like(terms, torch.nan)), blocks, onto)
+
+
+def upper_units(s: Tensor, u: Tensor, gradient: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
+    """A4, A5 for the scores ``s`` of units. Those whose gradient is NaN stay."""
+    known = ~gradient.isnan()
+    if h.mask_momentum > 0:
+        moved = h.mask_momentum * u + gradient
+        u = torch.where(known, moved, u)
+        gradient = moved
+    x = s - h.mask_lr * gradient
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return torch.where(known, torch.where(x > 0, torch.where(x < 1, x, one), zero), s), u
 
 
 def start(theta: Tensor, k: int) -> State:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Report", "Row", "Selection", "layer_table", "report", "weights"]
+__all__ = ["Decision", "Report", "Row", "Selection", "layer_table", "report", "weights"]
 
 HEADER = ("layer", "shape", "kept", "of", "sparsity")
 
@@ -35,6 +35,18 @@ class Row(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "kept": self.kept, "total": self.total, "sparsity": self.sparsity}
+
+
+class Decision(NamedTuple):
+    """What became of a parameter of two or more dimensions: its ``pattern``, or None and the ``reason`` why it stays dense."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str | None
+    reason: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "shape": list(self.shape)}
 
 
 class Selection(NamedTuple):
@@ -72,11 +84,13 @@ class Selection(NamedTuple):
 class Report:
     """Rows in the order of the model. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON.
 
-    ``selections`` has a row for every group of weights that compete, if the report is of an optimizer.
+    If the report is of an optimizer, ``selections`` has a row for every group of weights that compete, and ``decisions`` one for every
+    parameter that might have been pruned.
     """
 
     rows: tuple[Row, ...]
     selections: tuple[Selection, ...] = ()
+    decisions: tuple[Decision, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -99,7 +113,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         table = {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
-        return table | ({"selections": [row.as_dict() for row in self.selections]} if self.selections else {})
+        selections = {"selections": [row.as_dict() for row in self.selections]} if self.selections else {}
+        decisions = {"decisions": [row.as_dict() for row in self.decisions]} if self.decisions else {}
+        return table | selections | decisions
 
     def __str__(self) -> str:
         cells = [_cells(row.name, "x".join(map(str, row.shape)), row) for row in self.rows]
@@ -107,7 +123,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         lines = [_line(line, widths) for line in (HEADER, *cells)]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines()])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines(), *self._decision_lines()])
 
     def _selection_lines(self) -> list[str]:
         if not any(row.steps for row in self.selections):
@@ -118,6 +134,15 @@ class Report:
         groups = f" in {len(self.selections)} groups" if len(self.selections) > 1 else ""
         text = f"selections{groups}: {steps:,}, in one pass {steps - first - missed - crowded:,}; fell back: {first:,} without a window, "
         return [text + f"{missed:,} missed it, {crowded:,} had too many inside; mask entries changed: {flips:,}"]
+
+    def _decision_lines(self) -> list[str]:
+        patterns = sorted({row.pattern for row in self.decisions if row.pattern})
+        lines = [f"pattern: {', '.join(patterns)}"] if patterns not in ([], ["unstructured"]) else []
+        reasons: dict[str, list[str]] = {}
+        for row in self.decisions:
+            if row.pattern is None:
+                reasons.setdefault(row.reason or "", []).append(row.name)
+        return lines + [f"dense: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
 
 
 def _cells(name: str, shape: str, row: Row) -> tuple[str, ...]:
@@ -137,9 +162,11 @@ def _nonzero(x: Tensor) -> int:
     return int(torch.count_nonzero(x.float() if x.element_size() == 1 else x))  # torch cannot count in 8-bit floats
 
 
-def layer_table(tensors: Iterable[tuple[str, Tensor]], selections: tuple[Selection, ...] = ()) -> Report:
+def layer_table(
+    tensors: Iterable[tuple[str, Tensor]], selections: tuple[Selection, ...] = (), decisions: tuple[Decision, ...] = ()
+) -> Report:
     """Report of named weights of any shape, on any device."""
-    return Report(tuple(Row(name, tuple(x.shape), _nonzero(x), x.numel()) for name, x in tensors), selections)
+    return Report(tuple(Row(name, tuple(x.shape), _nonzero(x), x.numel()) for name, x in tensors), selections, decisions)
 
 
 def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bip.h"
+#include "unit_rule.h"
 
 #ifndef BIP_MODULE
 #define BIP_MODULE _C
@@ -46,13 +47,15 @@ py::dtype table_dtype(std::initializer_list<Field> fields, size_t size) {
 template <class RunStep, class RunTopk>
 void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int64_t (*step_bytes)(int64_t, int64_t, int64_t),
                     int64_t (*topk_bytes)(int64_t)) {
-  backend.def("step_workspace_bytes", step_bytes, py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_tiles"));
+  backend.def("step_workspace_bytes", step_bytes, py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_scored_tiles"));
   backend.def("topk_workspace_bytes", topk_bytes, py::arg("n"));
   backend.def(
       "step",
       [run_step](int phase, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
-                 int64_t num_groups, uintptr_t hypers, const py::array& gradients, uintptr_t grad_scale, uintptr_t found_inf,
-                 uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace, uintptr_t where) {
+                 int64_t num_groups, uintptr_t unit_sets, int64_t num_unit_sets, uintptr_t parts, int64_t num_parts, int64_t num_items,
+                 int64_t num_scored_tiles, int64_t unit_tile_begin, int64_t unit_tile_end, uintptr_t hypers, const py::array& gradients,
+                 uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace,
+                 uintptr_t where) {
         if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
           throw py::value_error("gradients must have one row per tensor");
         const bip::Step step{static_cast<bip::Phase>(phase),
@@ -60,8 +63,16 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
                              num_tensors,
                              at<int32_t>(tile_tensor),
                              num_tiles,
+                             num_scored_tiles,
                              at<bip::Group>(groups),
                              num_groups,
+                             at<bip::UnitSet>(unit_sets),
+                             num_unit_sets,
+                             unit_tile_begin,
+                             unit_tile_end,
+                             at<bip::Part>(parts),
+                             num_parts,
+                             num_items,
                              at<bip::Hyper>(hypers),
                              static_cast<const bip::Gradient*>(gradients.data()),
                              at<float>(grad_scale),
@@ -73,8 +84,10 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
         run_step(step, where);
       },
       py::kw_only(), py::arg("phase"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"), py::arg("num_tiles"),
-      py::arg("groups"), py::arg("num_groups"), py::arg("hypers"), py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"),
-      py::arg("num_nonfinite"), py::arg("counters"), py::arg("workspace"), py::arg("where"));
+      py::arg("groups"), py::arg("num_groups"), py::arg("unit_sets"), py::arg("num_unit_sets"), py::arg("parts"), py::arg("num_parts"),
+      py::arg("num_items"), py::arg("num_scored_tiles"), py::arg("unit_tile_begin"), py::arg("unit_tile_end"), py::arg("hypers"),
+      py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_nonfinite"), py::arg("counters"),
+      py::arg("workspace"), py::arg("where"));
   backend.def(
       "topk",
       [run_topk](uintptr_t scores, int64_t n, int64_t k, uintptr_t mask, uintptr_t workspace, uintptr_t where) {
@@ -90,12 +103,12 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
 PYBIND11_MODULE(BIP_MODULE, m) {
   m.doc() = "Kernels of bip_fast. Private: bip_fast.ops checks what reaches them.";
 
-  m.attr("tensor_dtype") =
-      table_dtype({BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"),
-                   BIP_FIELD(Tensor, scores, "u8"), BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"),
-                   BIP_FIELD(Tensor, numel, "i8"), BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"),
-                   BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"), BIP_FIELD(Tensor, dtype, "i4")},
-                  sizeof(bip::Tensor));
+  m.attr("tensor_dtype") = table_dtype(
+      {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, scores, "u8"),
+       BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"), BIP_FIELD(Tensor, numel, "i8"),
+       BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"), BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"),
+       BIP_FIELD(Tensor, dtype, "i4"), BIP_FIELD(Tensor, keep, "i4"), BIP_FIELD(Tensor, of, "i4")},
+      sizeof(bip::Tensor));
   m.attr("gradient_dtype") = table_dtype({BIP_FIELD(Gradient, data, "u8"), BIP_FIELD(Gradient, dtype, "i4")}, sizeof(bip::Gradient));
   m.attr("hyper_dtype") = table_dtype(
       {BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"), BIP_FIELD(Hyper, momentum, "f4"),
@@ -104,6 +117,22 @@ PYBIND11_MODULE(BIP_MODULE, m) {
   m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, first, "i8"),
                                        BIP_FIELD(Group, tile_begin, "i8"), BIP_FIELD(Group, tile_end, "i8")},
                                       sizeof(bip::Group));
+  m.attr("unit_set_dtype") =
+      table_dtype({BIP_FIELD(UnitSet, scores, "u8"), BIP_FIELD(UnitSet, score_momentum, "u8"), BIP_FIELD(UnitSet, before, "u8"),
+                   BIP_FIELD(UnitSet, best, "u8"), BIP_FIELD(UnitSet, seen, "u8"), BIP_FIELD(UnitSet, strips, "i8"),
+                   BIP_FIELD(UnitSet, sums, "u8"), BIP_FIELD(UnitSet, tensor, "i4"), BIP_FIELD(UnitSet, hyper, "i4"),
+                   BIP_FIELD(UnitSet, part_begin, "i4"), BIP_FIELD(UnitSet, part_end, "i4"), BIP_FIELD(UnitSet, min_kept, "i4")},
+                  sizeof(bip::UnitSet));
+  m.attr("part_dtype") = table_dtype(
+      {BIP_FIELD(Part, rows, "i8"), BIP_FIELD(Part, cols, "i8"), BIP_FIELD(Part, block_rows, "i8"), BIP_FIELD(Part, block_cols, "i8"),
+       BIP_FIELD(Part, first_item, "i8"), BIP_FIELD(Part, sums, "u8"), BIP_FIELD(Part, tensor, "i4"), BIP_FIELD(Part, set, "i4")},
+      sizeof(bip::Part));
+  m.def(
+      "num_items",
+      [](int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols) {
+        return bip::num_items({rows, cols, block_rows, block_cols, 0, nullptr, 0, 0});
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("block_rows"), py::arg("block_cols"));
   m.attr("counters_dtype") =
       table_dtype({BIP_FIELD(Counters, steps, "i8"), BIP_FIELD(Counters, first, "i8"), BIP_FIELD(Counters, missed, "i8"),
                    BIP_FIELD(Counters, crowded, "i8"), BIP_FIELD(Counters, candidates, "i8"), BIP_FIELD(Counters, flips, "i8"),
@@ -111,6 +140,7 @@ PYBIND11_MODULE(BIP_MODULE, m) {
                   sizeof(bip::Counters));
   m.attr("TILE") = bip::kTile;
   m.attr("ALIGN") = bip::kAlign;
+  m.attr("STRIP") = bip::kStrip;
 
   m.def("build_info", [] {
     py::dict info;

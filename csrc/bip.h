@@ -37,6 +37,9 @@ struct Tensor {
   int32_t hyper;       // row of `hypers`
   DType dtype;         // of `param`
   int32_t reserved;
+  // N:M. Of every `of` consecutive entries (2, 4, 8, 16 or 32; `numel` is a multiple) the `keep` largest have m = 1; `group` is -1, and entry i
+  // has index i in the tie order. 0: another pattern.
+  int32_t keep, of;
 };
 
 // This step's gradient of one tensor, where autograd left it: [numel] of `dtype` in the parameter's memory order.
@@ -66,6 +69,35 @@ struct Group {
   int64_t tile_begin, tile_end;  // all its tiles are in [tile_begin, tile_end)
 };
 
+// Weights that are kept or dropped together are a unit: one score, one mask bit, one place in the selection. The units of a set stand in the
+// tensor table in a row of their own, `numel` of them, without param, theta, momentum and gradient; its scores are those that the
+// selection sees, its mask is theirs. The weights stand there as a tensor of group -1 without scores; m of each entry is that of its unit.
+struct UnitSet {
+  float* scores;          // s, [numel]
+  float* score_momentum;  // u, [numel]; null when no mask momentum is used
+  uint32_t* before;       // [ceil(numel/32)] scratch: the mask before the step
+  uint64_t* best;         // [ceil(numel/kTile)] scratch
+  uint32_t* seen;         // one value, 0 between steps
+  int64_t strips;         // of all its parts together
+  float* sums;            // [strips][numel] scratch, zeroed once
+  int32_t tensor;         // row of `tensors`; sets have consecutive rows
+  int32_t hyper;          // row of `hypers`
+  int32_t part_begin, part_end;
+  int32_t min_kept;  // so many of its units are kept, whatever the scores of other sets; no more of them than `numel`
+  int32_t reserved;
+};
+
+// A tensor whose weights belong to the units of a set. Its entries in memory order are a matrix, `rows` x `cols`, and the units blocks of
+// it, numbered row by row; those at the far edges may be smaller.
+struct Part {
+  int64_t rows, cols;
+  int64_t block_rows, block_cols;
+  int64_t first_item;  // work is handed out in items (unit_rule.h), numbered over all parts
+  float* sums;         // [strips][numel of the set] of this part; null: its weights follow the units and add nothing to their scores
+  int32_t tensor;      // row of `tensors`
+  int32_t set;         // row of `unit_sets`
+};
+
 // How the selection of one group went, summed over its upper and joint steps. For whoever wants to look: nothing is decided by it.
 struct Counters {
   int64_t steps;
@@ -84,8 +116,15 @@ struct Step {
   int64_t num_tensors;
   const int32_t* tile_tensor;  // [num_tiles] the tensor a tile belongs to, ascending
   int64_t num_tiles;
-  const Group* groups;  // [num_groups]
+  int64_t num_scored_tiles;  // tensors with scores come first and have these tiles
+  const Group* groups;       // [num_groups]
   int64_t num_groups;
+  const UnitSet* unit_sets;  // [num_unit_sets]
+  int64_t num_unit_sets;
+  int64_t unit_tile_begin, unit_tile_end;  // the tiles of all units
+  const Part* parts;                       // [num_parts], those of a set together
+  int64_t num_parts;
+  int64_t num_items;          // of all parts
   const Hyper* hypers;        // one row per parameter group
   const Gradient* gradients;  // [num_tensors], always host memory, read before the call returns
   const float* grad_scale;    // one value: gradients are multiplied by 1 / *grad_scale, in fp32; null: 1
@@ -109,7 +148,7 @@ struct Topk {
 // The resulting mask is a function of s alone: no grid size, thread count, code path or history of the workspace changes it.
 
 namespace cpu {
-int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_tiles);
+int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles);
 int64_t topk_workspace_bytes(int64_t n);
 void step(const Step& args, int threads);
 void topk(const Topk& args, int threads);
@@ -117,7 +156,7 @@ const char* simd();  // the instruction set chosen at run time
 }  // namespace cpu
 
 namespace cuda {
-int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_tiles);
+int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles);
 int64_t topk_workspace_bytes(int64_t n);
 // Enqueue on `stream` (a cudaStream_t) of the current device; never synchronise, never allocate, capturable in a graph.
 void step(const Step& args, void* stream);

@@ -12,7 +12,7 @@ from lockstep import MOVING, Lockstep, after_steps, run_of
 from torch import nn
 
 from bip_fast import FastBiP, topk_mask
-from bip_fast.patterns import Budget, selection_groups
+from bip_fast.budgets import Budget, selection_groups
 
 # --- memory --------------------------------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def test_every_name_of_a_tied_weight_excludes_it(backend):
 
 
 def test_the_largest_group():
-    budget = Budget((2**16, 2**15), 0.5, "global")
+    budget = Budget((2**16, 2**15), 2**31, 0.5, "global")
     with pytest.raises(ValueError, match=r"2\*\*32"):
         selection_groups([budget] * 2)
     assert len(selection_groups([budget._replace(scope="layer")] * 2)) == 2

@@ -6,7 +6,7 @@ from lockstep import Lockstep, run_of
 from torch import nn
 
 from bip_fast import FastBiP, reference
-from bip_fast.patterns import erk_kept
+from bip_fast.budgets import erk_kept
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs the package hypothesis: pip install 'bip-fast[test]'")
 st = hypothesis.strategies

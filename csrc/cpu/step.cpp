@@ -12,10 +12,12 @@
 #include <vector>
 
 #include "bip.h"
+#include "cpu/nm.h"
 #include "cpu/parallel.h"
 #include "cpu/select.h"
 #include "cpu/selection.h"
 #include "cpu/simd.h"
+#include "cpu/units.h"
 #include "cpu/update.h"
 
 namespace bip::cpu {
@@ -34,28 +36,19 @@ template <bool kLower, bool kUpper>
 BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient& gradient) {
   alignas(64) float buffer[kTile];
   const Tensor& t = *tile.tensor;
-  const bool pruned = t.group >= 0;
-  if (!gradient.data || (!kLower && !pruned)) return 0;
+  const bool scored = t.scores != nullptr;
+  if (!gradient.data || (!kLower && !scored)) return 0;
   const Hyper hyper = context.step.hypers[t.hyper];
   const float* g = gradients_of(gradient, tile, buffer);
   int nonfinite = 0;
-  if (kUpper && pruned && moves_score_momentum(t, hyper))
+  if (kUpper && scored && moves_score_momentum(t, hyper))
     nonfinite = update_entries<kLower, kUpper, kUpper>(tile, context.scale, hyper, g);
-  else if (kUpper && pruned)
+  else if (kUpper && scored)
     nonfinite = update_entries<kLower, kUpper, false>(tile, context.scale, hyper, g);
   else
     nonfinite = update_entries<true, false, false>(tile, context.scale, hyper, g);
   if (kLower) write_masked(tile);
   return nonfinite;
-}
-
-// Writes the mask word and z where `flips` says, to the values of `word`.
-BIP_HD void flip(const Tensor& t, int64_t first, uint32_t word, uint32_t flips) {
-  t.mask[first / kBlock] = word;
-  for (; flips; flips &= flips - 1) {
-    const int bit = lowest_bit(flips);
-    write_entry(t, first + bit, (word >> bit) & 1u);
-  }
 }
 
 BIP_HD Verdict judge_block(const Tile& tile, int i, const Window& window) {
@@ -100,6 +93,7 @@ BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
     const Tile tile = tile_of(context.step, index);
     nonfinite += update_tile<kLower, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]]);
     if (kUpper && tile.tensor->group >= 0) judge_tile(context.selections[tile.tensor->group], tile, index);
+    if (kUpper && tile.tensor->of) keep_tile(tile);
   }
   if (nonfinite) context.nonfinite.fetch_add(nonfinite);
 }
@@ -181,7 +175,7 @@ void sample(Context& context, bool moved, int64_t begin, int64_t end) {
 // Guesses the windows of the groups that go by a sample.
 void guess_windows(Context& context, bool moved, int threads) {
   const Step& step = context.step;
-  parallel_for(threads, step.num_tiles, 16 * kGrain, [&](int64_t begin, int64_t end) { sample(context, moved, begin, end); });
+  parallel_for(threads, step.num_scored_tiles, 16 * kGrain, [&](int64_t begin, int64_t end) { sample(context, moved, begin, end); });
   parallel_for(threads, step.num_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       Selection& selection = context.selections[group];
@@ -233,7 +227,7 @@ bool check_windows(Context& context, bool first) {
 void judge_again(Context& context, int threads) {
   for (int64_t group = 0; group < context.step.num_groups; ++group)
     if (!context.selections[group].listed) context.selections[group].found = context.selections[group].above = 0;
-  parallel_for(threads, context.step.num_tiles, kGrain, [&](int64_t first, int64_t last) { judge_again(context, first, last); });
+  parallel_for(threads, context.step.num_scored_tiles, kGrain, [&](int64_t first, int64_t last) { judge_again(context, first, last); });
 }
 
 // Narrows the windows of the groups whose guess was wrong until there is room for what they hold, and judges these groups again.
@@ -241,7 +235,7 @@ void fall_back(Context& context, int threads) {
   const Step& step = context.step;
   Selection* const end = context.selections + step.num_groups;
   while (std::any_of(context.selections, end, [](const Selection& selection) { return selection.crowded(); })) {
-    parallel_for(threads, step.num_tiles, 8 * kGrain, [&](int64_t first, int64_t last) { count_inside(context, first, last); });
+    parallel_for(threads, step.num_scored_tiles, 8 * kGrain, [&](int64_t first, int64_t last) { count_inside(context, first, last); });
     for (Selection* selection = context.selections; selection != end; ++selection) {
       if (!selection->crowded()) continue;
       narrow(selection->window, selection->counts);
@@ -316,21 +310,31 @@ void project(Context& context, int threads) {
 
 }  // namespace
 
-int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_tiles) { return selection_bytes(num_groups, num_tiles); }
+int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_scored_tiles) {
+  return selection_bytes(num_groups, num_scored_tiles);
+}
 
 void step(const Step& args, int threads) {
   if (args.found_inf && *args.found_inf != 0.0f) return;
   std::vector<Selection> selections = lay_out_selections(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data()};
-  if (args.phase != Phase::lower) open_windows(context, threads);
-  parallel_for(threads, args.num_tiles, kGrain, [&](int64_t begin, int64_t end) {
+  if (args.phase != Phase::lower) {
+    const int64_t nonfinite = sum_units(args, context.scale, threads);
+    if (args.phase == Phase::upper) context.nonfinite += nonfinite;  // in a joint step they are met, and counted, again
+    score_units(args, threads);
+    open_windows(context, threads);
+  }
+  parallel_for(threads, args.phase == Phase::upper ? args.num_scored_tiles : args.num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     switch (args.phase) {
       case Phase::lower: return update_lower(context, begin, end);
       case Phase::upper: return update_upper(context, begin, end);
       case Phase::joint: return update_joint(context, begin, end);
     }
   });
-  if (args.phase != Phase::lower) project(context, threads);
+  if (args.phase != Phase::lower) {
+    project(context, threads);
+    spread_units(args, threads);
+  }
   if (args.num_nonfinite) *args.num_nonfinite += context.nonfinite.load();
 }
 

@@ -131,12 +131,22 @@ BIP_HD void write_masked(const Tile& tile) {
   if (tile.tensor->dtype == DType::f16) write_masked_as<float16>(tile);
 }
 
-// One entry of z, where the mask flips.
+// One entry of z, where the mask flips. Units have none.
 inline void write_entry(const Tensor& tensor, int64_t i, bool kept) {
+  if (!tensor.param) return;
   const float value = kept ? tensor.theta[i] : 0.0f;
   if (tensor.dtype == DType::f32) static_cast<float*>(tensor.param)[i] = value;
   if (tensor.dtype == DType::bf16) from_float(value, static_cast<bfloat16*>(tensor.param)[i]);
   if (tensor.dtype == DType::f16) from_float(value, static_cast<float16*>(tensor.param)[i]);
+}
+
+// Writes the mask word and z where `flips` says, to the values of `word`.
+BIP_HD void flip(const Tensor& t, int64_t first, uint32_t word, uint32_t flips) {
+  t.mask[first / kBlock] = word;
+  for (; flips; flips &= flips - 1) {
+    const int bit = lowest_bit(flips);
+    write_entry(t, first + bit, (word >> bit) & 1u);
+  }
 }
 
 }  // namespace bip::cpu
