@@ -100,8 +100,8 @@ class Arena:
         return self.mask[slot.start // 32 :][: -(-slot.numel // 32)]
 
     def state_of(self, slot: Slot) -> dict[str, Tensor]:
-        """The slot's state as views, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, and units have
-        a score each."""
+        """The slot's state as views, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, and units
+        have a score each."""
         state = {"momentum": self._view(self.momentum, slot)}
         if slot.has_theta:
             state["theta"] = self._view(self.theta, slot)
@@ -144,8 +144,8 @@ class Arena:
             self.score_momentum = torch.zeros_like(self.scores)
 
     def start(self, slot: Slot) -> None:
-        """Start of BiP: theta is the parameter, momenta are 0, s = min(abs(theta), 1), for units as `start_units` says. The mask follows from
-        the first projection."""
+        """Start of BiP: theta is the parameter, momenta are 0, s = min(abs(theta), 1), for units as `start_units` says. The mask follows
+        from the first projection."""
         theta = in_memory_order(slot.member.param).float()
         if slot.has_theta:
             self.theta[slot.start :][: slot.numel] = theta

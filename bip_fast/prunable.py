@@ -178,7 +178,7 @@ def _coupled(given: Given, coupled: Iterable[Iterable[str]]) -> list[list[Tensor
         lists.append([by_name[name] for name in names])
     biases = {pair[0]: pair[1] for pair in given.known.coupled}
     for members in lists:
-        members += [bias for p, bias in biases.items() if p in members and bias not in seen]
+        members += [biases[p] for p in members if p in biases and biases[p] not in seen]
     return lists + [pair for pair in given.known.coupled if pair[0] not in seen and pair[1] not in seen]
 
 

@@ -116,7 +116,7 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Mask that keeps, of every ``m`` entries of ``scores.flatten()`` that follow each other, the ``n`` largest in the order of `topk_mask`."""
+    """Mask that keeps, of every ``m`` neighbours in ``scores.flatten()``, the ``n`` largest in the order of `topk_mask`."""
     rank = _best_first(scores).argsort()  # among all, which is an order inside of each group too
     return (rank.view(-1, m).argsort(1).argsort(1) < n).view(scores.shape)
 

@@ -136,7 +136,7 @@ class Units:
 
 
 class UnitTables(NamedTuple):
-    """Rows of ``unit_set_dtype`` and ``part_dtype``, the number of items of all parts, the row of the first set in the table of tensors, and
+    """Rows of ``unit_set_dtype`` and ``part_dtype``, the number of items of all parts, the row of the first set in the tensor table, and
     memory for one step's sums, counters, and scores as the selection sees them: zero before the first step."""
 
     sets: np.ndarray

@@ -10,7 +10,7 @@ from lockstep import Lockstep
 from sim.network import Network
 
 from bip_fast import _C, FastBiP
-from bip_fast.arena import unpack_mask
+from bip_fast.units import unpack_mask
 
 F32, BF16 = 0, 1
 LOWER, UPPER, JOINT = 0, 1, 2
@@ -212,7 +212,8 @@ def test_one_group_of_a_billion():
     for step in (1, 2):
         _C.cpu.step(
             phase=UPPER, tensors=tensors.ctypes.data, num_tensors=1, tile_tensor=tiles.ctypes.data, num_tiles=len(tiles),
-            groups=groups.ctypes.data, num_groups=1, hypers=hypers.ctypes.data, gradients=gradients, grad_scale=0, found_inf=0,
+            num_scored_tiles=len(tiles), groups=groups.ctypes.data, num_groups=1, unit_sets=0, num_unit_sets=0, unit_tile_begin=0,
+            unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=hypers.ctypes.data, gradients=gradients, grad_scale=0, found_inf=0,
             num_nonfinite=nonfinite.ctypes.data, counters=counters.ctypes.data, workspace=workspace.data_ptr(), where=2,
         )  # fmt: skip
         kept, lowest, highest = 0, 2.0, -1.0

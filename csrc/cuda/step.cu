@@ -15,6 +15,7 @@
 // warp only until its group is complete, and then by the block that completed it or by the finish.
 #include "conclude.cuh"
 #include "launch.cuh"
+#include "units.cuh"
 #include "update.cuh"
 
 namespace bip::cuda {
@@ -54,31 +55,23 @@ __device__ __forceinline__ void update_number(const Args& args, const GradientTa
                                               Sums& sums) {
   const Step& step = args.step;
   const int which = step.tile_tensor[number];
-  const bool is_inline = which < kInlineGradients;
-  const Gradient* further = is_inline ? nullptr : args.workspace.gradients + (which - kInlineGradients);
-  const void* data = is_inline ? table.data[which] : further->data;
-  const DType dtype = is_inline ? static_cast<DType>(table.dtype[which]) : further->dtype;
+  const Gradient gradient = gradient_of(args, table, which);
   const Tile tile(step, number);
   if constexpr (kPhase != Phase::lower) {
-    if (tile.tensor.group >= 0)
-      note_entries(room, tile.entries);
-    else if (kPhase == Phase::upper)
-      return;
+    if (tile.tensor.group >= 0) note_entries(room, tile.entries);
+    if (kPhase == Phase::upper && !tile.tensor.scores) return;
   }
-  if (data) {
-    const Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, data, dtype};
+  if (gradient.data) {
+    const Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, gradient.data, gradient.dtype};
     update_tile<kPhase>(job, room, sums);
   } else {
-    if constexpr (kPhase != Phase::lower)
-      if (tile.tensor.group >= 0 && room.group.capacity != 0) judge_tile(room, sums.above, tile);
+    if constexpr (kPhase != Phase::lower) {
+      if (tile.tensor.of != 0)
+        keep_tile(tile);
+      else if (tile.tensor.group >= 0 && room.group.capacity != 0)
+        judge_tile(room, sums.above, tile);
+    }
   }
-}
-
-__device__ __forceinline__ void update_lower(const Args& args, const GradientTable& table, int begin, int end, float inverse_scale,
-                                             Sums& sums) {
-  Nothing nothing;
-  for (int number = begin + warp_id(); number < end; number += kWarps)
-    update_number<Phase::lower>(args, table, number, inverse_scale, nothing, sums);
 }
 
 __device__ __forceinline__ void report_nonfinite(const Step& step, const Sums& sums) {
@@ -99,7 +92,7 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
   const Step& step = args.step;
   if (skipped(step)) return;
   if (thread_id() == 0) {
-    const Range share = block_range(step.num_tiles);
+    const Range share = block_range(kPhase == Phase::upper ? step.num_scored_tiles : step.num_tiles);
     room.run = {share.begin, share.begin, -1};
     room.end = share.end;
     room.inverse_scale = inverse_of(step.grad_scale);
@@ -111,8 +104,9 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
     __syncthreads();
     if (thread_id() == 0) room.run = run;
     __syncthreads();
-    if (run.group < 0) {
-      if (kPhase == Phase::joint) update_lower(args, table, run.begin, run.end, room.inverse_scale, sums);
+    if (run.group < 0) {  // nothing is selected: N:M tensors, and in a joint step those without scores
+      for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
+        update_number<kPhase>(args, table, number, room.inverse_scale, room, sums);
       continue;
     }
     // Read before this block publishes any entry of the group, so before the last block replaces it.
@@ -140,9 +134,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (skipped(args.step)) return;
   const float inverse_scale = inverse_of(args.step.grad_scale);
   const Range share = block_range(args.step.num_tiles);
+  Nothing nothing;
   Sums sums;
-  update_lower(args, table, share.begin, share.end, inverse_scale, sums);
+  for (int number = share.begin + warp_id(); number < share.end; number += kWarps)
+    update_number<Phase::lower>(args, table, number, inverse_scale, nothing, sums);
   report_nonfinite(args.step, sums);
+}
+
+// One warp per item of units. In a joint step gradients that are not finite are met, and counted, again.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    step_sums_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+  __shared__ float columns[kWarps][kItemColumns];
+  if (skipped(args.step)) return;
+  Sums sums;
+  const uint32_t nonfinite = sum_items(args, table, inverse_of(args.step.grad_scale), columns[warp_id()]);
+  if (args.step.phase == Phase::upper) sums.nonfinite = nonfinite;
+  report_nonfinite(args.step, sums);
+}
+
+// One warp per tile of units.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_scores_kernel(const Args __grid_constant__ args) {
+  if (!skipped(args.step)) score_units(args.step);
+}
+
+// One warp per mask word of units.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_spread_kernel(const Args __grid_constant__ args) {
+  if (!skipped(args.step)) spread_units(args.step);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
@@ -160,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
 // Calls body(run, group's state) for the runs of this block whose group falls back.
 template <class Body>
 __device__ __forceinline__ void for_falling_runs(const Args& args, Body body) {
-  const Range share = block_range(args.step.num_tiles);
+  const Range share = block_range(args.step.num_scored_tiles);
   for (int begin = share.begin; begin < share.end;) {
     const Run run = next_run(args.step, begin, share.end);
     begin = run.end;
@@ -275,30 +292,36 @@ GradientTable table_of(const Gradient* gradients, int64_t first, int64_t count) 
 
 }  // namespace
 
-int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_tiles) {
-  return lay_out(nullptr, num_tensors, num_groups, num_tiles, nullptr);
+int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles) {
+  return lay_out(nullptr, num_tensors, num_groups, num_scored_tiles, nullptr);
 }
 
 void step(const Step& step, void* stream) {
   if (step.num_tiles == 0) return;
   Args args{step, {}};
-  lay_out(static_cast<char*>(step.workspace), step.num_tensors, step.num_groups, step.num_tiles, &args.workspace);
+  lay_out(static_cast<char*>(step.workspace), step.num_tensors, step.num_groups, step.num_scored_tiles, &args.workspace);
   for (int64_t first = kInlineGradients; first < step.num_tensors; first += kInlineGradients) {
     const int64_t count = std::min<int64_t>(step.num_tensors - first, kInlineGradients);
     launch<step_gradients_kernel>("step", "step_gradients_kernel", 1, stream, table_of(step.gradients, first, count),
                                   args.workspace.gradients + (first - kInlineGradients), static_cast<int>(count));
   }
   const GradientTable table = table_of(step.gradients, 0, std::min<int64_t>(step.num_tensors, kInlineGradients));
-  const int64_t tiles = step.num_tiles;
-  if (step.phase == Phase::lower) return launch<step_lower_kernel>("step", "step_lower_kernel", tiles, stream, args, table);
+  if (step.phase == Phase::lower) return launch<step_lower_kernel>("step", "step_lower_kernel", step.num_tiles, stream, args, table);
+  const int64_t unit_tiles = step.unit_tile_end - step.unit_tile_begin;
+  if (unit_tiles) {
+    launch<step_sums_kernel>("step", "step_sums_kernel", step.num_items, stream, args, table);
+    launch<step_scores_kernel>("step", "step_scores_kernel", unit_tiles, stream, args);
+  }
   if (step.phase == Phase::upper)
-    launch<step_upper_kernel>("step", "step_upper_kernel", tiles, stream, args, table);
+    launch<step_upper_kernel>("step", "step_upper_kernel", step.num_scored_tiles, stream, args, table);
   else
-    launch<step_joint_kernel>("step", "step_joint_kernel", tiles, stream, args, table);
-  if (step.num_groups == 0 || args.workspace.alone) return;
-  launch<step_finish_kernel>("step", "step_finish_kernel", tiles, stream, args);
-  launch<step_narrow_kernel>("step", "step_narrow_kernel", tiles, stream, args);
-  launch<step_apply_kernel>("step", "step_apply_kernel", tiles, stream, args);
+    launch<step_joint_kernel>("step", "step_joint_kernel", step.num_tiles, stream, args, table);
+  if (step.num_groups != 0 && !args.workspace.alone) {
+    launch<step_finish_kernel>("step", "step_finish_kernel", step.num_scored_tiles, stream, args);
+    launch<step_narrow_kernel>("step", "step_narrow_kernel", step.num_scored_tiles, stream, args);
+    launch<step_apply_kernel>("step", "step_apply_kernel", step.num_scored_tiles, stream, args);
+  }
+  if (unit_tiles) launch<step_spread_kernel>("step", "step_spread_kernel", unit_tiles * (kTile / kWarp), stream, args);
 }
 
 }  // namespace bip::cuda

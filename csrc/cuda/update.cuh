@@ -11,18 +11,23 @@
 #pragma once
 
 #include "judge.cuh"
+#include "nm.cuh"
 
 namespace bip::cuda {
 
-// How a tile is moved. Mask momentum has a way of its own because most runs do without, and the others should not pay for it.
+// How a tile is moved. Mask momentum and N:M have ways of their own because most runs do without, and the others should not pay for them; with
+// both, entry by entry, because together they do not fit the registers.
 struct Plain {
-  static constexpr bool kVector = true, kMomentum = false;
+  static constexpr bool kVector = true, kMomentum = false, kNofM = false;
+};
+struct NofM {
+  static constexpr bool kVector = true, kMomentum = false, kNofM = true;
 };
 struct WithMomentum {
-  static constexpr bool kVector = true, kMomentum = true;
+  static constexpr bool kVector = true, kMomentum = true, kNofM = false;
 };
 struct EntryByEntry {
-  static constexpr bool kVector = false, kMomentum = true;
+  static constexpr bool kVector = false, kMomentum = true, kNofM = true;
 };
 
 // Quads that a lane loads before it uses the first: what the registers hold.
@@ -132,9 +137,11 @@ __device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, 
   }
   uint32_t word = old_word;
   if constexpr (kPhase != Phase::lower) {
-    if (kPhase == Phase::upper || tensor.group >= 0) {
+    if (kPhase == Phase::upper || tensor.scores) {
       move_scores<Way>(job, hyper, entry, kept, g, theta, s, exist);
-      if (room.group.capacity != 0)  // else there is no window, and bits stay until the group falls back
+      if (Way::kNofM && tensor.of != 0)
+        word = keep_quad<kVector>(job.tile, place, s, old_word);
+      else if (room.group.capacity != 0)  // else there is no window, and bits stay until the group falls back
         word = judge_quad<kVector>(room, sums.above, job.tile, place, s, old_word);
     }
   }
@@ -152,7 +159,7 @@ __device__ __forceinline__ void update_quads(const Job& job, AnyRoom& room, Sums
   constexpr int kAhead_ = kUpdateAhead<kPhase, Way>;
   constexpr bool kVector = Way::kVector;
   const Tensor& tensor = job.tile.tensor;
-  const bool scored = kPhase == Phase::upper || (kPhase == Phase::joint && tensor.group >= 0);
+  const bool scored = kPhase == Phase::upper || (kPhase == Phase::joint && tensor.scores);
   Quad<float> theta[kAhead_], v[kAhead_], s[kAhead_], g[kAhead_];
   uint32_t words[kAhead_];
 #pragma unroll
@@ -192,9 +199,13 @@ __device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, Sums&
 
 template <Phase kPhase, class AnyRoom>
 __device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, Sums& sums) {
-  if (!vectorizes<kPhase>(job))
+  const bool n_of_m = kPhase != Phase::lower && job.tile.tensor.of != 0;
+  const bool momentum = kPhase != Phase::lower && moves_score_momentum(job.tile.tensor, job.hyper);
+  if (!vectorizes<kPhase>(job) || (n_of_m && momentum))
     update_tile<kPhase, EntryByEntry>(job, room, sums);
-  else if (kPhase != Phase::lower && moves_score_momentum(job.tile.tensor, job.hyper))
+  else if (n_of_m)
+    update_tile<kPhase, NofM>(job, room, sums);
+  else if (momentum)
     update_tile<kPhase, WithMomentum>(job, room, sums);
   else
     update_tile<kPhase, Plain>(job, room, sums);

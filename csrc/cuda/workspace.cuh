@@ -39,7 +39,7 @@ BIP_HD uint32_t few_capacity(int64_t numel) { return 1024 + static_cast<uint32_t
 
 // Candidates that the last block settles itself, two for each thread; more are shared out in the finish. Not tuned on a GPU yet.
 constexpr uint32_t kAloneUpTo = 512;
-// Up to so many tiles one launch does all. That saves most steps three launches; in a step that falls back (in a training run the first, and few
+// Up to so many tiles with scores one launch does all. That saves most steps three launches; in a step that falls back (in a training run the first, and few
 // others: bench/window.py) one block narrows the window. Not tuned on a GPU yet.
 constexpr int64_t kAloneTiles = 512;
 
@@ -60,7 +60,7 @@ struct Args {
 };
 
 // Returns the bytes needed; with a base also where everything is.
-inline int64_t lay_out(char* base, int64_t num_tensors, int64_t num_groups, int64_t num_tiles, Workspace* workspace) {
+inline int64_t lay_out(char* base, int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles, Workspace* workspace) {
   int64_t offset = 0;
   const auto take = [&](auto*& pointer, int64_t count) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(base + offset);
@@ -71,11 +71,11 @@ inline int64_t lay_out(char* base, int64_t num_tensors, int64_t num_groups, int6
   take(parts.states, num_groups);
   take(parts.finish_list, num_groups);
   take(parts.histograms, num_groups);
-  const int64_t entries = num_groups ? num_tiles * kTile : 0;
+  const int64_t entries = num_groups ? num_scored_tiles * kTile : 0;
   take(parts.few, num_groups * few_capacity(0) + entries / (128 * 256) + 1);
   take(parts.candidates, num_groups * candidate_capacity(0) + entries / 128 + 1);
   take(parts.gradients, std::max<int64_t>(num_tensors - kInlineGradients, 0));
-  parts.alone = num_tiles <= kAloneTiles;
+  parts.alone = num_scored_tiles <= kAloneTiles;
   if (workspace) *workspace = parts;
   return offset;
 }

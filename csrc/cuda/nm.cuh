@@ -1,0 +1,72 @@
+// N:M masks while streaming (nm_rule.h): a lane has four neighbours of a warp's 128; groups of up to four are decided by one lane, larger
+// ones by 2, 4 or 8 lanes that show each other their scores.
+#pragma once
+
+#include "judge.cuh"
+#include "nm_rule.h"
+
+namespace bip::cuda {
+
+// Bit j: fewer than `keep` entries of its group beat entry j of the lane's quad. `step`: how far an index goes in the groups of two.
+template <int kOf>
+__device__ __forceinline__ unsigned keep_in_lane(const Quad<float>& s, uint32_t index, int keep) {
+  unsigned kept = 0;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    int larger = 0;
+#pragma unroll
+    for (int d = 1; d < kOf; ++d)
+      larger += beats(s.x[j ^ d], tie_key(index + static_cast<uint32_t>(j ^ d)), s.x[j], tie_key(index + static_cast<uint32_t>(j)));
+    kept |= larger < keep ? 1u << j : 0u;
+  }
+  return kept;
+}
+
+// The same for groups of several lanes. Whole warp. A call, because it is rare and needs registers.
+__device__ __noinline__ inline unsigned keep_across_lanes(Quad<float> s, uint32_t index, int keep, int of) {
+  int larger[kQuad] = {};
+  for (int lanes = 0; lanes < of / kQuad; ++lanes) {
+    const uint32_t first = (index ^ static_cast<uint32_t>(lanes * kQuad));  // an index in its tensor, where groups begin at their multiples
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      const float other = __shfl_xor_sync(kAllLanes, s.x[i], lanes);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        larger[j] += beats(other, tie_key(first + static_cast<uint32_t>(i)), s.x[j], tie_key(index + static_cast<uint32_t>(j)));
+    }
+  }
+  unsigned kept = 0;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) kept |= larger[j] < keep ? 1u << j : 0u;
+  return kept;
+}
+
+// The lane's quad at `place` of an N:M tile, whole warp: returns the new mask word and has written it if it differs from `old_word`.
+template <bool kVector>
+__device__ __forceinline__ uint32_t keep_quad(const Tile& tile, int place, const Quad<float>& s, uint32_t old_word) {
+  const int keep = tile.tensor.keep, of = tile.tensor.of;
+  const uint32_t index = static_cast<uint32_t>(tile.first + place);
+  unsigned kept = of == 4   ? keep_in_lane<4>(s, index, keep)
+                  : of == 2 ? keep_in_lane<2>(s, index, keep)
+                            : keep_across_lanes(s, index, keep, of);
+  if (!kVector) {
+    const int exist = tile.entries - place;
+    kept &= exist >= kQuad ? 0xfu : exist > 0 ? (1u << exist) - 1u : 0u;
+  }
+  if (__ballot_sync(kAllLanes, kept != (old_word >> bit_of_lane() & 0xfu)) == 0) return old_word;
+  const uint32_t word = word_of_bits(kept);
+  if (lane_id() % 8 == 0 && word != old_word) tile.tensor.mask[tile.word_number(place)] = word;
+  return word;
+}
+
+// One warp decides a tile by its scores as they are, and writes z where the mask flips.
+__device__ inline void keep_tile(const Tile& tile) {
+  for (int base = 0; base < tile.entries; base += kStride) {
+    const int place = base + lane_id() * kQuad;
+    const uint32_t old_word = tile.word<false>(place);
+    const Quad<float> s = load_quad<false>(tile.tensor.scores + tile.first + place, tile.entries - place);
+    flip_quad(tile, place, keep_quad<false>(tile, place, s, old_word), old_word);
+  }
+}
+
+}  // namespace bip::cuda

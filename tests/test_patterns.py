@@ -1,0 +1,397 @@
+"""Patterns in lock-step with the reference: filters, channels, blocks and N:M, exact counts, in any shape and layout."""
+
+import pytest
+import torch
+from helpers import assert_bits, fill_gradients, flat_like
+from lockstep import MOVING, Lockstep
+from torch import nn
+
+from bip_fast import FastBiP, reference
+from bip_fast.patterns import Layer, NofM, Refused, parse
+
+STRUCTURED = ["filter", "channel", "block:1x1", "block:3x5", "block:4x4", "block:1x31", "block:2x33", "block:70x2", "block:130x40"]
+N_OF_M = ["1:2", "2:4", "1:4", "3:4", "4:8", "5:16", "16:32"]
+
+
+def params_of(shapes, device, dtype=torch.float32, channels_last=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in shapes:
+        x = (torch.randn(shape, generator=generator) * 0.3).to(dtype)
+        if channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        params.append(nn.Parameter(x.to(device)))
+    return params
+
+
+def locked(params, pattern, **options):
+    options = MOVING | options
+    if parse(pattern).kind == "N:M":
+        options.pop("sparsity")
+    return Lockstep(params, lambda: FastBiP(params, pattern=pattern, **options))
+
+
+def run(backend, pattern, shapes, *, steps=8, dtype=torch.float32, channels_last=False, gradients=None, **options):
+    params = params_of(shapes, backend.device, dtype, channels_last)
+    lockstep = locked(params, pattern, **options)
+    lockstep.random_steps(steps, **(gradients or {}))
+    return lockstep
+
+
+# one size below, at and above every border: lanes 32, items 128, strips 64, mask words 32, tiles 1024
+FILTER_SHAPES = [(5, 1), (3, 31), (3, 32), (3, 33), (2, 127), (2, 129), (33, 1000), (4, 1031), (40, 3, 3, 3), (1, 7)]
+CHANNEL_SHAPES = [(1, 5), (63, 3), (64, 33), (65, 2), (130, 130), (7, 40, 3, 3), (70, 5, 7, 7), (3, 1025)]
+
+
+@pytest.mark.parametrize("levels", ["alternating", "joint"])
+@pytest.mark.parametrize(("pattern", "shapes"), [("filter", FILTER_SHAPES), ("channel", CHANNEL_SHAPES)], ids=["filter", "channel"])
+def test_sizes(backend, pattern, shapes, levels):
+    run(backend, pattern, shapes, levels=levels)
+
+
+@pytest.mark.parametrize("pattern", STRUCTURED + N_OF_M)
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_patterns_and_scopes(backend, pattern, scope):
+    lockstep = run(backend, pattern, [(12, 32), (40, 8, 2, 2), (6, 96)], scope=scope, steps=6)
+    for i, p in enumerate(lockstep.states):
+        if parse(pattern).kind == "N:M":
+            n, m = parse(pattern).sizes
+            assert (lockstep.opt.mask_of(p).reshape(-1, m).sum(1) == n).all(), i
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:3x5", "2:4", "4:8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_and_mixed_gradients(backend, pattern, dtype):
+    run(backend, pattern, [(9, 40), (16, 8, 3, 3)], dtype=dtype, gradients={"dtype": torch.bfloat16} if dtype == torch.bfloat16 else {})
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:3x5", "2:4", "4:8"])
+def test_channels_last(backend, pattern):
+    run(backend, pattern, [(16, 8, 3, 3), (10, 16, 1, 1), (5, 32)], channels_last=True)
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:3x5", "2:4", "8:16"])
+@pytest.mark.parametrize("levels", ["alternating", "joint"])
+def test_mask_momentum(backend, pattern, levels):
+    run(backend, pattern, [(16, 48), (12, 16, 2, 2)], mask_momentum=0.9, levels=levels)
+
+
+@pytest.mark.parametrize("levels", ["alternating", "joint"])
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:2x33", "2:4"])
+def test_unaligned_storage(backend, pattern, levels):
+    """Parameters that begin in the middle of their storage."""
+    flat = torch.randn(3 + 33 * 20 + 8 * 40, generator=backend.generator(0)).to(backend.device)
+    params = [nn.Parameter(flat[3 : 3 + 660].view(33, 20)), nn.Parameter(flat[663:].view(8, 40))]
+    locked(params, pattern, levels=levels).random_steps(6)
+
+
+# --- what is a unit, by the coordinates of the weight --------------------------------------------------------------------------------
+
+
+def assert_constant_along(mask, dims):
+    """Entries that differ only in ``dims`` are kept or dropped together."""
+    first = mask
+    for dim in dims:
+        first = first.narrow(dim, 0, 1)
+    assert torch.equal(mask, first.expand_as(mask))
+    assert 0 < int(mask.sum()) < mask.numel(), "a test of nothing"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("pattern", ["filter", "channel"])
+def test_units_of_convolutions(backend, pattern, memory_format):
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 10, 3), nn.ConvTranspose2d(10, 8, 2), nn.Conv2d(8, 4, 1))
+    model = model.to(backend.device, memory_format=memory_format)
+    opt = FastBiP(model, sparsity=0.5, pattern=pattern, scope="layer")
+    for i in (1, 2):
+        outputs = 1 if i == 2 else 0  # a transposed convolution has its outputs in dimension 1
+        along = outputs if pattern == "filter" else 1 - outputs
+        mask = opt.mask_of(model[i].weight)
+        assert_constant_along(mask, [d for d in range(4) if d != along])
+        units = model[i].weight.shape[along]
+        assert int(mask.sum()) == mask.numel() * reference.kept(units, 0.5) // units
+
+
+def test_units_of_grouped_convolutions(backend):
+    """Channel c of a convolution with groups is read by the filters of its group only; depthwise ones have one filter for each channel."""
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    model = model.to(backend.device)
+    opt = FastBiP(model, sparsity=0.5, pattern="channel", scope="layer")
+    mask = opt.mask_of(model[1].weight).view(4, 2, 3, 9)  # group, filter, channel of the group, kernel
+    assert_constant_along(mask, [1, 3])
+    assert int(mask[:, 0, :, 0].sum()) == 6
+    assert_constant_along(opt.mask_of(model[2].weight).view(8, 9), [1])
+    transposed = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ConvTranspose2d(12, 8, 2, groups=4), nn.Conv2d(8, 4, 1)).to(backend.device)
+    opt = FastBiP(transposed, sparsity=0.5, pattern="filter", scope="layer")
+    mask = opt.mask_of(transposed[1].weight).view(4, 3, 2, 4)  # group, channel of the group, filter of the group, kernel
+    assert_constant_along(mask, [1, 3])
+    assert int(mask[:, 0, :, 0].sum()) == 4
+
+
+def test_blocks_by_coordinates(backend):
+    p = params_of([(10, 14)], backend.device)[0]
+    opt = FastBiP([p], sparsity=0.5, pattern="block:4x5")
+    mask = opt.mask_of(p)
+    kept = 0
+    for row in range(0, 10, 4):
+        for col in range(0, 14, 5):
+            block = mask[row : row + 4, col : col + 5]
+            assert bool(block.all()) or not bool(block.any())
+            kept += bool(block.all())
+    assert kept == reference.kept(9, 0.5)
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:3x4"])
+def test_the_first_mask_is_group_magnitude(backend, pattern):
+    params = params_of([(20, 9), (15, 6, 2, 2)], backend.device)
+    before = [p.detach().clone() for p in params]
+    opt = FastBiP(params, sparsity=0.6, pattern=pattern)
+    means, masks = [], []
+    for p, x in zip(params, before, strict=True):
+        blocks = parse(pattern).divide(p.shape, p.stride(), Layer())
+        members = reference.expand(torch.arange(blocks.units, device=p.device), blocks)
+        flat = flat_like(p, x).abs().double()
+        sums = torch.zeros(blocks.units, dtype=torch.float64, device=p.device).index_add(0, members, flat)
+        means.append(sums / torch.bincount(members))
+        masks.append(flat_like(p, opt.mask_of(p)).double())
+        masks[-1] = torch.zeros_like(means[-1]).index_add(0, members, masks[-1]) / torch.bincount(members)
+    means, kept = torch.cat(means), torch.cat(masks).bool()
+    assert int(kept.sum()) == reference.kept(len(means), 0.6)
+    assert means[kept].min() > means[~kept].max()
+
+
+def test_two_of_four_keeps_the_largest(backend):
+    x = torch.tensor([[0.1, -0.4, 0.3, 0.2, 0.5, 0.5, 0.5, 0.5]])
+    p = nn.Parameter(x.to(backend.device))
+    opt = FastBiP([p], pattern="2:4")
+    tie = sorted(range(4, 8), key=lambda i: i * 2654435761 % 2**32)[:2]
+    assert opt.mask_of(p)[0].nonzero().flatten().tolist() == sorted([1, 2, *tie])
+
+
+# --- what the engine does around it --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("min_kept", [0, 1, 3])
+def test_every_layer_keeps_some(backend, min_kept):
+    """One layer's weights are far smaller: without a minimum it would go."""
+    params = params_of([(40, 6), (1100, 2), (8, 5), (2, 50)], backend.device)
+    with torch.no_grad():
+        params[2].mul_(1e-3)
+        params[1][30:].mul_(1e-3)
+    lockstep = locked(params, "filter", min_kept=min_kept, sparsity=0.95)
+    lockstep.random_steps(6)
+    opt = FastBiP(params, sparsity=0.95, pattern="filter", min_kept=min_kept)
+    filters = [int(opt.mask_of(p).any(1).sum()) for p in params]
+    assert sum(filters) == reference.kept(1150, 0.95)
+    assert (filters[2] == 0) if min_kept == 0 else (filters[2] == min_kept)
+    assert filters[3] == 2 or filters[3] >= min(min_kept, 2)
+
+
+def test_a_minimum_above_the_budget(backend):
+    params = params_of([(20, 3), (30, 3), (2, 3)], backend.device)
+    lockstep = locked(params, "filter", min_kept=4, sparsity=0.9)
+    assert [int(lockstep.opt.mask_of(p).any(1).sum()) for p in params] == [4, 4, 2]
+    lockstep.random_steps(4)
+
+
+@pytest.mark.parametrize("levels", ["alternating", "joint"])
+def test_nonfinite_gradients_leave_their_unit(backend, levels):
+    params = params_of([(20, 9), (15, 6, 2, 2), (12, 32)], backend.device)
+    lockstep = locked(params, "filter", levels=levels, mask_momentum=0.5)
+    count = 0
+    for i in range(4):
+        fill_gradients(params, i)
+        params[0].grad[3, 4] = float("nan")
+        params[1].grad[7] = float("inf")
+        lockstep.step()
+        count += 1 + 24
+        assert lockstep.opt.num_nonfinite == count
+
+
+@pytest.mark.parametrize("pattern", ["filter", "2:4"])
+def test_no_gradient_and_skipped_steps(backend, pattern):
+    params = params_of([(20, 12), (16, 8, 2, 2), (12, 32)], backend.device)
+    lockstep = locked(params, pattern, mask_momentum=0.5)
+    for i in range(6):
+        fill_gradients(params, i)
+        params[i % 3].grad = None
+        lockstep.step()
+    lockstep.opt.found_inf = torch.ones((), device=backend.device)
+    fill_gradients(params, 9)
+    lockstep.step(skipped=True)
+
+
+def test_mixed_patterns(backend):
+    """Groups of different patterns in one optimizer: one step serves them all."""
+    params = params_of([(20, 12), (30, 7), (16, 8, 3, 3), (12, 32), (9, 5)], backend.device)
+    groups = [
+        {"params": params[:1], "pattern": "filter"},
+        {"params": params[1:2]},
+        {"params": params[2:3], "pattern": "channel", "sparsity": 0.3},
+        {"params": params[3:4], "pattern": "2:4"},
+        {"params": params[4:], "prune": False},
+    ]
+    for levels in ("alternating", "joint"):
+        build = [dict(group) for group in groups]
+        lockstep = Lockstep(params, lambda build=build, levels=levels: FastBiP(build, levels=levels, **MOVING), params[:4])
+        lockstep.random_steps(6)
+
+
+def test_coupled_filters_and_what_follows(backend):
+    """Two convolutions whose outputs add up share their filters, and batch-norm and biases are masked with them."""
+    model = nn.ModuleDict(
+        {
+            "a": nn.Conv2d(3, 8, 3),
+            "b": nn.Conv2d(8, 8, 3, bias=False),
+            "bn": nn.BatchNorm2d(8),
+            "c": nn.Conv2d(8, 6, 3),
+            "head": nn.Linear(6, 4),
+        }
+    ).to(backend.device)
+    with torch.no_grad():
+        model["bn"].bias.uniform_(0.5, 1)
+    coupled = [["a.weight", "b.weight", "bn.weight", "bn.bias"]]
+    inside = [model["a"].weight, model["b"].weight, model["bn"].weight, model["bn"].bias, model["a"].bias]
+    for levels in ("alternating", "joint"):
+        lockstep = Lockstep(
+            model.parameters(),
+            lambda levels=levels: FastBiP(model, pattern="filter", coupled=coupled, levels=levels, **(MOVING | {"sparsity": 0.5})),
+            [model["a"].weight, model["b"].weight, model["c"].weight],
+            coupled=[inside, [model["c"].weight, model["c"].bias]],
+        )
+        lockstep.random_steps(8)
+        kept = lockstep.opt.mask_of(model["a"].weight)[:, 0, 0, 0]
+        assert torch.equal(lockstep.opt.mask_of(model["b"].weight)[:, 0, 0, 0], kept)
+        for p in inside[2:]:
+            assert torch.equal(p != 0, kept)
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:3x5", "2:4"])
+def test_save_and_load_in_the_middle(backend, pattern):
+    shapes = [(20, 12), (16, 8, 3, 3)]
+    one, two = (params_of(shapes, backend.device) for _ in range(2))
+    options = {k: v for k, v in MOVING.items() if k != "sparsity" or pattern != "2:4"} | {"mask_momentum": 0.5}
+    first = FastBiP(one, pattern=pattern, **options)
+    for i in range(5):
+        fill_gradients(one, i)
+        first.step()
+    state = first.state_dict()
+    second = FastBiP(two, pattern=pattern, **options)
+    second.load_state_dict(state)
+    for i in range(5, 10):
+        fill_gradients(one, i)
+        fill_gradients(two, i)
+        first.step()
+        second.step()
+    for a, b in zip(one, two, strict=True):
+        assert_bits(flat_like(a, a), flat_like(b, b), "value")
+        assert_bits(flat_like(a, first.scores_of(a)), flat_like(b, second.scores_of(b)), "scores")
+
+
+def test_a_state_of_another_pattern_or_of_parts_of_units(backend):
+    params = params_of([(20, 12)], backend.device)
+    state = FastBiP(params, sparsity=0.5, pattern="filter").state_dict()
+    with pytest.raises(ValueError, match="pattern"):
+        FastBiP(params_of([(20, 12)], backend.device), sparsity=0.5).load_state_dict(state)
+    state["state"][0]["mask"] = state["state"][0]["mask"].roll(1).bitwise_xor(1)
+    with pytest.raises(ValueError, match="whole units|damaged"):
+        FastBiP(params_of([(20, 12)], backend.device), sparsity=0.5, pattern="filter").load_state_dict(state)
+
+
+def test_many_units_fall_back(backend, monkeypatch):
+    """More blocks than one launch settles, so that the selection among units takes all its ways."""
+    p = params_of([(1100, 1000)], backend.device)
+    lockstep = locked(p, "block:1x1", sparsity=0.7)
+    lockstep.random_steps(3)
+
+
+# --- options -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["filters", "4:2", "2:2", "0:4", "2:5", "2:64", "block:0x4", "block:4", "", None, 24])
+def test_unknown_patterns(pattern):
+    with pytest.raises(ValueError, match=r"pattern must be .*got"):
+        FastBiP(nn.Linear(8, 8), sparsity=0.5, pattern=pattern)
+
+
+def test_the_sparsity_of_n_of_m(backend):
+    assert FastBiP(nn.Linear(8, 8).to(backend.device), sparsity=0.5, pattern="2:4").report().sparsity == 0.5
+    with pytest.raises(ValueError, match=r"sparsity must be 0.5 or left out with pattern '2:4', got 0.9"):
+        FastBiP(nn.Linear(8, 8), sparsity=0.9, pattern="2:4")
+    opt = FastBiP(nn.Linear(8, 8).to(backend.device), pattern="1:4")
+    opt.param_groups[0]["pattern"] = "2:4"
+    with pytest.raises(ValueError, match="pattern of a parameter group cannot change"):
+        opt.step()
+
+
+def test_what_a_pattern_does_not_fit_stays_dense_with_the_reason(backend):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(4, 4))
+    model[4].weight.requires_grad_(False)
+    opt = FastBiP(model.to(backend.device), pattern="2:4", exclude=["2"])
+    decisions = {row.name: row for row in opt.report().decisions}
+    assert decisions["0.weight"].pattern is None
+    assert "27 inputs per output are not a multiple of 4" in decisions["0.weight"].reason
+    assert "transposed" in decisions["1.weight"].reason
+    assert decisions["2.weight"].reason == "it is excluded"
+    assert decisions["3.weight"].reason == "its 6 inputs per output are not a multiple of 4"
+    assert decisions["4.weight"].reason == "it is frozen"
+    assert "dense: 2.weight (it is excluded)" in str(opt.report())
+    assert len(opt.report().as_dict()["decisions"]) == 6
+
+
+def test_the_ends_of_a_model_are_nobody_s(backend):
+    def model():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)).to(backend.device)
+
+    reasons = {row.name: row.reason for row in FastBiP(model(), sparsity=0.5, pattern="filter").report().decisions if row.reason}
+    assert reasons == {"2.weight": "its filters are the outputs of the model"}
+    reasons = {row.name: row.reason for row in FastBiP(model(), sparsity=0.5, pattern="channel").report().decisions if row.reason}
+    assert reasons == {"0.weight": "its channels are the inputs of the model"}
+    with pytest.raises(ValueError, match=r"nothing to prune.*outputs of the model"):
+        FastBiP(nn.Linear(4, 4), sparsity=0.5, pattern="filter")
+
+
+def test_overrides(backend):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(16, 8), nn.Linear(8, 4)).to(backend.device)
+    opt = FastBiP(model, sparsity=0.9, overrides={"*": 0.5, "2": {"pattern": "2:4"}, "1.weight": {"density": 0.25}})
+    sparsity = {row.name: row.sparsity for row in opt.report()}
+    assert sparsity["2.weight"] == 0.5
+    assert sparsity["1.weight"] == 0.75
+    assert len(opt.param_groups) == 4  # the others, 1, 2, and what is dense
+    fill_gradients(model.parameters(), 0)
+    opt.step()
+    for wrong, message in [({"nope": 0.5}, "matches none"), ({"1": 1.5}, "sparsity must be"), ({"1": {"prune": False}}, "overrides"), ({1: 0.5}, "names")]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            FastBiP(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), sparsity=0.5, overrides=wrong)
+
+
+@pytest.mark.parametrize(
+    ("coupled", "message"),
+    [
+        ([["nope.weight"]], "nope.weight"),
+        ([["0.weight", "1.weight"], ["1.weight"]], "once"),
+        ([["0.weight", "2.weight"]], "as many filters"),
+        ([["0.weight", "3.bias"]], "entries"),
+        (["0.weight"], "lists of names"),
+    ],
+)
+def test_wrong_couplings(coupled, message):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4))
+    with pytest.raises((ValueError, TypeError), match=message):
+        FastBiP(model, sparsity=0.5, pattern="filter", coupled=coupled)
+
+
+def test_filters_coupled_with_a_dense_layer_stay(backend):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4)).to(backend.device)
+    opt = FastBiP(model, sparsity=0.5, pattern="filter", coupled=[["0.weight", "1.weight"]], exclude=["1"])
+    reasons = {row.name: row.reason for row in opt.report().decisions}
+    assert reasons["0.weight"] == "its filters are coupled with those of 1.weight, which stays dense: it is excluded"
+    assert reasons["2.weight"] is None
+
+
+def test_refusals_of_memory_layouts():
+    with pytest.raises(Refused, match="outermost"):
+        parse("2:4").divide((8, 4), (1, 8), Layer())
+    with pytest.raises(Refused, match="no entries"):
+        parse("filter").divide((0, 4), (4, 1), Layer())
+    assert parse("2:4").divide((8, 4), (4, 1), Layer()) == NofM(2, 4)
