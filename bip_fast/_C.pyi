@@ -14,7 +14,7 @@ class _BuildInfo(TypedDict):
 class _Backend(Protocol):
     """The functions of one backend. `where` is the number of threads on the CPU and the stream handle on a CUDA device."""
 
-    def step_workspace_bytes(self, num_tensors: int, num_groups: int, num_tiles: int) -> int: ...
+    def step_workspace_bytes(self, num_tensors: int, num_groups: int, num_scored_tiles: int) -> int: ...
     def topk_workspace_bytes(self, n: int) -> int: ...
     def step(
         self,
@@ -26,6 +26,14 @@ class _Backend(Protocol):
         num_tiles: int,
         groups: int,
         num_groups: int,
+        unit_sets: int,
+        num_unit_sets: int,
+        parts: int,
+        num_parts: int,
+        num_items: int,
+        num_scored_tiles: int,
+        unit_tile_begin: int,
+        unit_tile_end: int,
         hypers: int,
         gradients: NDArray[Any],
         grad_scale: int,
@@ -39,12 +47,16 @@ class _Backend(Protocol):
 
 TILE: int
 ALIGN: int
+STRIP: int
 tensor_dtype: np.dtype[np.void]
 gradient_dtype: np.dtype[np.void]
 hyper_dtype: np.dtype[np.void]
 group_dtype: np.dtype[np.void]
+unit_set_dtype: np.dtype[np.void]
+part_dtype: np.dtype[np.void]
 counters_dtype: np.dtype[np.void]
 cpu: _Backend
 cuda: _Backend  # only where build_info()["cuda"]
 
 def build_info() -> _BuildInfo: ...
+def num_items(rows: int, cols: int, block_rows: int, block_cols: int) -> int: ...

@@ -60,6 +60,10 @@ def split_names(params: Any) -> tuple[list[Any], dict[Tensor, str]]:
     return [p for _, p in pairs], {p: name for name, p in pairs if name is not None}
 
 
+def _is_matrix(p: Tensor) -> bool:
+    return not is_lazy(p) and p.dim() >= 2
+
+
 def _layer_of(module: nn.Module) -> Layer:
     return Layer(bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1)))
 
@@ -76,11 +80,11 @@ def _module_groups(model: nn.Module) -> Given:
         raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
     if computed:
         warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
-    known = Known(names=learning, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if p.dim() >= 2})
+    known = Known(names=learning, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if _is_matrix(p)})
     known.ends = (pruned[0], pruned[-1]) if pruned else ()
     known.coupled = [[p, layer.bias] for p, layer in weights.items() if p in learning and layer.bias is not None and layer.bias in learning]
     known.left_out = [
-        (name, tuple(p.shape), "it is frozen") for name, p in model.named_parameters() if not p.requires_grad and p.dim() >= 2
+        (name, tuple(p.shape), "it is frozen") for name, p in model.named_parameters() if not p.requires_grad and _is_matrix(p)
     ]
     groups: list[dict[str, Any]] = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
     return Given([group for group in groups if group["params"]], known, list(model.named_parameters(remove_duplicate=False)))
@@ -202,7 +206,7 @@ def param_groups_of(
         p
         for group in given.groups
         for p in group["params"]
-        if isinstance(p, Tensor) and not is_lazy(p) and group.get("prune", True) and p.dim() >= 2 and p not in given.known.dense
+        if isinstance(p, Tensor) and group.get("prune", True) and _is_matrix(p) and p not in given.known.dense
     ]
     if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
         raise TypeError(f"exclude must be or hold names, modules and parameters, got {type(exclude).__name__}")

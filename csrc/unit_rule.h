@@ -18,7 +18,7 @@ namespace bip {
 
 constexpr int64_t kStrip = 64;
 constexpr int kLanes = 32;         // partial sums
-constexpr int kItemColumns = 128;  // of an item whose units have fewer columns than there are lanes
+constexpr int kItemColumns = 128;  // of an item, unless one unit has more
 
 BIP_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BIP_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -26,8 +26,8 @@ BIP_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BIP_HD int64_t units_across(const Part& part) { return ceil_div(part.cols, part.block_cols); }
 BIP_HD int64_t strips_of(const Part& part) { return ceil_div(smaller(part.block_rows, part.rows), kStrip); }
 
-// Units in an item: neighbours in one strip. Wide ones come alone.
-BIP_HD int64_t units_in_item(const Part& part) { return part.block_cols < kLanes ? kItemColumns / part.block_cols : 1; }
+// Units in an item: neighbours in one strip.
+BIP_HD int64_t units_in_item(const Part& part) { return part.block_cols < kItemColumns ? kItemColumns / part.block_cols : 1; }
 
 inline int64_t num_items(const Part& part) {
   return ceil_div(part.rows, part.block_rows) * strips_of(part) * ceil_div(units_across(part), units_in_item(part));
@@ -35,16 +35,34 @@ inline int64_t num_items(const Part& part) {
 
 // What is summed at a time: one strip of a few neighbouring units.
 struct Item {
+  int64_t window, strip, down;
   int64_t row, rows;  // may be no rows, at the far edge
   int64_t col, cols;
   int64_t unit;  // the first
   int units;
-  int64_t strip;
 
   BIP_HD Item(const Part& part, int64_t number) {
-    const int64_t across = units_across(part), width = units_in_item(part), windows = ceil_div(across, width), strips = strips_of(part);
-    const int64_t window = number % windows, down = number / windows / strips;
+    const int64_t windows = ceil_div(units_across(part), units_in_item(part)), strips = strips_of(part);
+    window = number % windows;
     strip = number / windows % strips;
+    down = number / windows / strips;
+    place(part, units_across(part), units_in_item(part));
+  }
+
+  // The item after this one, without a division.
+  BIP_HD void advance(const Part& part, int64_t across, int64_t width, int64_t strips) {
+    if (++window * width >= across) {
+      window = 0;
+      if (++strip == strips) {
+        strip = 0;
+        ++down;
+      }
+    }
+    place(part, across, width);
+  }
+
+ private:
+  BIP_HD void place(const Part& part, int64_t across, int64_t width) {
     const int64_t begin = down * part.block_rows + strip * kStrip;
     const int64_t end = smaller(smaller(begin + kStrip, (down + 1) * part.block_rows), part.rows);
     row = begin;

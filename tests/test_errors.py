@@ -31,7 +31,8 @@ BAD_VALUES = [
     ("weight_decay", -1e-4, ""),
     ("levels", "both", "alternating.*joint"),
     ("scope", "channel", "global.*layer"),
-    ("pattern", "2:4", "unstructured"),
+    ("pattern", "4:2", "unstructured"),
+    ("min_kept", -1, "integer of at least 0"),
     ("lower_steps", 0, ""),
     ("lower_steps", -1, ""),
 ]

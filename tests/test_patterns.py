@@ -49,6 +49,11 @@ def test_sizes(backend, pattern, shapes, levels):
     run(backend, pattern, shapes, levels=levels)
 
 
+@pytest.mark.parametrize("pattern", ["block:1x2", "block:2x4", "block:1x8", "block:3x16", "block:1x32", "block:2x64", "block:1x20"])
+def test_blocks_cut_off_at_the_edges(backend, pattern):
+    run(backend, pattern, [(7, 149), (5, 33), (4, 9)], steps=4)
+
+
 @pytest.mark.parametrize("pattern", STRUCTURED + N_OF_M)
 @pytest.mark.parametrize("scope", ["global", "layer", "erk"])
 def test_patterns_and_scopes(backend, pattern, scope):

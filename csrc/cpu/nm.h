@@ -1,33 +1,49 @@
-// N:M masks of a tile (nm_rule.h), a mask word at a time.
+// N:M masks of a tile, a mask word at a time: of every M neighbours the N with the largest keys are kept.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/update.h"
-#include "nm_rule.h"
 
 namespace bip::cpu {
 
-// The mask word of 32 entries, of every kOf of which `keep` are kept. The entry at distance i ^ d takes every other place of a group.
+// The mask word of 32 entries, of every kOf of which `keep` are kept. Nearly always it is the old one, which takes one look: in no group does
+// an entry that is not kept beat one that is. Otherwise entries are ranked, one of each group compared with all of it at a time.
 template <int kOf>
-BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep) {
-  uint32_t ties[kBlock], word = 0;
-  int larger[kBlock] = {};
-  for (uint32_t i = 0; i < kBlock; ++i) ties[i] = tie_key(index + i);
-  for (int d = 1; d < kOf; ++d)
-    for (int i = 0; i < kBlock; ++i) larger[i] += beats(scores[i ^ d], ties[i ^ d], scores[i], ties[i]);
+BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, uint32_t old) {
+  int64_t keys[kBlock], worst_kept[kBlock], best_other[kBlock];
+  for (uint32_t i = 0; i < kBlock; ++i) {
+    // Scores are not negative, so that whole keys without their first bit compare as signed numbers do, which vector units prefer.
+    keys[i] = static_cast<int64_t>(order_key(scores[i], index + i) & 0x7fffffffffffffffull);
+    worst_kept[i] = old & kBit[i] ? keys[i] : INT64_MAX;
+    best_other[i] = old & kBit[i] ? -1 : keys[i];
+  }
+  for (int half = kBlock / 2; half >= kBlock / kOf; half /= 2)
+    for (int i = 0; i < half; ++i) {
+      worst_kept[i] = std::min(worst_kept[2 * i], worst_kept[2 * i + 1]);
+      best_other[i] = std::max(best_other[2 * i], best_other[2 * i + 1]);
+    }
+  int wrong = 0;
+  for (int group = 0; group < kBlock / kOf; ++group) wrong |= best_other[group] > worst_kept[group];
+  if (!wrong && count_bits(old) == keep * (kBlock / kOf)) return old;
+
+  int64_t larger[kBlock] = {};
+  for (int group = 0; group < kBlock; group += kOf)
+    for (int j = 0; j < kOf; ++j)
+      for (int i = 0; i < kOf; ++i) larger[group + i] += keys[group + j] > keys[group + i];
+  uint32_t word = 0;
   for (int i = 0; i < kBlock; ++i) word |= larger[i] < keep ? kBit[i] : 0u;
   return word;
 }
 
-BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, int of) {
+BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, int of, uint32_t old) {
   switch (of) {
-    case 2: return keep_largest<2>(scores, index, keep);
-    case 4: return keep_largest<4>(scores, index, keep);
-    case 8: return keep_largest<8>(scores, index, keep);
-    case 16: return keep_largest<16>(scores, index, keep);
-    default: return keep_largest<32>(scores, index, keep);
+    case 2: return keep_largest<2>(scores, index, keep, old);
+    case 4: return keep_largest<4>(scores, index, keep, old);
+    case 8: return keep_largest<8>(scores, index, keep, old);
+    case 16: return keep_largest<16>(scores, index, keep, old);
+    default: return keep_largest<32>(scores, index, keep, old);
   }
 }
 
@@ -44,7 +60,7 @@ BIP_HD void keep_tile(const Tile& tile) {
       scores = last;
     }
     const uint32_t exist = count < kBlock ? (1u << count) - 1 : ~0u;
-    const uint32_t old = t.mask[first / kBlock], word = keep_largest(scores, static_cast<uint32_t>(first), t.keep, t.of) & exist;
+    const uint32_t old = t.mask[first / kBlock], word = keep_largest(scores, static_cast<uint32_t>(first), t.keep, t.of, old) & exist;
     if (word != old) flip(t, first, word, word ^ old);
   }
 }

@@ -39,29 +39,37 @@ BIP_HD int add_terms(const float* __restrict g, const float* __restrict theta, c
   return nonfinite;
 }
 
-// Adds up kWidth values in pairs of neighbours.
-template <int kWidth>
-BIP_HD float add_in_pairs(float* x) {
-  for (int half = 1; half < kWidth; half *= 2)
-    for (int i = 0; i + half < kWidth; i += 2 * half) x[i] += x[i + half];
-  return x[0];
+// Adds neighbours: half as many values. Not in place, which would be done one by one.
+BIP_HD void add_neighbours(const float* __restrict x, int pairs, float* __restrict sums) {
+  for (int i = 0; i < pairs; ++i) sums[i] = x[2 * i] + x[2 * i + 1];
 }
 
-// The sums of neighbouring units of `width` < kLanes columns each: what the full 32 partial sums would give, the missing ones being 0.
-template <int kWidth>
+BIP_HD float add_in_pairs(const float* x) {
+  float y[kLanes / 2], z[kLanes / 4];
+  add_neighbours(x, kLanes / 2, y);
+  add_neighbours(y, kLanes / 4, z);
+  add_neighbours(z, kLanes / 8, y);
+  add_neighbours(y, kLanes / 16, z);
+  return z[0] + z[1];
+}
+
+// The sums of neighbouring units of `width` < kLanes columns each: what 32 partial sums would give, the missing ones being 0.
 BIP_HD void fold_units(const float* columns, int count, int width, float* sums) {
-  for (int begin = 0; begin < count; begin += width) {
-    float x[kWidth] = {};
-    for (int i = 0; i < std::min(width, count - begin); ++i) x[i] = columns[begin + i];
-    *sums++ = add_in_pairs<kWidth>(x);
+  int padded = 1;
+  while (padded < width) padded *= 2;
+  float x[2 * kItemColumns] = {}, y[kItemColumns];
+  const int units = (count + width - 1) / width;
+  if (padded == width)
+    std::copy_n(columns, count, x);
+  else
+    for (int i = 0, unit = 0; unit < units; ++unit)
+      for (int j = 0; j < width && i < count; ++j) x[unit * padded + j] = columns[i++];
+  float *from = x, *to = y;
+  for (int size = units * padded; padded > 1; padded /= 2) {
+    add_neighbours(from, size /= 2, to);
+    std::swap(from, to);
   }
-}
-
-BIP_HD void fold_units(const float* columns, int count, int width, float* sums) {
-  if (width == 4) return fold_units<4>(columns, count, 4, sums);
-  if (width <= 1) return fold_units<1>(columns, count, width, sums);
-  if (width <= 8) return fold_units<8>(columns, count, width, sums);
-  fold_units<kLanes>(columns, count, width, sums);
+  std::copy_n(from, units, sums);
 }
 
 // Where the terms of an item are.
@@ -89,8 +97,10 @@ BIP_HD int sum_narrow(const Source& source, const Item& item, float* sums) {
   float columns[kItemColumns] = {};
   uint32_t kept[kItemColumns];
   const int count = static_cast<int>(item.cols), width = static_cast<int>(source.part.block_cols);
-  for (int unit = 0; unit < item.units; ++unit)
-    std::fill_n(kept + unit * width, std::min(width, count - unit * width), source.kept(item.unit + unit) ? 1u : 0u);
+  for (int unit = 0; unit < item.units; ++unit) {
+    const uint32_t bit = source.kept(item.unit + unit);
+    for (int i = unit * width; i < std::min(count, (unit + 1) * width); ++i) kept[i] = bit;
+  }
   int nonfinite = 0;
   for (int64_t row = item.row; row < item.row + item.rows; ++row)
     nonfinite += source.add_row(row, item.col, count, [&](int i) { return kept[i] != 0; }, columns);
@@ -98,79 +108,108 @@ BIP_HD int sum_narrow(const Source& source, const Item& item, float* sums) {
   return nonfinite;
 }
 
-BIP_HD int sum_wide(const Source& source, const Item& item, float* sum) {
-  float lanes[kLanes] = {};
-  const bool kept = source.kept(item.unit);
+BIP_HD int sum_wide(const Source& source, const Item& item, float* sums) {
+  const int64_t width = source.part.block_cols;
   int nonfinite = 0;
-  for (int64_t col = 0; col < item.cols; col += kItemColumns) {
-    float columns[kItemColumns] = {};
-    const int count = static_cast<int>(std::min<int64_t>(kItemColumns, item.cols - col));
-    for (int64_t row = item.row; row < item.row + item.rows; ++row)
-      nonfinite += source.add_row(row, item.col + col, count, [=](int) { return kept; }, columns);
-    for (int i = 0; i < kItemColumns; i += kLanes)  // columns that do not exist add +0
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += columns[i + lane];
+  for (int unit = 0; unit < item.units; ++unit) {
+    float lanes[kLanes] = {};
+    const bool kept = source.kept(item.unit + unit);
+    const int64_t end = std::min((unit + 1) * width, item.cols);
+    for (int64_t col = unit * width; col < end; col += kItemColumns) {
+      float columns[kItemColumns] = {};
+      const int count = static_cast<int>(std::min<int64_t>(kItemColumns, end - col));
+      for (int64_t row = item.row; row < item.row + item.rows; ++row)
+        nonfinite += source.add_row(row, item.col + col, count, [=](int) { return kept; }, columns);
+      for (int i = 0; i < count; i += kLanes)  // columns that do not exist add +0
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += columns[i + lane];
+    }
+    sums[unit] = add_in_pairs(lanes);
   }
-  *sum = add_in_pairs<kLanes>(lanes);
+  return nonfinite;
+}
+
+// Items [begin, end) of one part, numbered in it.
+BIP_HD int64_t sum_part(const Context& context, const Part& part, int64_t begin, int64_t end) {
+  const Step& step = context.step;
+  const Tensor& units = step.tensors[step.unit_sets[part.set].tensor];
+  const Tensor& tensor = step.tensors[part.tensor];
+  const Gradient& gradient = step.gradients[part.tensor];
+  const Source source{tensor, gradient, part, step.hypers[tensor.hyper], units.mask, context.scale};
+  const int64_t across = units_across(part), width = units_in_item(part), strips = strips_of(part);
+  int64_t nonfinite = 0;
+  Item item(part, begin);
+  for (int64_t number = begin; number < end; ++number, item.advance(part, across, width, strips)) {
+    if (item.rows == 0) continue;
+    float* sums = part.sums + item.strip * units.numel + item.unit;
+    if (!gradient.data)
+      std::fill_n(sums, item.units, not_a_number());
+    else
+      nonfinite += part.block_cols < kLanes ? sum_narrow(source, item, sums) : sum_wide(source, item, sums);
+  }
   return nonfinite;
 }
 
 BIP_HD void sum_items_body(Context& context, int64_t begin, int64_t end) {
   const Step& step = context.step;
-  const Part* part = std::upper_bound(step.parts, step.parts + step.num_parts, begin,
-                                      [](int64_t number, const Part& other) { return number < other.first_item; }) -
-                     1;
+  const Part* const last = step.parts + step.num_parts;
+  const Part* part = std::upper_bound(step.parts, last, begin, [](int64_t number, const Part& p) { return number < p.first_item; }) - 1;
   int64_t nonfinite = 0;
-  for (int64_t number = begin; number < end; ++number) {
-    while (part + 1 < step.parts + step.num_parts && part[1].first_item <= number) ++part;
-    const Tensor& units = step.tensors[step.unit_sets[part->set].tensor];
-    const Tensor& tensor = step.tensors[part->tensor];
-    const Item item(*part, number - part->first_item);
-    if (item.rows == 0) continue;
-    float* sums = part->sums + item.strip * units.numel + item.unit;
-    const Gradient& gradient = step.gradients[part->tensor];
-    if (!gradient.data) {
-      std::fill_n(sums, item.units, not_a_number());
-      continue;
-    }
-    const Source source{tensor, gradient, *part, step.hypers[tensor.hyper], units.mask, context.scale};
-    nonfinite += part->block_cols < kLanes ? sum_narrow(source, item, sums) : sum_wide(source, item, sums);
+  for (; begin < end; ++part) {
+    const int64_t stop = part + 1 < last ? std::min(end, part[1].first_item) : end;
+    nonfinite += sum_part(context, *part, begin - part->first_item, stop - part->first_item);
+    begin = stop;
   }
   if (nonfinite) context.nonfinite.fetch_add(nonfinite);
 }
 
 BIP_SIMD_VARIANTS(sum_items, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-uint64_t key_of(const Tensor& units, int64_t unit) { return order_key(units.scores[unit], static_cast<uint32_t>(units.index + unit)); }
-
-// The largest key of a tile of units, without those that are needed already; 0 if there is none.
-uint64_t best_key(const Tensor& units, int64_t tile) {
-  uint64_t best = 0;
-  for (int64_t unit = tile * kTile; unit < std::min(units.numel, (tile + 1) * kTile); ++unit)
-    if (units.scores[unit] < kNeeded) best = std::max(best, key_of(units, unit));
-  return best;
+// The largest key of a tile of units, without those that are needed already; 0 if there is none. First the score, then the tie.
+BIP_HD uint64_t best_key(const Tensor& units, int64_t tile) {
+  const int64_t begin = tile * kTile;
+  const int count = static_cast<int>(std::min(kTile, units.numel - begin));
+  const float* scores = units.scores + begin;
+  float best = -1.0f;
+  for (int i = 0; i < count; ++i) best = scores[i] > best && scores[i] < kNeeded ? scores[i] : best;
+  uint32_t tie = 0;
+  const uint32_t first = static_cast<uint32_t>(units.index + begin);
+  for (int i = 0; i < count; ++i) tie = std::max(tie, scores[i] == best ? tie_key(first + static_cast<uint32_t>(i)) : 0u);
+  return best < 0.0f ? 0 : static_cast<uint64_t>(score_key(best)) << 32 | tie;
 }
 
-void score_tile(const Step& step, int64_t number) {
-  const UnitSet& set = step.unit_sets[step.tile_tensor[number] - step.unit_sets[0].tensor];
-  const Tile tile = tile_of(step, number);
-  const Tensor& units = *tile.tensor;
-  const Hyper& hyper = step.hypers[set.hyper];
-  const bool moves_momentum = set.score_momentum && hyper.mask_momentum > 0.0f;
-  std::copy_n(units.mask + tile.begin / kBlock, (tile.count + kBlock - 1) / kBlock, set.before + tile.begin / kBlock);
-  for (int64_t unit = tile.begin; unit < tile.begin + tile.count; ++unit) {
-    float h = 0.0f;
-    for (int64_t strip = 0; strip < set.strips; ++strip) h += set.sums[strip * units.numel + unit];
-    if (h == h) {
-      if (moves_momentum) {
-        h = hyper.mask_momentum * set.score_momentum[unit] + h;
-        set.score_momentum[unit] = h;
-      }
-      set.scores[unit] = updated_score(set.scores[unit], h, hyper);
+// Moves `count` scores s (and momenta u, if there are any) by their sums h; those whose sum is NaN stay.
+BIP_HD void move_scores(const Hyper& hyper, int count, const float* __restrict h, float* __restrict s, float* __restrict u) {
+  if (u) {
+    for (int i = 0; i < count; ++i) {
+      const float moved = hyper.mask_momentum * u[i] + h[i];
+      s[i] = h[i] == h[i] ? updated_score(s[i], moved, hyper) : s[i];
+      u[i] = h[i] == h[i] ? moved : u[i];
     }
-    units.scores[unit] = set.scores[unit];
+  } else {
+    for (int i = 0; i < count; ++i) s[i] = h[i] == h[i] ? updated_score(s[i], h[i], hyper) : s[i];
   }
-  if (set.min_kept) set.best[tile.begin / kTile] = best_key(units, tile.begin / kTile);
 }
+
+BIP_HD void score_tiles_body(const Step& step, int64_t begin, int64_t end) {
+  for (int64_t number = begin; number < end; ++number) {
+    const UnitSet& set = step.unit_sets[step.tile_tensor[number] - step.unit_sets[0].tensor];
+    const Tile tile = tile_of(step, number);
+    const Tensor& units = *tile.tensor;
+    const Hyper hyper = step.hypers[set.hyper];
+    std::copy_n(units.mask + tile.begin / kBlock, (tile.count + kBlock - 1) / kBlock, set.before + tile.begin / kBlock);
+    alignas(64) float h[kTile] = {};
+    for (int64_t strip = 0; strip < set.strips; ++strip) {
+      const float* sums = set.sums + strip * units.numel + tile.begin;
+      for (int i = 0; i < tile.count; ++i) h[i] += sums[i];
+    }
+    const bool moves_momentum = set.score_momentum && hyper.mask_momentum > 0.0f;
+    move_scores(hyper, tile.count, h, set.scores + tile.begin, moves_momentum ? set.score_momentum + tile.begin : nullptr);
+    std::copy_n(set.scores + tile.begin, tile.count, units.scores + tile.begin);
+    if (set.min_kept) set.best[tile.begin / kTile] = best_key(units, tile.begin / kTile);
+  }
+}
+
+BIP_SIMD_VARIANTS(score_tiles, (const Step& step, int64_t begin, int64_t end), (step, begin, end))
 
 // Puts the best units of a set above all others.
 void lift_needed(const Step& step, const UnitSet& set) {
@@ -204,9 +243,8 @@ int64_t sum_units(const Step& step, float scale, int threads) {
 
 void score_units(const Step& step, int threads) {
   const int64_t first = step.unit_tile_begin;
-  parallel_for(threads, step.unit_tile_end - first, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) score_tile(step, first + tile);
-  });
+  parallel_for(threads, step.unit_tile_end - first, kGrain,
+               [&](int64_t begin, int64_t end) { score_tiles(step, first + begin, first + end); });
   parallel_for(threads, step.num_unit_sets, 1, [&](int64_t begin, int64_t end) {
     for (int64_t set = begin; set < end; ++set) lift_needed(step, step.unit_sets[set]);
   });

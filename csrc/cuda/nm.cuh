@@ -1,13 +1,17 @@
-// N:M masks while streaming (nm_rule.h): a lane has four neighbours of a warp's 128; groups of up to four are decided by one lane, larger
-// ones by 2, 4 or 8 lanes that show each other their scores.
+// N:M masks while streaming: an entry is kept when fewer than N of its M have a larger key. A lane has four neighbours of a warp's 128; groups
+// of up to four are decided by one lane, larger ones by 2, 4 or 8 lanes that show each other their scores.
 #pragma once
 
 #include "judge.cuh"
-#include "nm_rule.h"
 
 namespace bip::cuda {
 
-// Bit j: fewer than `keep` entries of its group beat entry j of the lane's quad. `step`: how far an index goes in the groups of two.
+// Whether one entry beats another; scores in [0, 1] compare as their keys do.
+__device__ __forceinline__ bool beats(float other, uint32_t other_tie, float own, uint32_t own_tie) {
+  return other > own || (other == own && other_tie > own_tie);
+}
+
+// Bit j: fewer than `keep` entries of its group beat entry j of the lane's quad.
 template <int kOf>
 __device__ __forceinline__ unsigned keep_in_lane(const Quad<float>& s, uint32_t index, int keep) {
   unsigned kept = 0;

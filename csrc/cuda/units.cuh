@@ -49,19 +49,23 @@ struct Terms {
   }
 };
 
-// One unit of 32 columns or more: a lane has every 32nd.
+// Units of 32 columns or more: a lane has every 32nd.
 template <class G>
-__device__ __forceinline__ void sum_wide(const Terms<G>& terms, const Item& item, const uint32_t* mask, float* sums, uint32_t& nonfinite) {
-  const bool kept = mask_bit(mask, item.unit);
-  float lane_sum = 0.0f;
+__device__ __forceinline__ void sum_wide(const Terms<G>& terms, const Item& item, int64_t width, const uint32_t* mask, float* sums,
+                                         uint32_t& nonfinite) {
+  for (int unit = 0; unit < item.units; ++unit) {
+    const bool kept = mask_bit(mask, item.unit + unit);
+    const int64_t begin = item.col + unit * width, end = item.col + smaller((unit + 1) * width, item.cols);
+    float lane_sum = 0.0f;
 #pragma unroll 4
-  for (int64_t col = item.col + lane_id(); col < item.col + item.cols; col += kWarp) {
-    float column = 0.0f;
-    terms.add_column(item, col, kept, column, nonfinite);
-    lane_sum += column;
+    for (int64_t col = begin + lane_id(); col < end; col += kWarp) {
+      float column = 0.0f;
+      terms.add_column(item, col, kept, column, nonfinite);
+      lane_sum += column;
+    }
+    const float sum = add_lanes(lane_sum);
+    if (lane_id() == 0) sums[item.unit + unit] = sum;
   }
-  const float sum = add_lanes(lane_sum);
-  if (lane_id() == 0) sums[item.unit] = sum;
 }
 
 // Several narrow units: the sums of their columns go through `columns` in shared memory, then a lane has a unit.
@@ -94,7 +98,7 @@ __device__ __forceinline__ void sum_item(const Step& step, const Part& part, con
   if (part.block_cols < kLanes)
     sum_narrow(terms, item, static_cast<int>(part.block_cols), units.mask, columns, sums, nonfinite);
   else
-    sum_wide(terms, item, units.mask, sums, nonfinite);
+    sum_wide(terms, item, part.block_cols, units.mask, sums, nonfinite);
 }
 
 // The last part whose items begin at or before `number`.
