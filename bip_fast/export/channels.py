@@ -1,0 +1,176 @@
+"""Which layers make, pass on and read the same channels: Torch-Pruning's dependency graph, in the words of this package.
+
+A set of channels is what can only be removed together: the outputs of one layer, of several where they are added, and with them the
+batch-norms and depthwise convolutions in between and the inputs of all layers that read them.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["Channels", "Reader", "as_inputs", "channels_of", "depthwise", "torch_pruning"]
+
+
+def torch_pruning() -> Any:
+    """The optional package, or an ImportError that says how to get it."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError("this needs Torch-Pruning: pip install 'bip_fast[export]'") from error
+    return torch_pruning
+
+
+def as_inputs(example_input: Any) -> tuple[Any, ...]:
+    """Arguments of the model: a tuple is several, anything else one."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def depthwise(layer: nn.Module) -> bool:
+    """A convolution with one filter for each channel, so that its outputs are its inputs, filtered."""
+    return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+
+
+@dataclass
+class Reader:
+    """A layer that reads channels: channel i of the set is its inputs ``inputs[i]``, several behind a flatten."""
+
+    name: str
+    layer: nn.Module
+    inputs: dict[int, list[int]]
+
+
+@dataclass
+class Channels:
+    """One set of channels, numbered as the outputs of the layer ``root``.
+
+    Args:
+        makers: names of layers whose output i is channel i, or is added to it.
+        passes: names of batch-norms and depthwise convolutions whose channel i is channel i.
+        readers: layers that read them.
+        refused: why they cannot be removed, if the graph already says so.
+    """
+
+    root: str
+    count: int
+    makers: dict[str, nn.Module] = field(default_factory=dict)
+    passes: dict[str, nn.Module] = field(default_factory=dict)
+    readers: list[Reader] = field(default_factory=list)
+    refused: str | None = None
+
+
+@contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Torch-Pruning follows autograd, so that every parameter must take part; and warns of what it does not know, which we check."""
+    grads = [p.requires_grad for p in model.parameters()]
+    for p in model.parameters():
+        p.requires_grad_(p.is_floating_point())
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for p, grad in zip(model.parameters(), grads, strict=False):
+            p.requires_grad_(grad)
+
+
+def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Torch-Pruning's graph of a model in eval mode.
+
+    Raises:
+        ValueError: the model does not run on these inputs, or cannot be traced.
+    """
+    graph = torch_pruning().DependencyGraph()
+    try:
+        with _traceable(model):
+            return graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*x), verbose=False)
+    except Exception as error:  # the model's own code, or whatever the tracing meets in it
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"example_input must be what the model takes, and the model traceable, got {type(error).__name__}: {message}"
+        ) from error
+
+
+def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
+    """All sets of channels that are not outputs of the model."""
+    names = {layer: name for name, layer in model.named_modules()}
+    kinds = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+    found, made = [], set()
+    for layer, node in list(graph.module2node.items()):
+        if not isinstance(layer, tuple(kinds)) or layer in made or depthwise(layer):
+            continue
+        pruner = graph.get_pruner_of_module(layer)
+        count = pruner.get_out_channels(layer)
+        group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(count)))
+        channels = _channels(group, graph, names, names[layer], count)
+        made |= set(channels.makers.values())
+        if channels.readers:
+            found.append(channels)
+        del node
+    return found
+
+
+def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str, count: int) -> Channels:
+    channels = Channels(root, count)
+    for number in range(len(group)):
+        item = group[number]
+        layer, handler = item.dep.target.module, item.dep.handler
+        places: dict[int, list[int]] = {}
+        for place, channel in zip(item.idxs, item.root_idxs, strict=True):
+            places.setdefault(channel, []).append(place)
+        if layer not in names:
+            if isinstance(layer, nn.Parameter):
+                channels.refused = f"a parameter of shape {tuple(layer.shape)} goes with these channels"
+            continue
+        name = names[layer]
+        if isinstance(layer, (_ConvNd, nn.Linear)) and not depthwise(layer):
+            if getattr(layer, "groups", 1) > 1:
+                channels.refused = f"{name} is a grouped convolution"
+            if graph.is_out_channel_pruning_fn(handler):
+                channels.makers[name] = layer
+                _check_aligned(channels, name, places, layer.weight.shape[1 if getattr(layer, "transposed", False) else 0])
+            else:
+                channels.readers.append(Reader(name, layer, places))
+        elif isinstance(layer, _BatchNorm) or depthwise(layer):
+            channels.passes[name] = layer
+            _check_aligned(channels, name, places, layer.num_features if isinstance(layer, _BatchNorm) else layer.out_channels)
+        elif any(True for _ in layer.parameters(recurse=False)):
+            channels.refused = f"{name}, a {type(layer).__name__}, goes over these channels"
+    return channels
+
+
+def _check_aligned(channels: Channels, name: str, places: Mapping[int, list[int]], size: int) -> None:
+    """Every channel is one of the layer's and they are all it has; otherwise a slice or a padding is between."""
+    if size != channels.count or any(own != [channel] for channel, own in places.items()) or len(places) != size:
+        channels.refused = f"the {size} channels of {name} are not one to one the {channels.count} of {channels.root}"
+
+
+def traced_copy(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, Any]:
+    """A copy of a model in eval mode, and its graph."""
+    twin = copy.deepcopy(model).eval()
+    return twin, graph_of(twin, inputs)
+
+
+def zero_outputs(layer: nn.Module) -> Tensor:
+    """Bool, for every output channel: all weights that make it are 0."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    dim = 1 if getattr(layer, "transposed", False) else 0
+    return (weight.detach() == 0).transpose(0, dim).flatten(1).all(1)
+
+
+def zero_inputs(layer: nn.Module) -> Tensor:
+    """Bool, for every input channel: all weights that read it are 0."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    dim = 0 if getattr(layer, "transposed", False) else 1
+    return (weight.detach() == 0).transpose(0, dim).flatten(1).all(1)

@@ -1,0 +1,319 @@
+"""Remove pruned filters and channels for good: a smaller network of ordinary layers that computes the same.
+
+A channel goes when nobody reads it, or when it is the same number for every input: its filters are all zero, so that what arrives where it
+is read is what biases and batch-norms make of nothing. If that is 0 it is just removed; another number is folded into the biases of the
+layers that read it, where that is exact. Whatever the graph says, the result is compared with the model before it is returned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .channels import Channels, Reader, as_inputs, channels_of, depthwise, graph_of, traced_copy, zero_inputs, zero_outputs
+
+__all__ = ["Kept", "Removed", "Shrunk", "shrink"]
+
+# Sums of fewer terms round differently: relative to the largest output.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+CHANGES = "removing them changes what the model computes"
+
+
+class Removed(NamedTuple):
+    """A layer that has fewer output channels now."""
+
+    name: str
+    before: int
+    after: int
+
+
+class Kept(NamedTuple):
+    """Channels of a layer that are pruned and still there."""
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass
+class Shrunk:
+    """Result of `shrink`; ``print`` shows what was removed and what could not be."""
+
+    model: nn.Module
+    removed: list[Removed] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the model, for JSON."""
+        return {"removed": [row._asdict() for row in self.removed], "kept": [row._asdict() for row in self.kept]}
+
+    def __str__(self) -> str:
+        lines = [f"{row.name}: {row.before} -> {row.after} channels" for row in self.removed] or ["nothing removed"]
+        return "\n".join(lines + [f"{row.name}: {row.channels} pruned channels stay: {row.reason}" for row in self.kept])
+
+
+@dataclass
+class _Removal:
+    """Channels of one set that go, and what is folded into whom first: (reader, its input, number)."""
+
+    channels: Channels
+    places: list[int]
+    folds: list[tuple[str, int, float]]
+
+
+def shrink(model: nn.Module, example_input: Any) -> Shrunk:
+    """A smaller copy of a pruned model.
+
+    Channels are removed through residual joins, concatenations, flattening, batch-norm and depthwise convolutions, as far as
+    Torch-Pruning's dependency graph follows them. A layer keeps at least one channel. In eval mode the result computes what the model
+    computed, checked on ``example_input`` and on random inputs of its shape to 1e-4 of the largest output (float32; sums of fewer terms
+    round differently); what would change it stays, and is listed with the reason.
+
+    Args:
+        model: holds exact zeros, as after `FastBiP.finalize`; not changed.
+        example_input: one input of the model, or a tuple of its arguments; on the model's device.
+
+    Returns:
+        the new model, with the modes, dtypes and `requires_grad` of the old one.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed.
+        ValueError: the model does not take this input, or cannot be traced.
+
+    Example:
+        >>> opt.finalize()
+        >>> small = shrink(model, x).model
+    """
+    inputs = as_inputs(example_input)
+    twin, graph = traced_copy(model, inputs)
+    probes = [inputs, _random_like(inputs, 1), _random_like(inputs, 2)]
+    sets = channels_of(graph, twin)
+    kept: list[Kept] = []
+    removals = [removal for channels in sets if (removal := _removal_of(channels, twin, probes, kept)) is not None]
+    small, done = _checked(model, inputs, removals, probes, kept)
+    _restore(model, small)
+    layers = dict(small.named_modules())
+    removed = [
+        Removed(name, removal.channels.count, _outputs(layers[name]))
+        for removal in done
+        for name, layer in (removal.channels.makers | removal.channels.passes).items()
+        if isinstance(layer, (_ConvNd, nn.Linear))
+    ]
+    return Shrunk(small, removed, kept)
+
+
+# --- what can go ---------------------------------------------------------------------------------------------------------------------
+
+
+def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]], kept: list[Kept]) -> _Removal | None:
+    """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot."""
+    zero = {name: zero_outputs(layer).cpu() for name, layer in channels.makers.items()}
+    if channels.refused:
+        kept += [Kept(name, int(own.sum()), channels.refused) for name, own in zero.items() if own.any()]
+        return None
+    silent = torch.stack(list(zero.values()))
+    between = [layer for layer in channels.passes.values() if depthwise(layer)]
+    constant = silent.all(0)
+    if between:
+        constant |= torch.stack([zero_outputs(layer).cpu() for layer in between]).all(0)
+    unread = torch.ones(channels.count, dtype=torch.bool)
+    for reader in channels.readers:
+        idle = zero_inputs(reader.layer)
+        unread &= torch.tensor([all(bool(idle[i]) for i in reader.inputs.get(c, ())) for c in range(channels.count)])
+    for name, own in zero.items():
+        alone = int((own & ~constant & ~unread).sum())
+        if alone:
+            others = ", ".join(other for other in channels.makers if other != name)
+            kept.append(Kept(name, alone, f"they are added to those of {others}, which are not pruned"))
+    places, folds, reasons = [], [], {}
+    arriving = _arriving(channels, twin, probes) if bool((constant & ~unread).any()) else {}
+    for channel in range(channels.count):
+        if unread[channel]:
+            places.append(channel)
+        elif constant[channel]:
+            numbers = [(reader, i, arriving[reader.name][i]) for reader in channels.readers for i in reader.inputs.get(channel, ())]
+            why = next((why for reader, _, number in numbers if (why := _not_foldable(reader, number))), None)
+            if why is None:
+                places.append(channel)
+                folds += [(reader.name, i, number) for reader, i, number in numbers if number]
+            else:
+                reasons[why] = reasons.get(why, 0) + 1
+    kept += [Kept(channels.root, count, reason) for reason, count in reasons.items()]
+    if len(places) == channels.count:
+        kept.append(Kept(channels.root, 1, "a layer keeps at least one channel"))
+        gone = places.pop()
+        mine = {(reader.name, i) for reader in channels.readers for i in reader.inputs.get(gone, ())}
+        folds = [fold for fold in folds if fold[:2] not in mine]
+    return _Removal(channels, places, folds) if places else None
+
+
+def _not_foldable(reader: Reader, number: float) -> str | None:
+    """Why a number cannot go into the bias of a layer, None if it can."""
+    layer = reader.layer
+    if number != number:
+        return f"what reaches {reader.name} is not the same everywhere"
+    if number == 0:
+        return None
+    if isinstance(layer, _ConvNd) and layer.transposed:
+        return f"a constant from a bias or batch-norm reaches {reader.name}, a transposed convolution"
+    if isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and (layer.padding == "same" or any(layer.padding)):
+        if all(size == 1 for size in layer.kernel_size) and layer.padding == "same":
+            return None
+        return f"a constant from a bias or batch-norm reaches {reader.name}, whose zero padding makes its border differ"
+    return None
+
+
+def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]]) -> dict[str, list[float]]:
+    """The number that every input channel of the layers that read a set has, over all probes, batches and places; NaN if it has several."""
+    seen: dict[str, list[Tensor]] = {reader.name: [] for reader in channels.readers}
+
+    def note(name: str, layer: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            x = x.flatten(0, -2).T if isinstance(layer, nn.Linear) else x.transpose(0, 1 if x.dim() == layer.weight.dim() else 0)
+            seen[name].append(x.flatten(1).float())
+
+        return layer.register_forward_pre_hook(hook)
+
+    handles = [note(reader.name, reader.layer) for reader in channels.readers]
+    try:
+        with torch.no_grad():
+            for probe in probes:
+                twin(*probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    numbers = {}
+    for name, inputs in seen.items():
+        if not inputs:
+            numbers[name] = [float("nan")] * _inputs(dict(twin.named_modules())[name])
+            continue
+        low = torch.stack([x.amin(1) for x in inputs]).amin(0)
+        high = torch.stack([x.amax(1) for x in inputs]).amax(0)
+        numbers[name] = torch.where(low == high, low, torch.nan).tolist()
+    return numbers
+
+
+def _outputs(layer: nn.Module) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+
+
+def _inputs(layer: nn.Module) -> int:
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+
+
+# --- removing, and checking ----------------------------------------------------------------------------------------------------------
+
+
+def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[_Removal]) -> nn.Module:
+    """A copy of the model, in eval mode, without these channels."""
+    small = copy.deepcopy(model).eval()
+    graph = graph_of(small, inputs)
+    layers = dict(small.named_modules())
+    with torch.no_grad():
+        for removal in removals:
+            for name, i, number in removal.folds:
+                _fold(layers[name], i, number)
+    for removal in removals:
+        root = layers[removal.channels.root]
+        graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, removal.places).prune(record_history=False)
+    return small
+
+
+def _fold(layer: nn.Module, i: int, number: float) -> None:
+    """Add what input i contributes when it is ``number`` everywhere to the bias."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    contribution = weight[:, i].flatten(1).sum(1) * number if weight.dim() > 2 else weight[:, i] * number
+    if layer.bias is None:
+        layer.bias = nn.Parameter(torch.zeros_like(contribution), requires_grad=weight.requires_grad)
+    layer.bias += contribution
+
+
+def _checked(
+    model: nn.Module, inputs: tuple[Any, ...], removals: list[_Removal], probes: Sequence[tuple[Any, ...]], kept: list[Kept]
+) -> tuple[nn.Module, list[_Removal]]:
+    """The model without all channels that can go, each set tried by itself where all together change what it computes."""
+    with torch.no_grad():
+        reference = copy.deepcopy(model).eval()
+        expected = [tree_leaves(reference(*probe)) for probe in probes]
+    small = _attempt(model, inputs, removals, probes, expected)
+    if small is not None:
+        return small, removals
+    done: list[_Removal] = []
+    small = copy.deepcopy(model).eval()
+    for removal in removals:
+        tried = _attempt(model, inputs, [*done, removal], probes, expected)
+        if tried is None:
+            kept.append(Kept(removal.channels.root, len(removal.places), CHANGES))
+        else:
+            small, done = tried, [*done, removal]
+    return small, done
+
+
+def _attempt(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    removals: Sequence[_Removal],
+    probes: Sequence[tuple[Any, ...]],
+    expected: Sequence[list[Any]],
+) -> nn.Module | None:
+    """The model without these channels if it computes the same, else None."""
+    try:
+        small = _removed_from(model, inputs, removals)
+        with torch.no_grad():
+            same = all(_equal(tree_leaves(small(*probe)), leaves) for probe, leaves in zip(probes, expected, strict=True))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # shapes that do not fit any more, in whatever way
+        return None
+    return small if same else None
+
+
+def _equal(given: Sequence[Any], expected: Sequence[Any]) -> bool:
+    if len(given) != len(expected):
+        return False
+    for a, b in zip(given, expected, strict=True):
+        if not isinstance(b, Tensor):
+            if a != b:
+                return False
+        elif a.shape != b.shape:
+            return False
+        elif b.is_floating_point() and b.numel():
+            scale = float(b.abs().nan_to_num().max()) or 1.0
+            if not torch.allclose(a, b, rtol=0, atol=TOLERANCE.get(b.dtype, 1e-4) * scale, equal_nan=True):
+                return False
+        elif not torch.equal(a, b):
+            return False
+    return True
+
+
+def _random_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Arguments of the same shapes, types and ranges."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.numel() or x.is_complex():
+            return x
+        if x.is_floating_point():
+            return torch.randn(x.shape, generator=generator).to(x)
+        if x.dtype == torch.bool:
+            return x
+        low, high = int(x.min()), int(x.max())
+        return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
+
+    return tuple(tree_map(draw, x) for x in inputs)
+
+
+def _restore(model: nn.Module, small: nn.Module) -> None:
+    """Modes and `requires_grad` as in the model."""
+    for name, module in small.named_modules():
+        module.training = model.get_submodule(name).training
+    learning = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in small.named_parameters():
+        p.requires_grad_(learning.get(name, True))
