@@ -115,7 +115,7 @@ class Comparison:
         if row := self._kept(name, settings):
             return row
         model = self.dense_network(seed)
-        optimizer = pruner(model, settings)
+        optimizer = pruner(model, settings, self.data)
         cursor = Cursor()
         began = time.perf_counter()
         recipe = recipes(settings)["prune"]

@@ -36,7 +36,7 @@ def record(settings: Settings, data_dir: Path | None, device: torch.device) -> d
     torch.manual_seed(settings.seed)
     model = resnet.build(settings.model, data.channels, data.classes).to(device).to(memory_format=torch.channels_last)
     train(model, dense_optimizer(model, settings), data, recipes(settings)["pretrain"], Cursor())
-    optimizer = pruner(model, settings)
+    optimizer = pruner(model, settings, data)
     steps: dict[str, list[float]] = {name: [] for name in (*COUNTS, "threshold")}
     (before,) = optimizer.report().selections
 

@@ -1,4 +1,5 @@
-"""The command `bip-fast`: `prune` trains and prunes a network, `report` shows a saved one, `doctor` says what works here, `bench` how fast.
+"""The command `bip-fast`: `prune` trains and prunes a network, `measure` says what was won,
+`report` shows a saved one, `doctor` says what works here, `bench` how fast.
 
 Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 130 interrupted and 143 terminated (the checkpoint is good), 141 when
 nobody reads the output any more, and for `doctor` 1 when something needed is missing. The core of bip_fast needs none of the packages
@@ -63,11 +64,23 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--numel", type=int, default=11_164_352, metavar="N", help="number of weights; default: those of a ResNet-18")
     bench.add_argument("--density", type=float, default=0.1, metavar="D", help="fraction of weights kept; default: %(default)s")
     bench.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    measured = commands.add_parser(
+        "measure",
+        help="time a pruned network beside the dense one, and say why it is or is not faster",
+        description="Dense, masked, shrunk (pruned filters and channels removed) and 2:4 networks of a finished run, side by side: time, "
+        "parameters, FLOPs, bytes, accuracy, and for each one sentence that says why it is or is not faster.",
+    )
+    measured.add_argument("folder", metavar="RUN", type=Path, help="run folder of `bip-fast prune`")
+    measured.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
+    measured.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
+    measured.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    measured.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands.add_parser("doctor", help="show versions, devices and what is missing", description="What works here, and what is missing.")
     return top
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
+    from .budgets import SCOPES
     from .experiments.settings import LEVELS, PRESETS, Settings
 
     def default(name: str) -> str:
@@ -84,12 +97,21 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
     what = prune.add_argument_group("what to prune")
     add(what, "data", str, "NAME", f"{', '.join(PRESETS)}")
     what.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data set (not needed for digits)")
-    add(what, "model", str, "NAME", "resnet20, resnet32, resnet56, resnet18 (CIFAR form), or your own: FILE.py:function(channels, classes)")
+    add(
+        what,
+        "model",
+        str,
+        "NAME",
+        "resnet20, resnet20b, resnet32, resnet56, resnet18 (CIFAR form), or your own: FILE.py:function(channels, classes)",
+    )
     what.add_argument("--width", type=int, metavar="N", help="channels of the first stage; default: 16, for resnet18 64")
     what.add_argument(
         "--checkpoint", type=str, metavar="FILE", help="trained dense weights to prune (.safetensors or .pt): no dense training"
     )
     add(what, "sparsity", float, "S", "fraction of zeros among all Conv and Linear weights, in [0, 1)")
+
+    add(what, "pattern", str, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")
+    add(what, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
 
     how = prune.add_argument_group("how to prune")
     add(how, "levels", str, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one")
@@ -267,7 +289,17 @@ def command_bench(options: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS = {"bench": command_bench, "prune": command_prune, "report": command_report, "doctor": command_doctor}
+def command_measure(options: dict[str, Any]) -> int:
+    from .export.command import measure_run
+
+    if min(options["batch_sizes"]) < 1:
+        raise ExperimentError(f"--batch-sizes must be at least 1, got {min(options['batch_sizes'])}")
+    result, notes = measure_run(options["folder"], options["data_dir"], pick_device(options["device"]), options["batch_sizes"])
+    print(json.dumps({**result.as_dict(), "notes": notes}, indent=2) if options["json"] else "\n".join([str(result), *notes]))
+    return 0
+
+
+COMMANDS = {"bench": command_bench, "measure": command_measure, "prune": command_prune, "report": command_report, "doctor": command_doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

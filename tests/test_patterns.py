@@ -299,7 +299,7 @@ def test_a_state_of_another_pattern_or_of_parts_of_units(backend):
     with pytest.raises(ValueError, match="pattern"):
         FastBiP(params_of([(20, 12)], backend.device), sparsity=0.5).load_state_dict(state)
     state["state"][0]["mask"] = state["state"][0]["mask"].roll(1).bitwise_xor(1)
-    with pytest.raises(ValueError, match="whole units|damaged"):
+    with pytest.raises(ValueError, match=r"whole units|damaged"):
         FastBiP(params_of([(20, 12)], backend.device), sparsity=0.5, pattern="filter").load_state_dict(state)
 
 
@@ -330,7 +330,9 @@ def test_the_sparsity_of_n_of_m(backend):
 
 
 def test_what_a_pattern_does_not_fit_stays_dense_with_the_reason(backend):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(4, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(4, 4)
+    )
     model[4].weight.requires_grad_(False)
     opt = FastBiP(model.to(backend.device), pattern="2:4", exclude=["2"])
     decisions = {row.name: row for row in opt.report().decisions}
@@ -365,7 +367,12 @@ def test_overrides(backend):
     assert len(opt.param_groups) == 4  # the others, 1, 2, and what is dense
     fill_gradients(model.parameters(), 0)
     opt.step()
-    for wrong, message in [({"nope": 0.5}, "matches none"), ({"1": 1.5}, "sparsity must be"), ({"1": {"prune": False}}, "overrides"), ({1: 0.5}, "names")]:
+    for wrong, message in [
+        ({"nope": 0.5}, "matches none"),
+        ({"1": 1.5}, "sparsity must be"),
+        ({"1": {"prune": False}}, "overrides"),
+        ({1: 0.5}, "names"),
+    ]:
         with pytest.raises((ValueError, TypeError), match=message):
             FastBiP(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), sparsity=0.5, overrides=wrong)
 

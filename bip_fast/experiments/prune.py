@@ -46,11 +46,19 @@ def dense_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     return torch.optim.SGD(model.parameters(), settings.pretrain_lr, settings.momentum, weight_decay=settings.weight_decay)
 
 
-def pruner(model: nn.Module, settings: Settings) -> bip_fast.FastBiP:
-    """FastBiP over all Conv and Linear weights of ``model``."""
+def pruner(model: nn.Module, settings: Settings, data: Dataset) -> bip_fast.FastBiP:
+    """FastBiP over all Conv and Linear weights of ``model``. Filters that can only be removed together are learned together."""
+    coupled: list[list[str]] = []
+    if settings.pattern == "filter":
+        from ..export.coupling import coupled_filters
+
+        coupled = coupled_filters(model, data.train_images[:2].float())
     return bip_fast.FastBiP(
         model,
         sparsity=settings.sparsity,
+        pattern=settings.pattern,
+        scope=settings.scope,
+        coupled=coupled,
         lr=settings.lr,
         mask_lr=settings.mask_lr,
         gamma=settings.gamma,
@@ -80,7 +88,7 @@ def _check(model: nn.Module, settings: Settings, data: Dataset) -> None:
         raise ExperimentError(f"--model {name} has no Conv or Linear layer to prune")
     try:
         trial = copy.deepcopy(model).train()
-        optimizer = pruner(trial, settings)
+        optimizer = pruner(trial, settings, data)
         trial(torch.zeros(shape)).sum().backward()
         optimizer.step()
         if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
@@ -183,7 +191,7 @@ class Job:
 
     def _begin_pruning(self) -> None:
         self.stage, self.cursor = "prune", Cursor()
-        self.optimizer = pruner(self.model, self.settings)
+        self.optimizer = pruner(self.model, self.settings, self.data)
         self.sparsity = report(self.model).sparsity
 
     def _after_step(self, cursor: Cursor) -> None:

@@ -1,7 +1,8 @@
 """Residual networks for small images (He et al., 2016), and any model of the user's own.
 
 CIFAR form: a 3x3 stem, no pooling before the global one. ResNet-20, -32, -56: three stages of n = (depth - 2) / 6 blocks, widths
-16, 32, 64, shortcuts without weights (option A). ResNet-18: four stages of two blocks, widths 64 to 512, 1x1 convolutions where the
+16, 32, 64, shortcuts without weights (option A); ResNet-20b has 1x1 convolutions on those that change the shape (option B), so that
+whole channels can be removed from its stages. ResNet-18: four stages of two blocks, widths 64 to 512, 1x1 convolutions where the
 shape changes.
 """
 
@@ -79,13 +80,14 @@ class ResNet(nn.Module):
         return self.fc(self.stages(x).mean((2, 3)))
 
 
-def _cifar(depth: int) -> Callable[[int, int, int | None], nn.Module]:
+def _cifar(depth: int, *, projection: bool = False) -> Callable[[int, int, int | None], nn.Module]:
     count = (depth - 2) // 6
-    return lambda channels, classes, width: ResNet((count,) * 3, width or 16, channels, classes)
+    return lambda channels, classes, width: ResNet((count,) * 3, width or 16, channels, classes, projection=projection)
 
 
 MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
     "resnet20": _cifar(20),
+    "resnet20b": _cifar(20, projection=True),
     "resnet32": _cifar(32),
     "resnet56": _cifar(56),
     "resnet18": lambda channels, classes, width: ResNet((2, 2, 2, 2), width or 64, channels, classes, projection=True),

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..budgets import SCOPES
+from ..patterns import parse
 from . import ExperimentError
 from .data import DATA
 
@@ -27,6 +29,8 @@ class Settings:
     model: str = "resnet20"
     width: int | None = None
     sparsity: float = 0.95
+    pattern: str = "unstructured"
+    scope: str = "global"
     levels: str = "alternating"
     pretrain_epochs: int = 30
     epochs: int = 40
@@ -53,7 +57,11 @@ class Settings:
         data = given.get("data", cls.data)
         if data not in DATA:
             raise ExperimentError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
-        settings = cls(**{**PRESETS[data], **given})
+        try:
+            own = {"sparsity": parse(given["pattern"]).sparsity or cls.sparsity} if "pattern" in given else {}
+        except ValueError as error:
+            raise ExperimentError(f"--{error}") from error
+        settings = cls(**{**PRESETS[data], **own, **given})
         settings.check()
         return settings
 
@@ -70,6 +78,11 @@ class Settings:
         if not 0 <= self.sparsity < 1:
             hint = f" (write {self.sparsity / 100:g} for {self.sparsity:g} %)" if 1 < self.sparsity < 100 else ""
             raise ExperimentError(f"--sparsity must be in [0, 1), got {self.sparsity:g}{hint}")
+        own = parse(self.pattern).sparsity
+        if own is not None and self.sparsity != own:
+            raise ExperimentError(f"--sparsity must be {own:g} with --pattern {self.pattern}, got {self.sparsity:g}")
+        if self.scope not in SCOPES:
+            raise ExperimentError(f"--scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.levels not in LEVELS:
             raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
         for name, least in {"pretrain_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0, "width": 1}.items():
@@ -90,8 +103,9 @@ class Settings:
     @property
     def folder_name(self) -> str:
         """Name of the default run folder: what a person tells runs apart by."""
-        model = "".join(c if c.isalnum() else "-" for c in self.model)
-        return f"{self.data}-{model}-{100 * self.sparsity:g}-seed{self.seed}"
+        model, pattern = ("".join(c if c.isalnum() else "-" for c in name) for name in (self.model, self.pattern))
+        kind = "" if self.pattern == "unstructured" else f"-{pattern}"
+        return f"{self.data}-{model}-{100 * self.sparsity:g}{kind}-seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,7 +35,7 @@ def as_inputs(example_input: Any) -> tuple[Any, ...]:
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
-def depthwise(layer: nn.Module) -> bool:
+def depthwise(layer: object) -> bool:
     """A convolution with one filter for each channel, so that its outputs are its inputs, filtered."""
     return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
@@ -105,7 +105,7 @@ def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
     names = {layer: name for name, layer in model.named_modules()}
     kinds = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
     found, made = [], set()
-    for layer, node in list(graph.module2node.items()):
+    for layer in list(graph.module2node):
         if not isinstance(layer, tuple(kinds)) or layer in made or depthwise(layer):
             continue
         pruner = graph.get_pruner_of_module(layer)
@@ -115,7 +115,6 @@ def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
         made |= set(channels.makers.values())
         if channels.readers:
             found.append(channels)
-        del node
     return found
 
 
@@ -160,17 +159,18 @@ def traced_copy(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, A
     return twin, graph_of(twin, inputs)
 
 
-def zero_outputs(layer: nn.Module) -> Tensor:
-    """Bool, for every output channel: all weights that make it are 0."""
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a Conv or Linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    dim = 1 if getattr(layer, "transposed", False) else 0
-    return (weight.detach() == 0).transpose(0, dim).flatten(1).all(1)
+    return weight.detach()
+
+
+def zero_outputs(layer: nn.Module) -> Tensor:
+    """Bool, for every output channel: all weights that make it are 0."""
+    return (weight_of(layer) == 0).transpose(0, 1 if getattr(layer, "transposed", False) else 0).flatten(1).all(1)
 
 
 def zero_inputs(layer: nn.Module) -> Tensor:
     """Bool, for every input channel: all weights that read it are 0."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    dim = 0 if getattr(layer, "transposed", False) else 1
-    return (weight.detach() == 0).transpose(0, dim).flatten(1).all(1)
+    return (weight_of(layer) == 0).transpose(0, 0 if getattr(layer, "transposed", False) else 1).flatten(1).all(1)

@@ -14,8 +14,8 @@ __all__ = ["coupled_filters"]
 def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
     """Lists of names of parameters that belong to the same channels.
 
-    Each has the weights of the layers that make them (several where their outputs are added, and depthwise convolutions behind them), and the
-    vectors that go with them: biases, and the weights and biases of batch-norms, whose constants would otherwise outlive their filter.
+    Each has the weights of the layers that make them (several where their outputs are added, and depthwise convolutions behind them), and
+    the vectors that go with them: biases, and the weights and biases of batch-norms, whose constants would otherwise outlive their filter.
     Channels that are outputs of the model, and those that a slice or a padding mixes with others, are left out.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .channels import Channels, Reader, as_inputs, channels_of, depthwise, graph_of, traced_copy, zero_inputs, zero_outputs
+from .channels import Channels, Reader, as_inputs, channels_of, depthwise, graph_of, traced_copy, weight_of, zero_inputs, zero_outputs
 
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
 
@@ -132,7 +132,9 @@ def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any,
         if alone:
             others = ", ".join(other for other in channels.makers if other != name)
             kept.append(Kept(name, alone, f"they are added to those of {others}, which are not pruned"))
-    places, folds, reasons = [], [], {}
+    places: list[int] = []
+    folds: list[tuple[str, int, float]] = []
+    reasons: dict[str, int] = {}
     arriving = _arriving(channels, twin, probes) if bool((constant & ~unread).any()) else {}
     for channel in range(channels.count):
         if unread[channel]:
@@ -175,9 +177,11 @@ def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, .
     seen: dict[str, list[Tensor]] = {reader.name: [] for reader in channels.readers}
 
     def note(name: str, layer: nn.Module) -> Any:
+        dims = weight_of(layer).dim() - 1  # of an input without a batch
+
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            x = x.flatten(0, -2).T if isinstance(layer, nn.Linear) else x.transpose(0, 1 if x.dim() == layer.weight.dim() else 0)
+            x = x.reshape(-1, x.shape[-1]).T if isinstance(layer, nn.Linear) else x.transpose(0, x.dim() - dims)
             seen[name].append(x.flatten(1).float())
 
         return layer.register_forward_pre_hook(hook)
@@ -229,12 +233,13 @@ def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[
 
 def _fold(layer: nn.Module, i: int, number: float) -> None:
     """Add what input i contributes when it is ``number`` everywhere to the bias."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    contribution = weight[:, i].flatten(1).sum(1) * number if weight.dim() > 2 else weight[:, i] * number
-    if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros_like(contribution), requires_grad=weight.requires_grad)
-    layer.bias += contribution
+    weight = weight_of(layer)
+    contribution = (weight[:, i].flatten(1).sum(1) if weight.dim() > 2 else weight[:, i]) * number
+    bias = layer._parameters["bias"]
+    if bias is None:
+        bias = nn.Parameter(torch.zeros_like(contribution), requires_grad=weight.requires_grad)
+        layer._parameters["bias"] = bias
+    bias.add_(contribution)
 
 
 def _checked(

@@ -38,7 +38,7 @@ __device__ inline void repair(const Args& args, int group, const Candidate& cand
   uint32_t& word = tile.tensor.mask[entry / kWarp];
   if (kept == ((word & bit) != 0)) return;  // other threads flip other bits of the word; this one is ours
   atomicXor(&word, bit);
-  flip_z(tile.tensor, entry, kept);
+  if (tile.tensor.param) flip_z(tile.tensor, entry, kept);  // units have none
   atomicAdd(reinterpret_cast<unsigned long long*>(&args.step.counters[group].flips), 1ull);
 }
 

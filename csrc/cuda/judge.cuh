@@ -164,8 +164,9 @@ __device__ __forceinline__ uint32_t judge_quad(JudgeRoom& room, uint32_t& num_ab
   return judged.word;
 }
 
-// z where a word has changed.
+// z where a word has changed. Units have none.
 __device__ __forceinline__ void flip_quad(const Tile& tile, int place, uint32_t word, uint32_t old_word) {
+  if (!tile.tensor.param) return;
   for (unsigned flips = (word ^ old_word) >> bit_of_lane() & 0xfu; flips; flips &= flips - 1) {
     const int j = __ffs(static_cast<int>(flips)) - 1;
     flip_z(tile.tensor, tile.first + place + j, word >> (bit_of_lane() + static_cast<unsigned>(j)) & 1u);

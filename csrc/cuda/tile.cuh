@@ -56,9 +56,8 @@ __device__ __forceinline__ void write_z(const Tensor& tensor, int64_t entry, uin
   }
 }
 
-// z of one entry whose mask bit flips. Units have none.
+// z of one entry whose mask bit flips.
 __device__ inline void flip_z(const Tensor& tensor, int64_t entry, bool kept) {
-  if (!tensor.param) return;
   const float value = kept ? tensor.theta[entry] : 0.0f;
   if (tensor.dtype == DType::f32)
     static_cast<float*>(tensor.param)[entry] = value;

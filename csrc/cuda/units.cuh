@@ -49,9 +49,9 @@ struct Terms {
   }
 };
 
-// Units of 32 columns or more: a lane has every 32nd.
+// Units of 32 columns or more: a lane has every 32nd. Calls, so that the six forms do not share the registers.
 template <class G>
-__device__ __forceinline__ void sum_wide(const Terms<G>& terms, const Item& item, int64_t width, const uint32_t* mask, float* sums,
+__device__ __noinline__ void sum_wide(const Terms<G>& terms, const Item& item, int64_t width, const uint32_t* mask, float* sums,
                                          uint32_t& nonfinite) {
   for (int unit = 0; unit < item.units; ++unit) {
     const bool kept = mask_bit(mask, item.unit + unit);
@@ -70,7 +70,7 @@ __device__ __forceinline__ void sum_wide(const Terms<G>& terms, const Item& item
 
 // Several narrow units: the sums of their columns go through `columns` in shared memory, then a lane has a unit.
 template <class G>
-__device__ __forceinline__ void sum_narrow(const Terms<G>& terms, const Item& item, int width, const uint32_t* mask, float* columns,
+__device__ __noinline__ void sum_narrow(const Terms<G>& terms, const Item& item, int width, const uint32_t* mask, float* columns,
                                            float* sums, uint32_t& nonfinite) {
   for (int i = lane_id(); i < item.cols; i += kWarp) {
     float column = 0.0f;

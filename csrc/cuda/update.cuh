@@ -15,8 +15,8 @@
 
 namespace bip::cuda {
 
-// How a tile is moved. Mask momentum and N:M have ways of their own because most runs do without, and the others should not pay for them; with
-// both, entry by entry, because together they do not fit the registers.
+// How a tile is moved. Mask momentum and N:M have ways of their own because most runs do without, and the others should not pay for them. What
+// does not fit the registers is moved entry by entry: N:M with a mask momentum, and in joint steps.
 struct Plain {
   static constexpr bool kVector = true, kMomentum = false, kNofM = false;
 };
@@ -201,9 +201,9 @@ template <Phase kPhase, class AnyRoom>
 __device__ __forceinline__ void update_tile(const Job& job, AnyRoom& room, Sums& sums) {
   const bool n_of_m = kPhase != Phase::lower && job.tile.tensor.of != 0;
   const bool momentum = kPhase != Phase::lower && moves_score_momentum(job.tile.tensor, job.hyper);
-  if (!vectorizes<kPhase>(job) || (n_of_m && momentum))
+  if (!vectorizes<kPhase>(job) || (n_of_m && (momentum || kPhase == Phase::joint)))
     update_tile<kPhase, EntryByEntry>(job, room, sums);
-  else if (n_of_m)
+  else if (kPhase == Phase::upper && n_of_m)
     update_tile<kPhase, NofM>(job, room, sums);
   else if (momentum)
     update_tile<kPhase, WithMomentum>(job, room, sums);
