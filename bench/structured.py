@@ -108,6 +108,26 @@ def rows_of(name: str, data_dir: Path | None, work: Path, seeds: list[int]) -> l
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each data set, seed and method."""
+    lines = [
+        "| data | seed | method | accuracy | shrunk | weights | MFLOPs | batch 64 | times dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["data"], str(row["seed"]), row["method"], f"{100 * row['accuracy']:.2f} %"]
+        if "variants" in row:
+            dense, small = (next(v for v in row["variants"] if v["name"] == name) for name in ("dense", "shrunk"))
+            seconds = small["seconds"][str(BATCH)]
+            cells += [f"{100 * row['shrunk_accuracy']:.2f} %", f"{small['parameters']:,} of {dense['parameters']:,}"]
+            cells += [f"{small['flops'] / 1e6:.2f} of {dense['flops'] / 1e6:.2f}", f"{1e3 * seconds:.2f} ms"]
+            cells.append(f"{dense['seconds'][str(BATCH)] / seconds:.2f}x faster")
+        else:
+            cells += [""] * 5
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m bench.structured", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     target = options.results / folder_name(results["machine"]["device"]) / "structured.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=1) + "\n")
-    print(target)
+    print(f"{table(results['rows'])}\n\n{target}")
     return 0
 
 

@@ -123,7 +123,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         lines = [_line(line, widths) for line in (HEADER, *cells)]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines(), *self._decision_lines()])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines(), *self.decision_lines()])
 
     def _selection_lines(self) -> list[str]:
         if not any(row.steps for row in self.selections):
@@ -135,7 +135,8 @@ class Report:
         text = f"selections{groups}: {steps:,}, in one pass {steps - first - missed - crowded:,}; fell back: {first:,} without a window, "
         return [text + f"{missed:,} missed it, {crowded:,} had too many inside; mask entries changed: {flips:,}"]
 
-    def _decision_lines(self) -> list[str]:
+    def decision_lines(self) -> list[str]:
+        """Which patterns there are, and what stays dense, by reason."""
         patterns = sorted({row.pattern for row in self.decisions if row.pattern})
         lines = [f"pattern: {', '.join(patterns)}"] if patterns not in ([], ["unstructured"]) else []
         reasons: dict[str, list[str]] = {}

@@ -81,12 +81,14 @@ def test_wrong_files(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="must be a file of save_masks"):
             load_masks(path)
+    known = {"format": "bip_fast masks", "version": "1"}
+    four = {"a": torch.ones(4, dtype=torch.int32)}
     for name, tensors, about in [
         ("weights", {"a": torch.ones(3)}, None),
-        ("version", {"a": torch.ones(4, dtype=torch.int32)}, {"format": "bip_fast masks", "version": "2", "shapes": '{"a": [100]}'}),
-        ("length", {"a": torch.ones(3, dtype=torch.int32)}, {"format": "bip_fast masks", "version": "1", "shapes": '{"a": [100]}'}),
-        ("missing", {"a": torch.ones(4, dtype=torch.int32)}, {"format": "bip_fast masks", "version": "1", "shapes": json.dumps({"a": [100], "b": [1]})}),
-    ]:  # fmt: skip
+        ("version", four, {**known, "version": "2", "shapes": '{"a": [100]}'}),
+        ("length", {"a": torch.ones(3, dtype=torch.int32)}, {**known, "shapes": '{"a": [100]}'}),
+        ("missing", four, {**known, "shapes": json.dumps({"a": [100], "b": [1]})}),
+    ]:
         save_file(tensors, tmp_path / name, about)
         with pytest.raises(ValueError, match="must be a file of save_masks"):
             load_masks(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Networks as people have them: a few steps in every pattern that fits, exact masks, the same function when shrunk, and in other formats."""
+"""Networks as people have them: a few steps in every pattern that fits, exact masks, the same function shrunk and in other formats."""
 
 from __future__ import annotations
 

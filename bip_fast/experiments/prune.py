@@ -192,6 +192,8 @@ class Job:
     def _begin_pruning(self) -> None:
         self.stage, self.cursor = "prune", Cursor()
         self.optimizer = pruner(self.model, self.settings, self.data)
+        for line in self.optimizer.report().decision_lines():
+            self.shown.say(line)
         self.sparsity = report(self.model).sparsity
 
     def _after_step(self, cursor: Cursor) -> None:
@@ -232,6 +234,7 @@ class Job:
         from .curves import curves
 
         assert isinstance(self.optimizer, bip_fast.FastBiP)
+        decisions = [row.as_dict() for row in self.optimizer.report().decisions]
         self.optimizer.finalize()
         self.folder.write("model.safetensors", lambda path: write_safetensors(path, self.model))
         passes = self.steps * self.settings.batch_size
@@ -243,6 +246,7 @@ class Job:
             "images": {"train": len(self.data.train_labels), self._part: len(self.data.test_labels)},
             **self.done["scores"],
             **report(self.model).as_dict(),
+            "decisions": decisions,
             "image_passes": {stage: recipe.epochs * passes for stage, recipe in self.recipes.items()},
             "seconds": self.done["seconds"],
             "history": self.done["history"],

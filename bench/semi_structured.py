@@ -1,0 +1,80 @@
+"""A 2:4 encoder of the size of BERT-base under bfloat16: dense, masked and semi-structured weights, whatever the result.
+
+    python3 -m bench.semi_structured --device cuda        JSON under bench/results/<device>, table
+
+Masks are those of FastBiP's first step, magnitudes in groups of four. On the CPU every layer is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.fashion_mnist import machine
+from bench.report import folder_name
+from bip_fast import FastBiP
+from bip_fast.export.measure import measure
+from bip_fast.export.semi_structured import to_semi_structured
+
+
+class Feed(nn.Module):
+    """The matrix products of an encoder layer with their non-linearities: attention's four and the two of the feed-forward net."""
+
+    def __init__(self, width: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+        x = x + self.out(y)
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m bench.semi_structured", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda; default: cpu")
+    parser.add_argument("--layers", type=int, default=12, metavar="N", help="default: 12")
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 512], metavar="N", help="default: 1 64 512")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(Feed(768, 3072, 12) for _ in range(options.layers))).to(device, torch.bfloat16).eval()
+    masked = nn.Sequential(*(Feed(768, 3072, 12) for _ in range(options.layers))).to(device, torch.bfloat16).eval()
+    masked.load_state_dict(dense.state_dict())
+    FastBiP(masked, pattern="2:4").finalize()
+    converted = to_semi_structured(masked)
+    networks = {"dense": dense, "masked": masked}
+    if any(row.reason is None for row in converted.layers):
+        networks["2:4"] = converted.model
+    x = torch.randn(1, options.tokens, 768, device=device, dtype=torch.bfloat16)
+    result = measure(networks, x, batch_sizes=options.batch_sizes, rounds=20)
+    print(result)
+    results: dict[str, Any] = {"machine": machine(device), "date": datetime.date.today().isoformat(), **result.as_dict()}
+    results["layers"] = [row._asdict() for row in converted.layers]
+    if "2:4" not in networks:
+        print("\n".join(sorted({row.reason or "" for row in converted.layers})))
+        return 0
+    target = options.results / folder_name(results["machine"]["device"]) / "semi-structured.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(results, indent=1) + "\n")
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
