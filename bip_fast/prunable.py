@@ -81,7 +81,7 @@ def _module_groups(model: nn.Module) -> Given:
     if computed:
         warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
     known = Known(names=learning, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if _is_matrix(p)})
-    known.ends = (pruned[0], pruned[-1]) if pruned else ()
+    known.ends = (next(iter(weights)), next(reversed(weights))) if weights else ()
     known.coupled = [[p, layer.bias] for p, layer in weights.items() if p in learning and layer.bias is not None and layer.bias in learning]
     known.left_out = [
         (name, tuple(p.shape), "it is frozen") for name, p in model.named_parameters() if not p.requires_grad and _is_matrix(p)

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 // One warp per item of units. In a joint step gradients that are not finite are met, and counted, again.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
     step_sums_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
   __shared__ float columns[kWarps][kItemColumns];
   if (skipped(args.step)) return;

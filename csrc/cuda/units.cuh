@@ -28,6 +28,9 @@ __device__ __forceinline__ float add_lanes(float x) {
 
 __device__ __forceinline__ bool mask_bit(const uint32_t* mask, int64_t i) { return mask[i / kWarp] >> (i % kWarp) & 1u; }
 
+constexpr int kTermsAhead = 12;  // pairs of loads in flight in every lane: 48 KB on a multiprocessor. Not tuned on a GPU yet.
+static_assert(kTermsAhead * 2 * static_cast<int>(sizeof(float)) * kThreads * kBlocksPerProcessorJoint >= 48 * 1024);
+
 // What a warp needs to know of an item's terms.
 template <class G>
 struct Terms {
@@ -37,31 +40,46 @@ struct Terms {
   float inverse_scale;
   int64_t cols;
 
-  // Adds the terms of one column, rows in order, to `sum`.
-  __device__ __forceinline__ void add_column(const Item& item, int64_t col, bool kept, float& sum, uint32_t& nonfinite) const {
-    const int64_t first = item.row * cols + col;
-#pragma unroll 4
-    for (int64_t row = 0; row < item.rows; ++row) {
-      const float g = to_float(gradient[first + row * cols]) * inverse_scale;
-      sum += term(kept, g, theta[first + row * cols], hyper);
-      nonfinite += !is_finite(g);
+  // The sum of `count` terms, `stride` entries from one to the next. Loads are issued before the first is used: nothing else hides them.
+  __device__ __forceinline__ float sum_of(int64_t first, int64_t stride, int64_t count, bool kept, uint32_t& nonfinite) const {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < count; i += kTermsAhead) {
+      float g[kTermsAhead], x[kTermsAhead];
+#pragma unroll
+      for (int j = 0; j < kTermsAhead; ++j) {
+        const int64_t entry = first + (i + j < count ? i + j : count - 1) * stride;
+        g[j] = to_float(gradient[entry]);
+        x[j] = theta[entry];
+      }
+#pragma unroll
+      for (int j = 0; j < kTermsAhead; ++j) {
+        if (i + j >= count) break;
+        g[j] *= inverse_scale;
+        sum += term(kept, g[j], x[j], hyper);
+        nonfinite += !is_finite(g[j]);
+      }
     }
+    return sum;
+  }
+
+  // Of one column of an item, rows in order.
+  __device__ __forceinline__ float sum_of_column(const Item& item, int64_t col, bool kept, uint32_t& nonfinite) const {
+    return sum_of(item.row * cols + col, cols, item.rows, kept, nonfinite);
   }
 };
 
-// Units of 32 columns or more: a lane has every 32nd. Calls, so that the six forms do not share the registers.
+// Units of 32 columns or more: a lane has every 32nd.
 template <class G>
-__device__ __noinline__ void sum_wide(const Terms<G>& terms, const Item& item, int64_t width, const uint32_t* mask, float* sums,
+__device__ __forceinline__ void sum_wide(const Terms<G>& terms, const Item& item, int64_t width, const uint32_t* mask, float* sums,
                                          uint32_t& nonfinite) {
   for (int unit = 0; unit < item.units; ++unit) {
     const bool kept = mask_bit(mask, item.unit + unit);
-    const int64_t begin = item.col + unit * width, end = item.col + smaller((unit + 1) * width, item.cols);
+    const int64_t begin = item.col + unit * width + lane_id(), end = item.col + smaller((unit + 1) * width, item.cols);
     float lane_sum = 0.0f;
-#pragma unroll 4
-    for (int64_t col = begin + lane_id(); col < end; col += kWarp) {
-      float column = 0.0f;
-      terms.add_column(item, col, kept, column, nonfinite);
-      lane_sum += column;
+    if (item.rows == 1) {  // a filter: every column is one term
+      if (begin < end) lane_sum = terms.sum_of(item.row * terms.cols + begin, kWarp, ceil_div(end - begin, kWarp), kept, nonfinite);
+    } else {
+      for (int64_t col = begin; col < end; col += kWarp) lane_sum += terms.sum_of_column(item, col, kept, nonfinite);
     }
     const float sum = add_lanes(lane_sum);
     if (lane_id() == 0) sums[item.unit + unit] = sum;
@@ -70,12 +88,10 @@ __device__ __noinline__ void sum_wide(const Terms<G>& terms, const Item& item, i
 
 // Several narrow units: the sums of their columns go through `columns` in shared memory, then a lane has a unit.
 template <class G>
-__device__ __noinline__ void sum_narrow(const Terms<G>& terms, const Item& item, int width, const uint32_t* mask, float* columns,
+__device__ __forceinline__ void sum_narrow(const Terms<G>& terms, const Item& item, int width, const uint32_t* mask, float* columns,
                                            float* sums, uint32_t& nonfinite) {
   for (int i = lane_id(); i < item.cols; i += kWarp) {
-    float column = 0.0f;
-    terms.add_column(item, item.col + i, mask_bit(mask, item.unit + i / width), column, nonfinite);
-    columns[i] = column;
+    columns[i] = terms.sum_of_column(item, item.col + i, mask_bit(mask, item.unit + i / width), nonfinite);
   }
   __syncwarp();
   for (int unit = lane_id(); unit < item.units; unit += kWarp) {
