@@ -77,6 +77,19 @@ def test_a_whole_run(double, levels):
     assert made[0].replays >= 12
 
 
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("pattern", ["block:2x3", "block:1x99", "block:99x1"])
+def test_a_whole_run_of_units(double, pattern, levels):
+    """The number of kept units changes where the recorded kernels read it."""
+    made = double()
+    pair = Pair(levels=levels, pattern=pattern, sparsity=0.5)
+    whole_run(pair)
+    (recorder,) = made
+    assert pair.iteration.reason is None
+    assert recorder.replays > 10
+    assert recorder.records == 2
+
+
 @pytest.mark.parametrize("warmup", [1, 3])
 def test_every_phase_warms_up_on_its_own(double, warmup):
     made = double()

@@ -6,7 +6,7 @@ from helpers import assert_bits, fill_gradients, flat_like
 from lockstep import MOVING, Lockstep
 from torch import nn
 
-from bip_fast import FastBiP, reference
+from bip_fast import FastBiP, SparsitySchedule, reference
 from bip_fast.patterns import Layer, NofM, Refused, parse
 
 STRUCTURED = ["filter", "channel", "block:1x1", "block:3x5", "block:4x4", "block:1x31", "block:2x33", "block:70x2", "block:130x40"]
@@ -301,6 +301,49 @@ def test_a_state_of_another_pattern_or_of_parts_of_units(backend):
     state["state"][0]["mask"] = state["state"][0]["mask"].roll(1).bitwise_xor(1)
     with pytest.raises(ValueError, match=r"whole units|damaged"):
         FastBiP(params_of([(20, 12)], backend.device), sparsity=0.5, pattern="filter").load_state_dict(state)
+
+
+def test_a_schedule_of_units_makes_no_new_plan(backend):
+    params = params_of([(40, 9), (30, 6, 2, 2)], backend.device)
+    lockstep = locked(params, "filter", levels="joint", sparsity=0.8)
+    schedule = SparsitySchedule(lockstep.opt, "cubic", start=0.0, steps=6)
+    plan, kept = lockstep.opt._engine.plan, []
+    for i in range(8):
+        fill_gradients(params, i)
+        lockstep.step()
+        kept.append(sum(int(lockstep.opt.mask_of(p).flatten(1).any(1).sum()) for p in params))
+        schedule.step()
+    assert lockstep.opt._engine.plan is plan
+    assert kept[0] == 70
+    assert kept[-1] == reference.kept(70, 0.8)
+    assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("pattern", ["filter", "channel", "2:4"])
+def test_gradients_are_unscaled_before_they_are_squared(backend, pattern):
+    """As a GradScaler hands them over: 1024 times too large."""
+    params = params_of([(20, 12), (16, 8, 2, 2)], backend.device)
+    lockstep = locked(params, pattern, levels="joint")
+    lockstep.opt.grad_scale = torch.tensor(1024.0, device=backend.device)
+    for i in range(4):
+        fill_gradients(params, i)
+        for p in params:
+            p.grad.mul_(1024)
+        lockstep.step(scale=1024.0)
+
+
+def test_many_threads_find_the_same_bits(backend):
+    def go(threads):
+        params = params_of([(300, 700), (64, 64, 3, 3), (40, 2000)], backend.device)
+        torch.set_num_threads(threads)
+        opt = FastBiP(params, pattern="channel", levels="joint", mask_momentum=0.3, **MOVING)
+        for i in range(5):
+            fill_gradients(params, i)
+            opt.step()
+        return [p.detach().clone() for p in params] + [opt.scores_of(p) for p in params]
+
+    for a, b in zip(go(1), go(4), strict=True):
+        assert_bits(flat_like(a, a), flat_like(b, b), "threads")
 
 
 def test_many_units_fall_back(backend, monkeypatch):

@@ -36,11 +36,12 @@ template <class G>
 struct Terms {
   const G* gradient;
   const float* theta;
-  const Hyper& hyper;
+  Hyper hyper;  // a copy, or it would be read again for every term
   float inverse_scale;
   int64_t cols;
 
-  // The sum of `count` terms, `stride` entries from one to the next. Loads are issued before the first is used: nothing else hides them.
+  // The sum of `count` terms, `stride` entries from one to the next. Loads are issued before the first is used: nothing else hides them. Behind
+  // the end the last entry is read again and left out, without a branch, which loads would not cross.
   __device__ __forceinline__ float sum_of(int64_t first, int64_t stride, int64_t count, bool kept, uint32_t& nonfinite) const {
     float sum = 0.0f;
     for (int64_t i = 0; i < count; i += kTermsAhead) {
@@ -53,10 +54,11 @@ struct Terms {
       }
 #pragma unroll
       for (int j = 0; j < kTermsAhead; ++j) {
-        if (i + j >= count) break;
+        const bool exists = i + j < count;
         g[j] *= inverse_scale;
-        sum += term(kept, g[j], x[j], hyper);
-        nonfinite += !is_finite(g[j]);
+        const float more = sum + term(kept, g[j], x[j], hyper);
+        sum = exists ? more : sum;
+        nonfinite += exists && !is_finite(g[j]);
       }
     }
     return sum;
