@@ -143,11 +143,13 @@ def _join_units(members: dict[Tensor, Member], reasons: dict[Tensor, str], param
         structured = [m for m in weights if m.pruned and param_groups[m.row]["pattern"] == "filter"]
         if not structured:
             continue
-        apart = next((m for m in weights if not m.pruned), None)
+        apart = next((f"{m.label}, which stays dense: {reasons[m.param]}" for m in weights if not m.pruned), None)
+        if any(p not in members and p.dim() >= 2 for p in tensors):
+            apart = "a layer that is frozen"
         if apart is not None:  # such filters can never be removed, so that there is nothing to win
             for m in structured:
                 members[m.param] = m._replace(pruned=False, division=None)
-                reasons[m.param] = f"its filters are coupled with those of {apart.label}, which stays dense: {reasons[apart.param]}"
+                reasons[m.param] = f"its filters are coupled with those of {apart}"
             continue
         _check_coupled(weights, param_groups)
         units = _units_of(weights[0])

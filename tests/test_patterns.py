@@ -442,6 +442,10 @@ def test_filters_coupled_with_a_dense_layer_stay(backend):
     reasons = {row.name: row.reason for row in opt.report().decisions}
     assert reasons["0.weight"] == "its filters are coupled with those of 1.weight, which stays dense: it is excluded"
     assert reasons["2.weight"] is None
+    model[1].weight.requires_grad_(False)
+    opt = FastBiP(model, sparsity=0.5, pattern="filter", coupled=[["0.weight", "1.weight"]])
+    reasons = {row.name: row.reason for row in opt.report().decisions}
+    assert reasons["0.weight"] == "its filters are coupled with those of a layer that is frozen"
 
 
 def test_refusals_of_memory_layouts():
