@@ -318,7 +318,8 @@ def test_zeros_stay_exact_under_any_optimizer(name, dtype):
     assert torch.equal(dead(model, masks), torch.zeros(sum(int((~mask).sum()) for mask in masks.values())))
     for key, mask in masks.items():
         now = model.state_dict()[key]
-        assert (now != before[key])[mask].float().mean() > (0.9 if dtype == torch.float32 else 0.1)  # the others learn; bfloat16 is coarse
+        learnt = (now != before[key])[mask].float().mean()
+        assert learnt > (0.9 if dtype == torch.float32 else 0.01)  # steps are too small for most bfloat16 weights
     assert not torch.equal(model.whole.weight, before["whole.weight"])
 
 

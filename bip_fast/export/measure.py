@@ -1,0 +1,305 @@
+"""Is it smaller and faster now? A pruned network beside the dense one: as it is, with dead channels removed, and as 2:4.
+
+All run in eval mode, without gradients, on the same inputs, in one process: in every round each network has its turn, in another order, and
+a speedup is the median of the ratios within the rounds. So what disturbs the machine disturbs all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..benchmark import calls_in, synchronize
+from ..report import layer_table, weights
+from .measurement import Measurement, Timing, Variant, sentence
+from .semi_structured import OLDEST, Converted, to_semi_structured
+
+__all__ = ["Measurement", "Timing", "Variant", "measure"]
+
+WARM_UP = 3  # calls: memory is allocated, algorithms are chosen
+LEAST, MOST = 5, 200  # rounds
+STAND_IN = "What the others are compared with: the same network, zeros replaced by random numbers, as no dense one was given."
+
+
+def measure(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    dense: nn.Module | None = None,
+    batch_sizes: Sequence[int] = (1, 64),
+    device: torch.device | str | None = None,
+    data: Iterable[tuple[Any, Tensor]] | None = None,
+    seconds: float = 2.0,
+) -> Measurement:
+    """Measure a pruned network as four: "dense", "masked" (as it is), "shrunk" (see `shrink`) and "2:4" (see `to_semi_structured`).
+
+    For each: time of a forward pass, samples per second, parameters, non-zeros, FLOPs, bytes, accuracy, and one sentence that says why it
+    is or is not faster than the dense one, or why it was not measured. Waits for the device.
+
+    Args:
+        model: with exact zeros, as after `FastBiP.finalize`. Neither it nor ``dense`` is changed; modes are put back.
+        example_input: one argument of the model, or a tuple of them; in every tensor the first dimension is the batch. It is repeated or
+            cut to each batch size, so one sample is enough.
+        dense: the network before pruning. Without it a copy of ``model`` with its zeros filled stands in, which has no accuracy.
+        batch_sizes: at which to measure.
+        device: where; default: where the model is. Copies are made for another one.
+        data: batches ``(x, y)`` for the accuracy, the share of largest logits that are at the label; ``x`` like ``example_input``.
+        seconds: to spend on each batch size, about, after the warm-up.
+
+    Raises:
+        ValueError: an argument is out of range, or the example has no batch.
+
+    Example:
+        >>> print(measure(model, images[:1], dense=before, data=test_loader))
+    """
+    sizes = list(dict.fromkeys(batch_sizes))
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes must be whole numbers of at least 1, got {batch_sizes}")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"seconds must be more than 0, got {seconds}")
+    where = _device_of(model) if device is None else torch.device(device)
+    model, dense = _on(model, where), None if dense is None else _on(dense, where)
+    inputs = _inputs(example_input, where)
+    networks, rows = _variants(model, dense, inputs)
+    with torch.no_grad(), _eval_mode(networks.values()):
+        for name, network in networks.items():
+            rows[name] = _with_facts(rows[name], network, _batch(inputs, 1))
+        rows["2:4"] = replace(rows["2:4"], nonzeros=rows["masked"].nonzeros if "2:4" in networks else None)
+        times: dict[str, dict[int, Timing]] = {name: {} for name in networks}
+        rounds: dict[int, int] = {}
+        for size in sizes:
+            batch = _batch(inputs, size)
+            taken = _race([lambda network=network, batch=batch: network(*batch) for network in networks.values()], where, seconds)  # type: ignore[misc]
+            rounds[size] = len(taken[0])
+            for name, own in zip(networks, taken, strict=True):
+                times[name][size] = _timing(own, taken[0])
+        scores = _accuracies(networks, data, where)
+    if dense is None:
+        scores["dense"] = None
+    rows |= {name: replace(rows[name], times=times[name], accuracy=scores[name]) for name in networks}
+    told = tuple(replace(row, sentence=sentence(rows["dense"], row)) for row in rows.values())
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type.upper()
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "no parameters")
+    return Measurement(told, name, torch.get_num_threads(), dtype, torch.__version__, rounds)
+
+
+# --- the networks --------------------------------------------------------------------------------------------------------------------
+
+
+def _variants(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ...]) -> tuple[dict[str, nn.Module], dict[str, Variant]]:
+    """The networks that can run, and a row for every variant, with a note where it needs one."""
+    networks = {"dense": _filled(model) if dense is None else dense, "masked": model}
+    rows = {"dense": Variant("dense", note="" if dense is not None else STAND_IN), "masked": Variant("masked")}
+    shrunk = _shrunk(model, inputs)
+    rows["shrunk"] = Variant("shrunk", note=shrunk if isinstance(shrunk, str) else "")
+    if isinstance(shrunk, nn.Module):
+        networks["shrunk"] = shrunk
+    converted = _converted(model)
+    if isinstance(converted, Converted):
+        networks["2:4"] = converted.model
+        rows["2:4"] = Variant("2:4", note=_share(converted))
+    else:
+        rows["2:4"] = Variant("2:4", note=converted)
+    return networks, rows
+
+
+@torch.no_grad()
+def _filled(model: nn.Module) -> nn.Module:
+    """Copy with random numbers, as large as the kept weights, in place of zeros: multiplying zeros draws less power on some devices."""
+    new = copy.deepcopy(model)
+    for _, p in weights(new):
+        if p.is_floating_point() and p.numel():
+            generator = torch.Generator(p.device).manual_seed(0)
+            noise = torch.empty(p.shape, device=p.device).normal_(0, max(float(p.float().std(correction=0)), 1e-3), generator=generator)
+            p.copy_(torch.where(p == 0, noise.to(p.dtype), p))
+    return new
+
+
+def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
+    """The network without dead channels, or why there is none."""
+    try:
+        from .shrink import shrink
+
+        small: nn.Module = shrink(model, inputs).model
+    except ImportError as error:
+        return f"{error}"
+    except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
+        return f"the network cannot be shrunk ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters()):
+        return "no filter or channel can be removed, as none that may go is all zero"
+    return small
+
+
+def _converted(model: nn.Module) -> Converted | str:
+    """The network with 2:4 layers, or why there is none."""
+    device = _device_of(model)
+    if device.type != "cuda":
+        return f"2:4 needs an NVIDIA GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, this is a {device.type.upper()}"
+    found = to_semi_structured(model)
+    if found.count:
+        return found
+    if not found.layers:
+        return "it has no Linear layer, and torch has nothing else that is 2:4"
+    reason, count = Counter(row.reason for row in found.layers).most_common(1)[0]
+    return f"no layer can be 2:4; {count} of {len(found.layers)}: {reason}"
+
+
+def _share(converted: Converted) -> str:
+    total = sum(math.prod(row.shape) for row in converted.layers)
+    own = sum(math.prod(row.shape) for row in converted.layers if row.converted)
+    layers = f"{converted.count} of {len(converted.layers)} Linear and Conv layers, with {100 * own / max(total, 1):.3g} % of their weights"
+    return f"{layers}, are multiplied by sparse tensor cores"
+
+
+# --- facts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _with_facts(row: Variant, network: nn.Module, inputs: tuple[Any, ...]) -> Variant:
+    """The row with all that no clock is needed for."""
+    if row.name == "2:4":  # counters and files do not know its tensors
+        size = sum(_bytes_of(x) for x in network.state_dict().values() if isinstance(x, Tensor))
+        return replace(row, parameters=sum(p.numel() for p in network.parameters()), file_bytes=size)
+    counted = layer_table(network.named_parameters())
+    size = _file_bytes(network)
+    packed, saved = None, 0
+    for weight in layer_table(weights(network)):
+        itemsize = network.get_parameter(weight.name).element_size() if weight.name in dict(network.named_parameters()) else 0
+        saved += max((weight.total - weight.kept) * itemsize - -(-weight.total // 8), 0)
+    if saved and size is not None:
+        packed = size - saved
+    return replace(
+        row, parameters=counted.total, nonzeros=counted.kept, flops=_flops(network, inputs), file_bytes=size, packed_bytes=packed
+    )
+
+
+def _flops(network: nn.Module, inputs: tuple[Any, ...]) -> int | None:
+    try:
+        with FlopCounterMode(display=False) as counter:
+            network(*inputs)
+        return int(counter.get_total_flops())
+    except Exception:  # an operation that the counter cannot follow
+        return None
+
+
+def _bytes_of(x: Tensor) -> int:
+    if hasattr(x, "__tensor_flatten__"):  # a tensor made of others
+        return sum(_bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.numel() * x.element_size()
+
+
+def _file_bytes(network: nn.Module) -> int | None:
+    """Size of its safetensors file, which is written and deleted; None if that cannot be."""
+    from ..experiments.run import write_safetensors
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        try:
+            write_safetensors(path, network)
+        except (ImportError, AttributeError, RuntimeError, ValueError):  # not installed; or a state dict with more than tensors
+            return None
+        return path.stat().st_size
+
+
+def _accuracies(networks: dict[str, nn.Module], data: Iterable[tuple[Any, Tensor]] | None, device: torch.device) -> dict[str, float | None]:
+    """Share of right answers of every network, in one pass over the data."""
+    right, count = dict.fromkeys(networks, 0), 0
+    for x, y in data or ():
+        inputs, labels = _inputs(x, device), y.to(device)
+        count += len(labels)
+        for name, network in networks.items():
+            right[name] += int((network(*inputs).argmax(1) == labels).sum())
+    return {name: right[name] / count if count else None for name in networks}
+
+
+# --- time ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _race(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[list[float]]:
+    """Seconds of each call in every round; all have the same number of rounds, and start one in turn."""
+
+    def timed(call: Callable[[], object], times: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / times
+
+    once = [min(timed(call, 1) for _ in range(WARM_UP)) for call in calls]
+    repeats = calls_in(min(once), device)
+    rounds = max(LEAST, min(MOST, int(seconds / max(sum(once) * repeats, 1e-9))))
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds):
+        for i in range(len(calls)):
+            number = (turn + i) % len(calls)
+            taken[number].append(timed(calls[number], repeats))
+    return taken
+
+
+def _timing(own: list[float], dense: list[float]) -> Timing:
+    if own is dense:
+        return Timing(statistics.median(own))
+    ratios = [a / b for a, b in zip(dense, own, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Timing(statistics.median(own), middle, low, high)
+
+
+# --- inputs and modes ----------------------------------------------------------------------------------------------------------------
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((x.device for part in (model.parameters(), model.buffers()) for x in part), torch.device("cpu"))
+
+
+def _on(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, or a copy where it is not on ``device``."""
+    own = _device_of(model)
+    same = own.type == device.type and device.index in (None, own.index)
+    return model if same else copy.deepcopy(model).to(device)
+
+
+def _inputs(example: Any, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of a call, on ``device``."""
+    given = example if isinstance(example, tuple) else tuple(example) if isinstance(example, list) else (example,)
+    inputs = tuple(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, x) for x in given)
+    if not any(isinstance(x, Tensor) and x.dim() and len(x) for x in tree_leaves(inputs)):
+        raise ValueError("example_input must have a tensor whose first dimension is a batch of at least one")
+    return inputs
+
+
+def _batch(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """The arguments repeated or cut to ``size`` samples, in the memory format that they have."""
+
+    def sized(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or not len(x):
+            return x
+        return torch.cat([x] * -(-size // len(x)))[:size]
+
+    return tuple(tree_map(sized, x) for x in inputs)
+
+
+@contextmanager
+def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Eval mode for all; afterwards every module has the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
