@@ -1,4 +1,5 @@
-"""The command `bip-fast`: `prune` trains and prunes a network, `report` shows a saved one, `doctor` says what works here, `bench` how fast.
+"""The command `bip-fast`: `prune` trains and prunes a network, `measure` says what that is worth, `report` shows a saved one,
+`doctor` says what works here, `bench` how fast.
 
 Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 130 interrupted and 143 terminated (the checkpoint is good), 141 when
 nobody reads the output any more, and for `doctor` 1 when something needed is missing. The core of bip_fast needs none of the packages
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     _add_prune_options(prune)
+    _add_measure_options(commands)
     shown = commands.add_parser(
         "report", help="show the layers of a saved network", description="Layers of a saved network: kept of total."
     )
@@ -65,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
     commands.add_parser("doctor", help="show versions, devices and what is missing", description="What works here, and what is missing.")
     return top
+
+
+def _add_measure_options(commands: Any) -> None:
+    from .export.command import add_options
+
+    add_options(commands)
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
@@ -267,7 +275,13 @@ def command_bench(options: dict[str, Any]) -> int:
     return 0
 
 
-COMMANDS = {"bench": command_bench, "prune": command_prune, "report": command_report, "doctor": command_doctor}
+def command_measure(options: dict[str, Any]) -> int:
+    from .export.command import command
+
+    return command(options, pick_device(options["device"]))
+
+
+COMMANDS = {"bench": command_bench, "measure": command_measure, "prune": command_prune, "report": command_report, "doctor": command_doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ a speedup is the median of the ratios within the rounds. So what disturbs the ma
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import statistics
 import tempfile
@@ -54,7 +55,8 @@ def measure(
         model: with exact zeros, as after `FastBiP.finalize`. Neither it nor ``dense`` is changed; modes are put back.
         example_input: one argument of the model, or a tuple of them; in every tensor the first dimension is the batch. It is repeated or
             cut to each batch size, so one sample is enough.
-        dense: the network before pruning. Without it a copy of ``model`` with its zeros filled stands in, which has no accuracy.
+        dense: the network before pruning; measured in the memory format of ``model``. Without it a copy of ``model`` with its zeros filled
+            stands in, which has no accuracy.
         batch_sizes: at which to measure.
         device: where; default: where the model is. Copies are made for another one.
         data: batches ``(x, y)`` for the accuracy, the share of largest logits that are at the label; ``x`` like ``example_input``.
@@ -102,12 +104,12 @@ def measure(
 
 def _variants(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ...]) -> tuple[dict[str, nn.Module], dict[str, Variant]]:
     """The networks that can run, and a row for every variant, with a note where it needs one."""
-    networks = {"dense": _filled(model) if dense is None else dense, "masked": model}
+    networks = {"dense": _filled(model) if dense is None else _in_format_of(model, dense), "masked": model}
     rows = {"dense": Variant("dense", note="" if dense is not None else STAND_IN), "masked": Variant("masked")}
     shrunk = _shrunk(model, inputs)
     rows["shrunk"] = Variant("shrunk", note=shrunk if isinstance(shrunk, str) else "")
     if isinstance(shrunk, nn.Module):
-        networks["shrunk"] = shrunk
+        networks["shrunk"] = _in_format_of(model, shrunk)
     converted = _converted(model)
     if isinstance(converted, Converted):
         networks["2:4"] = converted.model
@@ -115,6 +117,20 @@ def _variants(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ...]
     else:
         rows["2:4"] = Variant("2:4", note=converted)
     return networks, rows
+
+
+def _in_format_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    """``other``, or a copy in the memory format of ``model``, which makes convolutions slower or faster by itself."""
+
+    def channels_last(network: nn.Module) -> bool:
+        maps = (p for p in network.parameters() if p.dim() == 4 and not p.is_contiguous())
+        return any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
+
+    own = channels_last(model)
+    if own == channels_last(other):
+        return other
+    format_ = torch.channels_last if own else torch.contiguous_format
+    return copy.deepcopy(other).to(memory_format=format_)  # type: ignore[call-overload]
 
 
 @torch.no_grad()
@@ -132,11 +148,9 @@ def _filled(model: nn.Module) -> nn.Module:
 def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
     """The network without dead channels, or why there is none."""
     try:
-        from .shrink import shrink
-
-        small: nn.Module = shrink(model, inputs).model
-    except ImportError as error:
-        return f"{error}"
+        small: nn.Module = importlib.import_module(".shrink", __package__).shrink(model, inputs).model
+    except ImportError as error:  # it needs an optional package
+        return str(error).rstrip(".")
     except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
         return f"the network cannot be shrunk ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters()):
@@ -171,16 +185,13 @@ def _share(converted: Converted) -> str:
 def _with_facts(row: Variant, network: nn.Module, inputs: tuple[Any, ...]) -> Variant:
     """The row with all that no clock is needed for."""
     if row.name == "2:4":  # counters and files do not know its tensors
-        size = sum(_bytes_of(x) for x in network.state_dict().values() if isinstance(x, Tensor))
-        return replace(row, parameters=sum(p.numel() for p in network.parameters()), file_bytes=size)
-    counted = layer_table(network.named_parameters())
-    size = _file_bytes(network)
-    packed, saved = None, 0
-    for weight in layer_table(weights(network)):
-        itemsize = network.get_parameter(weight.name).element_size() if weight.name in dict(network.named_parameters()) else 0
-        saved += max((weight.total - weight.kept) * itemsize - -(-weight.total // 8), 0)
-    if saved and size is not None:
-        packed = size - saved
+        held = sum(_bytes_of(x) for x in network.state_dict().values() if isinstance(x, Tensor))
+        return replace(row, parameters=sum(p.numel() for p in network.parameters()), file_bytes=held)
+    counted, size, found = layer_table(network.named_parameters()), _file_bytes(network), weights(network)
+    saved = 0
+    for (_, x), layer in zip(found, layer_table(found), strict=True):
+        saved += max((layer.total - layer.kept) * x.element_size() - -(-layer.total // 8), 0)
+    packed = size - saved if size is not None and saved else None
     return replace(
         row, parameters=counted.total, nonzeros=counted.kept, flops=_flops(network, inputs), file_bytes=size, packed_bytes=packed
     )
@@ -295,11 +306,15 @@ def _batch(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 @contextmanager
 def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     """Eval mode for all; afterwards every module has the mode it had."""
+    models = list(models)
+    roots = [(model, model.training) for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
+        for model in models:
+            model.eval()
         yield
     finally:
+        for model, training in roots:
+            model.train(training)  # some do more in it than set the mode
         for module, training in modes:
             module.training = training

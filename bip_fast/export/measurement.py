@@ -103,7 +103,7 @@ class Measurement:
         times = [f"batch {size}" for size in self.rounds]
         header = ("network", *times, "samples/s", "parameters", "non-zeros", "MFLOPs", "file", "packed", "accuracy")
         lines = aligned([header, *(self._cells(row) for row in self.variants if row.measured)])
-        about = f"{self.device}, {self.threads} threads, torch {self.torch}, {self.dtype}; medians of rounds in which all take turns"
+        about = f"{self.device}, {self.threads} thread{'s' * (self.threads != 1)}, torch {self.torch}, {self.dtype}; medians of rounds in which all take turns"
         width = max(len(row.name) for row in self.variants)
         return "\n".join([about, *lines, "", *(f"{row.name.ljust(width)}  {row.sentence}" for row in self.variants)])
 
@@ -144,7 +144,10 @@ def _speeds(times: dict[int, Timing]) -> str:
     listed = ", ".join(f"{x} at batch {size}" for x, size in each)
     if any(t.faster for t in times.values()):
         return f"Faster only at batch {' and '.join(str(size) for size, t in times.items() if t.faster)} ({listed})"
-    return f"{'Slower' if any(t.slower for t in times.values()) else 'Not faster'} ({listed})"
+    if any(t.slower for t in times.values()):
+        return f"Slower ({listed})"
+    noise = ", within the noise" if any(abs(t.speedup - 1) >= NEAR for t in times.values()) else ""
+    return f"Not faster ({listed}{noise})"
 
 
 def _cause(dense: Variant, own: Variant) -> str:
