@@ -80,7 +80,8 @@ def measure(
     with torch.no_grad(), _eval_mode(networks.values()):
         for name, network in networks.items():
             rows[name] = _with_facts(rows[name], network, _batch(inputs, 1))
-        rows["2:4"] = replace(rows["2:4"], nonzeros=rows["masked"].nonzeros if "2:4" in networks else None)
+        if "2:4" in networks:
+            rows["2:4"] = replace(rows["2:4"], nonzeros=rows["masked"].nonzeros, sparsity=rows["masked"].sparsity)
         times: dict[str, dict[int, Timing]] = {name: {} for name in networks}
         rounds: dict[int, int] = {}
         for size in sizes:
@@ -188,13 +189,12 @@ def _with_facts(row: Variant, network: nn.Module, inputs: tuple[Any, ...]) -> Va
         held = sum(_bytes_of(x) for x in network.state_dict().values() if isinstance(x, Tensor))
         return replace(row, parameters=sum(p.numel() for p in network.parameters()), file_bytes=held)
     counted, size, found = layer_table(network.named_parameters()), _file_bytes(network), weights(network)
-    saved = 0
-    for (_, x), layer in zip(found, layer_table(found), strict=True):
+    layers, saved = layer_table(found), 0
+    for (_, x), layer in zip(found, layers, strict=True):
         saved += max((layer.total - layer.kept) * x.element_size() - -(-layer.total // 8), 0)
     packed = size - saved if size is not None and saved else None
-    return replace(
-        row, parameters=counted.total, nonzeros=counted.kept, flops=_flops(network, inputs), file_bytes=size, packed_bytes=packed
-    )
+    row = replace(row, parameters=counted.total, nonzeros=counted.kept, sparsity=layers.sparsity)
+    return replace(row, flops=_flops(network, inputs), file_bytes=size, packed_bytes=packed)
 
 
 def _flops(network: nn.Module, inputs: tuple[Any, ...]) -> int | None:

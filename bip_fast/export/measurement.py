@@ -41,6 +41,7 @@ class Variant:
     Args:
         times: by batch size; empty if it was not measured.
         parameters, nonzeros: of all its parameters, each counted once.
+        sparsity: fraction of zeros in its Conv and Linear weights.
         flops: of a forward pass of one sample, multiplications and additions; None where torch's counter does not see them.
         file_bytes: its state dict as a safetensors file (for 2:4: its tensors); None without safetensors.
         packed_bytes: the same with kept values and one bit per weight for every weight that has zeros.
@@ -52,6 +53,7 @@ class Variant:
     times: dict[int, Timing] = field(default_factory=dict)
     parameters: int | None = None
     nonzeros: int | None = None
+    sparsity: float | None = None
     flops: int | None = None
     file_bytes: int | None = None
     packed_bytes: int | None = None
@@ -65,7 +67,7 @@ class Variant:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; keys that are batch sizes become text there."""
-        figures = ("parameters", "nonzeros", "flops", "file_bytes", "packed_bytes", "accuracy")
+        figures = ("parameters", "nonzeros", "sparsity", "flops", "file_bytes", "packed_bytes", "accuracy")
         return {
             "name": self.name,
             "measured": self.measured,
@@ -103,7 +105,8 @@ class Measurement:
         times = [f"batch {size}" for size in self.rounds]
         header = ("network", *times, "samples/s", "parameters", "non-zeros", "MFLOPs", "file", "packed", "accuracy")
         lines = aligned([header, *(self._cells(row) for row in self.variants if row.measured)])
-        about = f"{self.device}, {self.threads} thread{'s' * (self.threads != 1)}, torch {self.torch}, {self.dtype}; medians of rounds in which all take turns"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        about = f"{self.device}, {threads}, torch {self.torch}, {self.dtype}; medians of rounds in which all take turns"
         width = max(len(row.name) for row in self.variants)
         return "\n".join([about, *lines, "", *(f"{row.name.ljust(width)}  {row.sentence}" for row in self.variants)])
 
@@ -155,10 +158,9 @@ def _cause(dense: Variant, own: Variant) -> str:
         return own.note
     if own.flops and dense.flops and own.flops < 0.99 * dense.flops:
         return _fewer_flops(dense.flops / own.flops, own.times)
-    zeros = 0.0 if not own.parameters or own.nonzeros is None else 1 - own.nonzeros / own.parameters
-    if not zeros:
-        return "it has no zeros and the same arithmetic"
-    share = f"its {100 * zeros:.3g} % zeros are stored and multiplied like other numbers"
+    if not own.sparsity:
+        return "its weights have no zeros and the arithmetic is the same"
+    share = f"its {100 * own.sparsity:.3g} % zeros are stored and multiplied like other numbers"
     if any(t.faster for t in own.times.values()):
         return f"not by skipping, {share}"
     return f"{share}; unstructured sparsity needs a sparse runtime"
