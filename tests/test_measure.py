@@ -40,6 +40,12 @@ X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 MACS = 16 * 8 * 3 * 9 + 8 * 16 * 10
 
 
+def with_shrink(monkeypatch, shrink):
+    fake = types.ModuleType("bip_fast.export.shrink")
+    fake.shrink = shrink
+    monkeypatch.setitem(sys.modules, "bip_fast.export.shrink", fake)
+
+
 # --- figures -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -156,11 +162,14 @@ def test_it_runs_in_eval_mode_without_gradients_at_the_batch_sizes():
 
 
 def test_networks_are_compared_in_one_memory_format(monkeypatch):
+    small = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 10))
+    with_shrink(monkeypatch, lambda model, x: types.SimpleNamespace(model=small))
     formats = []
     conv = nn.Conv2d.forward
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: formats.append(self.weight.is_contiguous()) or conv(self, x))
     dense, model = network(), pruned().to(memory_format=torch.channels_last)
-    measure(model, X, dense=dense, **QUICK)
+    assert measure(model, X, dense=dense, **QUICK)["shrunk"].measured
+    assert formats
     assert not any(formats)
     assert dense[0].weight.is_contiguous()
 
@@ -202,12 +211,6 @@ def test_bad_arguments_are_named(options, message):
 
 
 # --- what is not there ---------------------------------------------------------------------------------------------------------------
-
-
-def with_shrink(monkeypatch, shrink):
-    fake = types.ModuleType("bip_fast.export.shrink")
-    fake.shrink = shrink
-    monkeypatch.setitem(sys.modules, "bip_fast.export.shrink", fake)
 
 
 def test_variants_that_cannot_be_are_rows_with_the_reason(monkeypatch):

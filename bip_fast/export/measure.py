@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..benchmark import calls_in, synchronize
+from ..ops import launch_guard
 from ..report import layer_table, weights
 from .measurement import Measurement, Timing, Variant, sentence
 from .semi_structured import OLDEST, Converted, to_semi_structured
@@ -77,7 +78,7 @@ def measure(
     model, dense = _on(model, where), None if dense is None else _on(dense, where)
     inputs = _inputs(example_input, where)
     networks, rows = _variants(model, dense, inputs)
-    with torch.no_grad(), _eval_mode(networks.values()):
+    with torch.no_grad(), launch_guard(where), _eval_mode(networks.values()):
         for name, network in networks.items():
             rows[name] = _with_facts(rows[name], network, _batch(inputs, 1))
         if "2:4" in networks:
