@@ -100,8 +100,8 @@ def rows_of(name: str, data_dir: Path | None, work: Path, seeds: list[int]) -> l
             if dense is None:
                 dense = model
             else:
-                small = shrink(model, data.test_images[:2])
-                measured = measure({"dense": dense, "masked": model, "shrunk": small.model}, data.test_images[:BATCH], batch_sizes=[BATCH])
+                small = shrink(model, data.test_images[:2].float())
+                measured = measure(model, data.test_images[:BATCH].float(), dense=dense, batch_sizes=[BATCH], seconds=20)
                 row |= {"shrunk_accuracy": evaluate(small.model, data).accuracy, **measured.as_dict(), **small.as_dict()}
             rows.append(row)
             print(method, f"{100 * accuracy:.2f} %", flush=True)
@@ -118,10 +118,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [row["data"], str(row["seed"]), row["method"], f"{100 * row['accuracy']:.2f} %"]
         if "variants" in row:
             dense, small = (next(v for v in row["variants"] if v["name"] == name) for name in ("dense", "shrunk"))
-            seconds = small["seconds"][str(BATCH)]
             cells += [f"{100 * row['shrunk_accuracy']:.2f} %", f"{small['parameters']:,} of {dense['parameters']:,}"]
-            cells += [f"{small['flops'] / 1e6:.2f} of {dense['flops'] / 1e6:.2f}", f"{1e3 * seconds:.2f} ms"]
-            cells.append(f"{dense['seconds'][str(BATCH)] / seconds:.2f}x faster")
+            milliseconds = " of ".join(f"{row_['milliseconds'][str(BATCH)]:.3g}" for row_ in (small, dense))
+            cells += [f"{small['flops'] / 1e6:.2f} of {dense['flops'] / 1e6:.2f}", milliseconds, f"{small['speedup'][str(BATCH)]:.2f}x"]
         else:
             cells += [""] * 5
         lines.append("| " + " | ".join(cells) + " |")

@@ -64,19 +64,15 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--numel", type=int, default=11_164_352, metavar="N", help="number of weights; default: those of a ResNet-18")
     bench.add_argument("--density", type=float, default=0.1, metavar="D", help="fraction of weights kept; default: %(default)s")
     bench.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
-    measured = commands.add_parser(
-        "measure",
-        help="time a pruned network beside the dense one, and say why it is or is not faster",
-        description="Dense, masked, shrunk (pruned filters and channels removed) and 2:4 networks of a finished run, side by side: time, "
-        "parameters, FLOPs, bytes, accuracy, and for each one sentence that says why it is or is not faster.",
-    )
-    measured.add_argument("folder", metavar="RUN", type=Path, help="run folder of `bip-fast prune`")
-    measured.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
-    measured.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
-    measured.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
-    measured.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_measure_options(commands)
     commands.add_parser("doctor", help="show versions, devices and what is missing", description="What works here, and what is missing.")
     return top
+
+
+def _add_measure_options(commands: Any) -> None:
+    from .export.command import add_options
+
+    add_options(commands)
 
 
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
@@ -290,13 +286,9 @@ def command_bench(options: dict[str, Any]) -> int:
 
 
 def command_measure(options: dict[str, Any]) -> int:
-    from .export.command import measure_run
+    from .export.command import command
 
-    if min(options["batch_sizes"]) < 1:
-        raise ExperimentError(f"--batch-sizes must be at least 1, got {min(options['batch_sizes'])}")
-    result, notes = measure_run(options["folder"], options["data_dir"], pick_device(options["device"]), options["batch_sizes"])
-    print(json.dumps({**result.as_dict(), "notes": notes}, indent=2) if options["json"] else "\n".join([str(result), *notes]))
-    return 0
+    return command(options, pick_device(options["device"]))
 
 
 COMMANDS = {"bench": command_bench, "measure": command_measure, "prune": command_prune, "report": command_report, "doctor": command_doctor}

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .tables import aligned
+
 __all__ = ["Decision", "Report", "Row", "Selection", "layer_table", "report", "weights"]
 
 HEADER = ("layer", "shape", "kept", "of", "sparsity")
@@ -120,9 +122,8 @@ class Report:
     def __str__(self) -> str:
         cells = [_cells(row.name, "x".join(map(str, row.shape)), row) for row in self.rows]
         cells.append(_cells("all layers", "", Row("", (), self.kept, self.total)))
-        widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        lines = [_line(line, widths) for line in (HEADER, *cells)]
+        lines = aligned([HEADER, *cells], left=2)
+        rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines(), *self.decision_lines()])
 
     def _selection_lines(self) -> list[str]:
@@ -148,12 +149,6 @@ class Report:
 
 def _cells(name: str, shape: str, row: Row) -> tuple[str, ...]:
     return name, shape, f"{row.kept:,}", f"{row.total:,}", f"{100 * row.sparsity:.2f} %"
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return "  ".join(left + right).rstrip()
 
 
 def _nonzero(x: Tensor) -> int:

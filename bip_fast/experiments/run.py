@@ -29,7 +29,7 @@ from .settings import FIELDS, Settings, option
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "write_safetensors"]
+__all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "write_beside", "write_safetensors"]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
 
@@ -129,15 +129,8 @@ class RunFolder:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Run ``save`` on a file beside ``name``, bring it to the disk, then take its place: the old one stays whole until then."""
-        beside = self.path / f".{os.getpid()}-{name}"  # keeps the ending, which decides the format of a picture
-        try:
-            save(beside)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, self.path / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        """`write_beside` for a file of this folder."""
+        write_beside(self.path / name, save)
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing; such files are never read."""
@@ -157,6 +150,18 @@ class RunFolder:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises nearly anything
             raise ExperimentError(f"{path} is damaged; --overwrite starts again ({_one_line(error)})") from error
+
+
+def write_beside(target: Path, save: Callable[[Path], object]) -> None:
+    """Run ``save`` on a file beside ``target``, bring it to the disk, then take its place: an old one stays whole until then."""
+    beside = target.with_name(f".{os.getpid()}-{target.name}")  # keeps the ending, which decides the format of a picture
+    try:
+        save(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:

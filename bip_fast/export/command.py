@@ -1,73 +1,165 @@
-"""`bip-fast measure`: the networks of a finished run, side by side."""
+"""The command `bip-fast measure`: what a finished run, or a file of weights, is worth on this machine."""
 
 from __future__ import annotations
 
-import copy
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..experiments import ExperimentError, resnet
-from ..experiments.data import Dataset, load, ordered_batches
+from ..experiments.data import DATA, Dataset, hold_out, load, ordered_batches
 from ..experiments.run import RunFolder, load_into, read_state_dict
 from ..experiments.settings import Settings
-from .measure import Measurement, measure
-from .semi_structured import to_semi_structured
-from .shrink import shrink
 
-__all__ = ["measure_run"]
+__all__ = ["add_options", "command"]
+
+SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}  # of an image
 
 
-def measure_run(path: Path, data_dir: Path | None, device: torch.device, batch_sizes: list[int]) -> tuple[Measurement, list[str]]:
-    """Dense, masked, shrunk and 2:4 networks of a run folder, on its test images.
+def add_options(commands: Any) -> None:
+    """Add `measure` to the subparsers of the command line."""
+    measure = commands.add_parser(
+        "measure",
+        help="time a pruned network beside the dense one, and say why it is or is not faster",
+        description="A pruned network beside the dense one: as it is, with dead channels removed, and as 2:4. Time, FLOPs, bytes and "
+        "accuracy of each, and one sentence that says why it is or is not faster.",
+    )
+    measure.add_argument("path", metavar="RUN", type=Path, help="run folder of `bip-fast prune`, or a file of weights")
+    measure.add_argument("--dense", type=Path, metavar="FILE", help="weights before pruning; default: dense.safetensors of the run")
+    measure.add_argument("--model", metavar="NAME", help="of a file that is in no run folder: as in `bip-fast prune`")
+    measure.add_argument("--width", type=int, metavar="N", help="of such a file's model")
+    measure.add_argument("--data", metavar="NAME", help=f"of such a file: {', '.join(DATA)}")
+    measure.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
+    measure.add_argument("--batch-sizes", type=_sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
+    measure.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="spent on each batch size, about; default: %(default)s")
+    measure.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    measure.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    Returns:
-        the measurement, and in words what could not be removed or converted.
 
-    Raises:
-        ExperimentError: there is no finished run, or its files or data are not to be read.
-    """
-    folder = RunFolder(path)
-    if not folder.finished:
-        raise ExperimentError(f"there is no finished run in {path}: `bip-fast prune` makes one")
-    settings = folder.settings({})
-    data = load(settings.data, data_dir).to(device)
-    dense_file = path / "dense.safetensors" if settings.checkpoint is None else Path(settings.checkpoint)
-    masked = _network(path / "model.safetensors", settings, data, device)
-    dense = _network(dense_file, settings, data, device) if dense_file.is_file() else _filled(masked)
-    example = next(iter(ordered_batches(data)))[0][:2]
-    networks, notes = {"dense": dense, "masked": masked}, []
+def _sizes(text: str) -> tuple[int, ...]:
     try:
-        small = shrink(masked, example)
-        notes += [f"not removed: {row.channels} pruned channels of {row.name}: {row.reason}" for row in small.kept]
-        if small.removed:
-            networks["shrunk"] = small.model
-        else:
-            notes.append("shrunk: no filter or channel is pruned as a whole, so there is nothing to remove")
-    except ImportError as error:
-        notes.append(f"shrunk: {error}")
-    converted = to_semi_structured(masked)
-    if any(row.reason is None for row in converted.layers):
-        networks["2:4"] = converted.model
-    else:
-        reasons = sorted({f"{row.name}: {row.reason}" for row in converted.layers if "no semi-structured" not in (row.reason or "")})
-        notes.append(
-            "2:4: no layer is converted" + (f" ({'; '.join(reasons[:3])})" if reasons else ": torch has no semi-structured convolution")
-        )
-    return measure(networks, example, batch_sizes=batch_sizes, data=list(ordered_batches(data))), notes
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1 with commas between, got {text!r}")
+    return sizes
 
 
-def _network(file: Path, settings: Settings, data: Dataset, device: torch.device) -> nn.Module:
-    model = resnet.build(settings.model, data.channels, data.classes, settings.width)
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of more than 0, got {text!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class _What:
+    """What to measure: the weights, and the settings that say how to build the model and what data it knows."""
+
+    weights: Path
+    dense: Path | None
+    settings: Settings
+
+
+def _what(options: dict[str, Any]) -> _What:
+    """From the options; ExperimentError if they do not say enough, or something else than the run."""
+    path: Path = options["path"]
+    folder = path if path.is_dir() else path.parent
+    run = RunFolder(folder)
+    weights = folder / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise ExperimentError(f"there is no {path}")
+    given = {name: options[name] for name in ("model", "width", "data") if options[name] is not None}
+    if run.begun:
+        if given:
+            raise ExperimentError(f"{folder} is a run, which knows its model and data; leave --{next(iter(given))} out")
+        if not weights.is_file():
+            raise ExperimentError(
+                f"{folder} has no model.safetensors: the run is not finished; bip-fast prune --resume {folder} continues it"
+            )
+        settings = _settings(run)
+        beside = folder / "dense.safetensors"
+        return _What(weights, options["dense"] or (beside if beside.is_file() else None), settings)
+    if path.is_dir():
+        raise ExperimentError(f"there is no run in {folder}")
+    if "model" not in given:
+        raise ExperimentError(f"{path} is in no run folder, so --model must say what its weights are of")
+    return _What(weights, options["dense"], Settings.of(given))
+
+
+def _settings(run: RunFolder) -> Settings:
+    try:
+        return Settings.of(run.read_json("config.json"))
+    except (ExperimentError, TypeError, ValueError, AttributeError) as error:
+        raise ExperimentError(f"{run.path / 'config.json'} is damaged, or of another version: {' '.join(str(error).split())}") from error
+
+
+def _data(settings: Settings, data_dir: Path | None) -> tuple[Dataset | None, str]:
+    """The data set as the run measured on it; or None, and why."""
+    if data_dir is None and settings.data != "digits":
+        return None, f"no accuracy: --data-dir names the folder with the files of {settings.data}"
+    try:
+        data = load(settings.data, data_dir)
+    except ExperimentError as error:
+        if data_dir is not None:
+            raise
+        return None, f"no accuracy: {error}"
+    from ..experiments.prune import VALIDATION
+
+    return (hold_out(data, VALIDATION) if settings.validate else data), data.note
+
+
+def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
+    """As a run has it: on the device, in channels_last."""
+    channels = SHAPES[settings.data][0]
+    try:
+        model = resnet.build(settings.model, channels, DATA[settings.data].classes, settings.width)
+    except (RuntimeError, MemoryError) as error:
+        raise ExperimentError(f"cannot build --model {settings.model}: {' '.join(str(error).split())[:160]}") from error
     load_into(model, read_state_dict(file), file)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _filled(masked: nn.Module) -> nn.Module:
-    """Stands in for a dense network whose file is gone: as large, and as fast."""
-    dense = copy.deepcopy(masked)
-    with torch.no_grad():
-        for p in dense.parameters():
-            p.normal_(std=0.02)
-    return dense
+def command(options: dict[str, Any], device: torch.device) -> int:
+    """Run `bip-fast measure`; returns the exit code.
+
+    Raises:
+        ExperimentError: the input is not what it should be.
+    """
+    from .measure import measure
+
+    what = _what(options)
+    settings = what.settings
+    data, note = _data(settings, options["data_dir"])
+    model = _model(settings, what.weights, device)
+    dense = None if what.dense is None else _model(settings, what.dense, device)
+    if data is None:
+        example = torch.randn(1, *SHAPES[settings.data], generator=torch.Generator().manual_seed(0))
+        batches: list[tuple[Tensor, Tensor]] = []
+    else:
+        batches = list(ordered_batches(data))
+        example = batches[0][0][:1]
+    try:
+        found = measure(model, example, dense=dense, batch_sizes=options["batch_sizes"], data=batches, seconds=options["seconds"])
+    except (ValueError, RuntimeError, MemoryError) as error:  # a model of the user's own, or not enough memory
+        raise ExperimentError(f"cannot measure {what.weights}: {' '.join(str(error).split())[:200]}") from error
+    part = "validation" if settings.validate else "test"
+    if data is not None:
+        note = f"accuracy on {len(data.test_labels):,} {part} images{f'; {note}' if note else ''}"
+    if options["json"]:
+        print(json.dumps({"file": str(what.weights), "note": note, **found.as_dict()}, indent=2))
+    else:
+        print(found)
+        print(f"note: {note}", file=sys.stderr)
+    return 0

@@ -1,151 +1,242 @@
-"""Masks without the network: one bit for each weight in a file, put back onto a dense checkpoint, kept alive under any optimizer.
+"""Masks apart from weights: a file of one bit per weight, masks onto a dense checkpoint, and zeros that outlive any torch optimizer.
 
-A mask file is a safetensors file. Each pruned weight has a tensor of int32 words under its name: bit i%32 of word i/32 is entry i of the
-weight in index order, row-major, whatever its memory layout. The metadata hold the shapes.
+A mask file is a safetensors file: for each pruned weight a uint8 tensor under its name, bit i%8 of byte i/8 being entry i of the weight in
+index order (row-major, whatever its memory format), 1 where the weight is kept; bits past the end are 0. These are the bytes of the int32
+mask words in a state_dict of `FastBiP`. The metadata hold "format", "version" and, as JSON, shape and CRC-32 of every mask.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..experiments.run import write_beside
 from ..optimizer import FastBiP
 from ..report import weights
-from ..units import pack_mask, unpack_mask
 
 __all__ = ["AttachedMasks", "apply_masks", "attach_masks", "load_masks", "masks_of", "save_masks"]
 
-FORMAT = "bip_fast masks"
-VERSION = 1
+FORMAT, VERSION = "bip_fast.masks", "1"
+NAMELESS = re.compile(r"parameter \d+ of shape ")  # FastBiP's label of a parameter that came without a name
 
 
-def masks_of(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bool tensors of the Conv and Linear weights of a model, or of the matrices of a state dict: which entries are not 0.
-
-    Weights without a zero are left out: they are not pruned.
-    """
-    return {name: mask for name, x in weights(source) if not bool((mask := x.detach() != 0).all())}
+# --- where masks come from -----------------------------------------------------------------------------------------------------------
 
 
-def save_masks(path: str | os.PathLike[str], source: nn.Module | Mapping[str, Tensor]) -> None:
-    """Write the masks of a model, or bool tensors by name, with one bit for each weight. An older file stays whole until the new one is.
+def masks_of(source: nn.Module | Mapping[str, Tensor] | FastBiP) -> dict[str, Tensor]:
+    """Masks by the names of the weights: bool, shaped like them, on their device, True where a weight is kept.
 
     Args:
-        path: the file, usually ``*.safetensors``.
-        source: a model with exact zeros (`masks_of`), or bool tensors of any shape by name.
+        source: a Module: where its Conv and Linear weights are not 0; weights without a zero are not pruned and left out, a tied one is
+            listed under its first name. A `FastBiP` that runs: its own masks, which know a kept weight that happens to be 0. Or a mapping
+            from names to bool tensors, returned as it is after a check.
+
+    Raises:
+        TypeError: it is none of these, or a mask is not a bool tensor.
+        ValueError: there is no mask in it, a weight cannot be looked at, or the optimizer was given parameters without names.
+        RuntimeError: the optimizer was finalized.
+    """
+    if isinstance(source, nn.Module):
+        masks = {name: x.detach() != 0 for name, x in weights(source) if _looked_at(name, x)}
+        masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+        nothing = "a model without zeros in its Conv and Linear weights"
+    elif isinstance(source, FastBiP):
+        masks, nothing = _masks_of_optimizer(source), "an optimizer that prunes nothing"
+    elif isinstance(source, Mapping):
+        masks, nothing = dict(source), "an empty mapping"
+        for name, mask in masks.items():
+            if not isinstance(name, str) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"masks must map names to bool tensors, got {found} for {name!r}")
+    else:
+        raise TypeError(f"masks must come from a Module, a mapping or a FastBiP, got {type(source).__name__}")
+    if not masks:
+        raise ValueError(f"there are no masks: got {nothing}")
+    return masks
+
+
+def _looked_at(name: str, x: Tensor) -> bool:
+    if x.layout != torch.strided or x.device.type == "meta" or x.is_quantized:
+        raise ValueError(f"{name} must be a dense tensor with data, got {x.layout}, {x.dtype} on {x.device}")
+    return True
+
+
+def _masks_of_optimizer(optimizer: FastBiP) -> dict[str, Tensor]:
+    masks = []
+    for p in dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]):
+        try:
+            masks.append(optimizer.mask_of(p))
+        except ValueError:  # dense
+            continue
+    names = [row.name for row in optimizer.report()]  # its pruned parameters, in the same order
+    if nameless := next((name for name in names if NAMELESS.match(name)), None):
+        raise ValueError(f"masks need names, but FastBiP was made from parameters without them (it has {nameless!r}); pass the model")
+    return dict(zip(names, masks, strict=True))
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------------------
+
+
+def save_masks(path: str | os.PathLike[str], source: nn.Module | Mapping[str, Tensor] | FastBiP) -> None:
+    """Write the masks of ``source`` (see `masks_of`) with one bit per weight. The file appears, or replaces an old one, only when whole.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: there is no mask to save, or a tensor is not bool.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        TypeError, ValueError, RuntimeError: as of `masks_of`.
     """
-    save_file = _safetensors().save_file
-    masks = masks_of(source) if isinstance(source, nn.Module) else dict(source)
-    if not masks:
-        raise ValueError("source must have masks, got none: a model without a zero in its Conv and Linear weights is not pruned")
-    for name, mask in masks.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"source must hold bool tensors, got {kind} for {name!r}")
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    words = {name: pack_mask(mask.cpu().flatten()) for name, mask in masks.items()}
+    from safetensors.torch import save_file
+
     target = Path(path)
-    beside = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        save_file(words, beside, {"format": FORMAT, "version": str(VERSION), "shapes": json.dumps(shapes)})
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    packed: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, mask in masks_of(source).items():
+        bits = np.packbits(mask.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
+        packed[name] = torch.from_numpy(bits)
+        about[name] = {"shape": list(mask.shape), "crc32": zlib.crc32(bits.tobytes())}
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {target}")
+    metadata = {"format": FORMAT, "version": VERSION, "masks": json.dumps(about)}
+    write_beside(target, lambda beside: save_file(packed, beside, metadata))
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Bool tensors by name from a file of `save_masks`.
+    """Masks of a file made by `save_masks`: bool tensors by name, contiguous, on the CPU.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not a file of masks.
+        ValueError: it is not a mask file, of a version that this one does not know, or damaged.
     """
-    safe_open = _safe_open()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no mask file {path}")
+    from safetensors import SafetensorError, safe_open
+
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"path must name a mask file, there is no file {source}")
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT or about.get("version") != str(VERSION):
-                raise ValueError(f"its format is {about.get('format')!r}, version {about.get('version')!r}")
-            shapes = json.loads(about["shapes"])
-            masks = {}
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                shape, words = tuple(shapes[name]), file.get_tensor(name)
-                numel = torch.Size(shape).numel()
-                if words.dtype != torch.int32 or words.numel() != -(-numel // 32):
-                    raise ValueError(f"{name} has {words.numel()} words of {words.dtype} for {numel} weights")
-                masks[name] = unpack_mask(words, numel).view(shape)
-    except Exception as error:  # whatever safetensors and json raise for a damaged file
-        raise ValueError(f"{path} must be a file of save_masks() of version {VERSION}: {' '.join(str(error).split())}") from error
-    if set(masks) != set(shapes):
-        raise ValueError(f"{path} must be a file of save_masks(): masks are missing")
-    return masks
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            packed = {name: file.get_tensor(name) for name in file.keys()} if metadata.get("format") == FORMAT else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{source} is not a mask file, or damaged: {' '.join(str(error).split())}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{source} is not a mask file: its metadata must have the format {FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{source} has version {metadata.get('version')!r} of the mask format, this bip_fast reads {VERSION!r}")
+    try:
+        about = json.loads(metadata["masks"])
+        if about.keys() != packed.keys():
+            raise ValueError("its metadata are of other weights")
+        return {name: _unpacked(name, x, about[name]) for name, x in packed.items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _unpacked(name: str, packed: Tensor, about: Mapping[str, Any]) -> Tensor:
+    """A mask from its bytes; ValueError unless they are exactly what `save_masks` wrote."""
+    shape = about["shape"]
+    if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"{name} must have a shape of sizes, got {shape!r}")
+    numel = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (-(-numel // 8),):
+        raise ValueError(f"{name} of shape {shape} must have {-(-numel // 8)} bytes, got {tuple(packed.shape)} of {packed.dtype}")
+    bits = packed.numpy()
+    if zlib.crc32(bits.tobytes()) != about["crc32"]:
+        raise ValueError(f"the checksum of {name} is wrong")
+    return torch.from_numpy(np.unpackbits(bits, count=numel, bitorder="little").astype(bool)).view(shape)
+
+
+# --- masks onto models ---------------------------------------------------------------------------------------------------------------
+
+
+class _Masked:
+    """One masked parameter of a model: where it hangs, and which entries are dead (bool, in the parameter's memory format)."""
+
+    def __init__(self, name: str, module: nn.Module, key: str, mask: Tensor) -> None:
+        self.name, self.module, self.key = name, module, key
+        self.param: nn.Parameter = module._parameters[key]  # type: ignore[assignment]
+        self.dead = torch.empty_like(self.param, dtype=torch.bool, requires_grad=False).copy_(~mask)
+
+    def zero_(self, x: Tensor) -> None:
+        """Exact zeros (not x*0, which is nan where x is not finite) at the dead entries of ``x``; one launch, no sync."""
+        if x.shape != self.dead.shape:
+            raise RuntimeError(f"{self.name} must keep the shape {tuple(self.dead.shape)} of its mask, got {tuple(x.shape)}")
+        if x.device != self.dead.device:  # the model was moved
+            self.dead = self.dead.to(x.device)
+        x.masked_fill_(self.dead, 0)
+
+    def check_in_place(self) -> None:
+        if self.module._parameters.get(self.key) is not self.param:
+            raise RuntimeError(f"{self.name} is not the parameter any more that attach_masks saw, so its zeros are not kept; attach again")
+
+
+@torch.no_grad()
+def _masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> list[_Masked]:
+    """A `_Masked` for every parameter that a name means; ValueError if one does not fit. Two masks of a tied one both count."""
+    found: dict[Tensor, _Masked] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, mask in masks_of(masks).items():
+        where, _, key = name.rpartition(".")
+        module = modules.get(where)
+        p = module._parameters.get(key) if module is not None else None
+        if module is None or p is None:
+            raise ValueError(f"masks must be of parameters of the model, got {name!r}, which it does not have")
+        if p.shape != mask.shape:
+            raise ValueError(f"the mask of {name} must have shape {tuple(p.shape)}, got {tuple(mask.shape)}")
+        _looked_at(name, p)
+        if p in found:
+            found[p].dead |= ~mask.to(p.device)
+        else:
+            found[p] = _Masked(name, module, key, mask.to(p.device))
+    return list(found.values())
 
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set to 0 what the masks drop, in place: a dense checkpoint becomes the pruned one.
+    """Write exact zeros into the parameters of ``model`` where ``masks`` (bool, by name; see `load_masks`) are False.
+
+    Mutates the parameters in place, whatever their dtype, device and memory format; kept entries stay as they are.
 
     Raises:
-        ValueError: a name is no parameter of the model, or its shape is another. Nothing has changed then.
+        TypeError: a mask is not a bool tensor.
+        ValueError: the model has no parameter of that name or shape, or it has no data. Nothing has changed then.
     """
-    params = _fitting(model, masks)
-    for name, p in params.items():
-        p.masked_fill_(~masks[name].to(p.device), 0)
-
-
-def _fitting(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    params = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        if name not in params:
-            raise ValueError(f"masks must be of parameters of the model, got {name!r}, which is none")
-        if params[name].shape != mask.shape:
-            raise ValueError(f"masks must have the shapes of the model, got {tuple(mask.shape)} for {name} of {tuple(params[name].shape)}")
-    return {name: params[name] for name in masks}
+    for masked in _masked_parameters(model, masks):
+        masked.zero_(masked.param)
 
 
 class AttachedMasks:
-    """What `attach_masks` returns: `remove` it, or use it in ``with``."""
+    """Handle of `attach_masks`; a context manager that removes the masks at its end."""
 
-    def __init__(self, pairs: list[tuple[nn.Parameter, Tensor]], optimizer: torch.optim.Optimizer) -> None:
-        self._pairs = [(p, mask.to(p.device)) for p, mask in pairs]
-        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
-        self._after()
+    def __init__(self, optimizer: torch.optim.Optimizer, masked: list[_Masked]) -> None:
+        self._of = {one.param: one for one in masked}
+        self._hooks: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+        self._hooks += [p.register_post_accumulate_grad_hook(self._after_backward) for p in self._of if p.requires_grad]
 
-    def _on_device(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The masks where the parameters are now."""
-        self._pairs = [(p, mask if mask.device == p.device else mask.to(p.device)) for p, mask in self._pairs]
-        return self._pairs
+    def __len__(self) -> int:
+        """Number of masked parameters."""
+        return len(self._of)
 
-    @torch.no_grad()
-    def _before(self, *_: Any) -> None:
-        """Dropped weights have no gradient, so that momenta and norms are those of the weights that are there."""
-        for p, mask in self._on_device():
-            if p.grad is not None:
-                p.grad.masked_fill_(~mask, 0)
-
-    @torch.no_grad()
-    def _after(self, *_: Any) -> None:
-        for p, mask in self._on_device():
-            p.masked_fill_(~mask, 0)
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Copies of the masks by name, for `save_masks`."""
+        return {one.name: ~one.dead for one in self._of.values()}
 
     def remove(self) -> None:
-        """Let the optimizer move all weights again."""
-        for handle in self._handles:
-            handle.remove()
+        """Let go of optimizer and model: later steps move all weights again. A second call does nothing."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def __enter__(self) -> AttachedMasks:
         return self
@@ -153,46 +244,58 @@ class AttachedMasks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
 
+    @torch.no_grad()
+    def _after_backward(self, p: Tensor) -> None:
+        if p.grad is not None and p.grad.layout == torch.strided:
+            self._of[p].zero_(p.grad)  # type: ignore[index]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if (one := self._of.get(p)) is not None:
+                    one.check_in_place()
+                    one.zero_(p)
+
 
 def attach_masks(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> AttachedMasks:
-    """Keep pruned weights at 0 while another optimizer trains the others.
+    """Keep the zeros of ``model`` exact while any torch optimizer trains it, with whatever momentum and weight decay.
 
-    Before each step the gradients of dropped weights are set to 0, after it the weights themselves, in place and without waiting for the
-    device. Call it once all parameters are where they stay; moving the model to another device afterwards is fine.
+    After each step the dead weights are zeroed again, so nothing that the optimizer remembers can revive one; after each backward their
+    gradients are zeroed, so that they count neither in Adam's moments nor in a norm that gradients are clipped by. Both are one small
+    kernel per weight tensor and do not wait for the device. Masks take one byte per weight, on its device, and follow ``model.to(...)``.
 
     Args:
-        model: its exact zeros in Conv and Linear weights are the masks.
-        optimizer: any optimizer over (some of) its parameters, but not a `FastBiP` that still runs.
-        masks: bool tensors by parameter name, instead of the zeros.
+        model: holds the weights; masked ones are zeroed in place at once.
+        optimizer: has them in its groups (others in them learn as ever; a group may be added later). A copy of it has no masks.
+        masks: bool tensors by name; default: where Conv and Linear weights are not 0 now (see `masks_of`).
+
+    Returns:
+        The handle: `AttachedMasks.remove`, or use it as a context manager.
 
     Raises:
-        ValueError: the optimizer is a FastBiP, has none of the masked parameters, or a mask does not fit the model.
+        TypeError: ``optimizer`` is not one, or is a `FastBiP`, which keeps its own masks.
+        ValueError: there is no mask, a mask does not fit the model, or none is of a parameter that the optimizer has. Nothing has changed.
+        RuntimeError: (from a step) a parameter changed its shape, or another one took its place in the model.
 
     Example:
-        >>> opt.finalize()
-        >>> adam = torch.optim.AdamW(model.parameters())
-        >>> attach_masks(model, adam)
+        >>> opt = torch.optim.AdamW(model.parameters())
+        >>> with attach_masks(model, opt):
+        ...     train(model, opt)
     """
     if isinstance(optimizer, FastBiP):
-        raise ValueError("optimizer must be another one than FastBiP, which keeps its masks itself; call freeze_masks() for fine-tuning")
-    masks = masks_of(model) if masks is None else masks
+        raise TypeError(
+            "optimizer must not be a FastBiP, which keeps its own masks: to fine-tune, call its freeze_masks(), "
+            "or finalize() and make another optimizer"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    masked = _masked_parameters(model, masks_of(model) if masks is None else masks)
     own = {p for group in optimizer.param_groups for p in group["params"]}
-    pairs = [(p, masks[name].detach().bool()) for name, p in _fitting(model, masks).items() if p in own]
-    if not pairs:
-        raise ValueError(f"optimizer must have parameters that are masked, got one with none of the {len(masks)} masks' parameters")
-    return AttachedMasks(pairs, optimizer)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("mask files need safetensors: pip install 'bip_fast[export]'") from error
-    return safetensors.torch
-
-
-def _safe_open() -> Any:
-    _safetensors()
-    import safetensors
-
-    return safetensors.safe_open
+    if not any(one.param in own for one in masked):
+        names = ", ".join(one.name for one in masked[:3])
+        raise ValueError(f"optimizer must have parameters with a mask, got one that has none of {names}{', ...' * (len(masked) > 3)}")
+    with torch.no_grad():
+        for one in masked:
+            one.zero_(one.param)
+    return AttachedMasks(optimizer, masked)

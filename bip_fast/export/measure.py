@@ -1,220 +1,321 @@
-"""Is it smaller and faster now? Networks side by side: time, parameters, non-zeros, FLOPs, bytes, accuracy, and why.
+"""Is it smaller and faster now? A pruned network beside the dense one: as it is, with dead channels removed, and as 2:4.
 
-Times are medians over rounds in which every network has its turn, so that what disturbs the machine disturbs all of them; ratios are to the
-first network. Eval mode, no gradients.
+All run in eval mode, without gradients, on the same inputs, in one process: in every round each network has its turn, in another order, and
+a speedup is the median of the ratios within the rounds. So what disturbs the machine disturbs all of them.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
+import math
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .channels import as_inputs
+from ..benchmark import calls_in, synchronize
+from ..ops import launch_guard
+from ..report import layer_table, weights
+from .measurement import Measurement, Timing, Variant, sentence
+from .semi_structured import OLDEST, Converted, to_semi_structured
 
-__all__ = ["Measurement", "Variant", "measure"]
+__all__ = ["Measurement", "Timing", "Variant", "measure"]
 
-NEAR = 1.05  # a ratio closer to 1 is no difference
-
-
-@dataclass
-class Variant:
-    """One network. FLOPs are of a single sample, multiplications and additions; bytes are those of its state dict.
-
-    Args:
-        seconds: median of one forward pass, by batch size.
-        packed_bytes: kept weights and a mask of one bit each, for a network with zeros.
-        accuracy: in [0, 1], if data was given.
-        verdict: why it is or is not faster than the first.
-    """
-
-    name: str
-    parameters: int
-    nonzeros: int
-    flops: int
-    bytes: int
-    packed_bytes: int
-    seconds: dict[int, float] = field(default_factory=dict)
-    accuracy: float | None = None
-    verdict: str = ""
-
-    @property
-    def throughput(self) -> dict[int, float]:
-        """Samples a second, by batch size."""
-        return {size: size / seconds for size, seconds in self.seconds.items()}
-
-
-@dataclass
-class Measurement:
-    """Result of `measure`; ``print`` shows a table and a sentence for each network."""
-
-    device: str
-    variants: list[Variant]
-
-    def speedup(self, name: str, batch_size: int) -> float:
-        """How many times faster than the first network."""
-        found = next(row for row in self.variants if row.name == name)
-        return self.variants[0].seconds[batch_size] / found.seconds[batch_size]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        rows = [{**asdict(row), "seconds": {str(size): x for size, x in row.seconds.items()}} for row in self.variants]
-        return {"device": self.device, "variants": rows}
-
-    def __str__(self) -> str:
-        sizes = list(self.variants[0].seconds)
-        header = ["", *(f"batch {size}" for size in sizes), "parameters", "non-zeros", "MFLOPs", "bytes", "packed", "accuracy"]
-        cells = [header]
-        for row in self.variants:
-            times = [f"{1e3 * row.seconds[size]:.2f} ms ({self.speedup(row.name, size):.2f}x)" for size in sizes]
-            accuracy = "" if row.accuracy is None else f"{100 * row.accuracy:.2f} %"
-            numbers = [f"{row.parameters:,}", f"{row.nonzeros:,}", f"{row.flops / 1e6:,.2f}", f"{row.bytes:,}", f"{row.packed_bytes:,}"]
-            cells.append([row.name, *times, *numbers, accuracy])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-            for line in cells
-        ]
-        return "\n".join([self.device, *(line.rstrip() for line in lines), *(f"{row.name}: {row.verdict}" for row in self.variants[1:])])
+WARM_UP = 3  # calls: memory is allocated, algorithms are chosen
+LEAST, MOST = 5, 200  # rounds
+STAND_IN = "What the others are compared with: the same network, zeros replaced by random numbers, as no dense one was given."
 
 
 def measure(
-    networks: Mapping[str, nn.Module],
+    model: nn.Module,
     example_input: Any,
     *,
+    dense: nn.Module | None = None,
     batch_sizes: Sequence[int] = (1, 64),
+    device: torch.device | str | None = None,
     data: Iterable[tuple[Any, Tensor]] | None = None,
-    rounds: int = 30,
+    seconds: float = 2.0,
 ) -> Measurement:
-    """Measure networks beside each other.
+    """Measure a pruned network as four: "dense", "masked" (as it is), "shrunk" (see `shrink`) and "2:4" (see `to_semi_structured`).
+
+    For each: time of a forward pass, samples per second, parameters, non-zeros, FLOPs, bytes, accuracy, and one sentence that says why it
+    is or is not faster than the dense one, or why it was not measured. Waits for the device.
 
     Args:
-        networks: by name; ratios and verdicts are against the first, usually the dense one. On one device. Modes are put back.
-        example_input: one input, or a tuple of arguments, whose first dimension is the batch; repeated or cut to each batch size.
-        batch_sizes: of the timed passes.
-        data: batches ``(input, labels)`` for the accuracy: the largest logit against the label.
-        rounds: turns that every network has; the first fifth warms up.
+        model: with exact zeros, as after `FastBiP.finalize`. Neither it nor ``dense`` is changed; modes are put back.
+        example_input: one argument of the model, or a tuple of them; in every tensor the first dimension is the batch. It is repeated or
+            cut to each batch size, so one sample is enough.
+        dense: the network before pruning; measured in the memory format of ``model``. Without it a copy of ``model`` with its zeros filled
+            stands in, which has no accuracy.
+        batch_sizes: at which to measure.
+        device: where; default: where the model is. Copies are made for another one.
+        data: batches ``(x, y)`` for the accuracy, the share of largest logits that are at the label; ``x`` like ``example_input``.
+        seconds: to spend on each batch size, about, after the warm-up.
 
     Raises:
-        ValueError: there is no network, or a batch size or ``rounds`` is less than 1.
+        ValueError: an argument is out of range, or the example has no batch.
+
+    Example:
+        >>> print(measure(model, images[:1], dense=before, data=test_loader))
     """
-    if not networks:
-        raise ValueError("networks must have at least one, got none")
-    for name, value in [("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)]:
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    inputs = as_inputs(example_input)
-    batches = list(data) if data is not None else None
-    modes = {name: [module.training for module in model.modules()] for name, model in networks.items()}
+    sizes = list(dict.fromkeys(batch_sizes))
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes must be whole numbers of at least 1, got {batch_sizes}")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"seconds must be more than 0, got {seconds}")
+    where = _device_of(model) if device is None else torch.device(device)
+    model, dense = _on(model, where), None if dense is None else _on(dense, where)
+    inputs = _inputs(example_input, where)
+    networks, rows = _variants(model, dense, inputs)
+    with torch.no_grad(), launch_guard(where), _eval_mode(networks.values()):
+        for name, network in networks.items():
+            rows[name] = _with_facts(rows[name], network, _batch(inputs, 1))
+        if "2:4" in networks:
+            rows["2:4"] = replace(rows["2:4"], nonzeros=rows["masked"].nonzeros, sparsity=rows["masked"].sparsity)
+        times: dict[str, dict[int, Timing]] = {name: {} for name in networks}
+        rounds: dict[int, int] = {}
+        for size in sizes:
+            batch = _batch(inputs, size)
+            taken = _race([lambda network=network, batch=batch: network(*batch) for network in networks.values()], where, seconds)  # type: ignore[misc]
+            rounds[size] = len(taken[0])
+            for name, own in zip(networks, taken, strict=True):
+                times[name][size] = _timing(own, taken[0])
+        scores = _accuracies(networks, data, where)
+    if dense is None:
+        scores["dense"] = None
+    rows |= {name: replace(rows[name], times=times[name], accuracy=scores[name]) for name in networks}
+    told = tuple(replace(row, sentence=sentence(rows["dense"], row)) for row in rows.values())
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type.upper()
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "no parameters")
+    return Measurement(told, name, torch.get_num_threads(), dtype, torch.__version__, rounds)
+
+
+# --- the networks --------------------------------------------------------------------------------------------------------------------
+
+
+def _variants(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ...]) -> tuple[dict[str, nn.Module], dict[str, Variant]]:
+    """The networks that can run, and a row for every variant, with a note where it needs one."""
+    networks = {"dense": _filled(model) if dense is None else _in_format_of(model, dense), "masked": model}
+    rows = {"dense": Variant("dense", note="" if dense is not None else STAND_IN), "masked": Variant("masked")}
+    shrunk = _shrunk(model, inputs)
+    rows["shrunk"] = Variant("shrunk", note=shrunk if isinstance(shrunk, str) else "")
+    if isinstance(shrunk, nn.Module):
+        networks["shrunk"] = _in_format_of(model, shrunk)
+    converted = _converted(model)
+    if isinstance(converted, Converted):
+        networks["2:4"] = converted.model
+        rows["2:4"] = Variant("2:4", note=_share(converted))
+    else:
+        rows["2:4"] = Variant("2:4", note=converted)
+    return networks, rows
+
+
+def _in_format_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    """``other``, or a copy in the memory format of ``model``, which makes convolutions slower or faster by itself."""
+
+    def channels_last(network: nn.Module) -> bool:
+        maps = (p for p in network.parameters() if p.dim() == 4 and not p.is_contiguous())
+        return any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
+
+    own = channels_last(model)
+    if own == channels_last(other):
+        return other
+    format_ = torch.channels_last if own else torch.contiguous_format
+    return copy.deepcopy(other).to(memory_format=format_)  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def _filled(model: nn.Module) -> nn.Module:
+    """Copy with random numbers, as large as the kept weights, in place of zeros: multiplying zeros draws less power on some devices."""
+    new = copy.deepcopy(model)
+    for _, p in weights(new):
+        if p.is_floating_point() and p.numel():
+            generator = torch.Generator(p.device).manual_seed(0)
+            noise = torch.empty(p.shape, device=p.device).normal_(0, max(float(p.float().std(correction=0)), 1e-3), generator=generator)
+            p.copy_(torch.where(p == 0, noise.to(p.dtype), p))
+    return new
+
+
+def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
+    """The network without dead channels, or why there is none."""
     try:
-        with torch.no_grad():
-            for model in networks.values():
-                model.eval()
-            variants = [_facts(name, model, inputs) for name, model in networks.items()]
-            for size in batch_sizes:
-                _time(networks, variants, _batch_of(inputs, size), size, rounds)
-            if batches is not None:
-                for model, row in zip(networks.values(), variants, strict=True):
-                    row.accuracy = _accuracy(model, batches)
-    finally:
-        for name, model in networks.items():
-            for module, mode in zip(model.modules(), modes[name], strict=True):
-                module.training = mode
-    for row in variants:
-        row.verdict = _verdict(variants[0], row)
-    return Measurement(_device_name(next(iter(networks.values()))), variants)
+        small: nn.Module = importlib.import_module(".shrink", __package__).shrink(model, inputs).model
+    except ImportError as error:  # it needs an optional package
+        return str(error).rstrip(".")
+    except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
+        return f"the network cannot be shrunk ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters()):
+        return "no filter or channel can be removed, as none that may go is all zero"
+    return small
 
 
-def _device_name(model: nn.Module) -> str:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+def _converted(model: nn.Module) -> Converted | str:
+    """The network with 2:4 layers, or why there is none."""
+    device = _device_of(model)
+    if device.type != "cuda":
+        return f"2:4 needs an NVIDIA GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, this is a {device.type.upper()}"
+    found = to_semi_structured(model)
+    if found.count:
+        return found
+    if not found.layers:
+        return "it has no Linear layer, and torch has nothing else that is 2:4"
+    reason, count = Counter(row.reason for row in found.layers).most_common(1)[0]
+    return f"no layer can be 2:4; {count} of {len(found.layers)}: {reason}"
 
 
-def _batch_of(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """Arguments with ``size`` samples."""
-
-    def of_size(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim():
-            return x
-        format_ = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        return x.repeat(-(-size // len(x)), *[1] * (x.dim() - 1))[:size].contiguous(memory_format=format_)
-
-    return tuple(tree_map(of_size, x) for x in inputs)
+def _share(converted: Converted) -> str:
+    total = sum(math.prod(row.shape) for row in converted.layers)
+    own = sum(math.prod(row.shape) for row in converted.layers if row.converted)
+    layers = f"{converted.count} of {len(converted.layers)} Linear and Conv layers, with {100 * own / max(total, 1):.3g} % of their weights"
+    return f"{layers}, are multiplied by sparse tensor cores"
 
 
-def _size(x: Tensor) -> int:
+# --- facts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _with_facts(row: Variant, network: nn.Module, inputs: tuple[Any, ...]) -> Variant:
+    """The row with all that no clock is needed for."""
+    if row.name == "2:4":  # counters and files do not know its tensors
+        held = sum(_bytes_of(x) for x in network.state_dict().values() if isinstance(x, Tensor))
+        return replace(row, parameters=sum(p.numel() for p in network.parameters()), file_bytes=held)
+    counted, size, found = layer_table(network.named_parameters()), _file_bytes(network), weights(network)
+    layers, saved = layer_table(found), 0
+    for (_, x), layer in zip(found, layers, strict=True):
+        saved += max((layer.total - layer.kept) * x.element_size() - -(-layer.total // 8), 0)
+    packed = size - saved if size is not None and saved else None
+    row = replace(row, parameters=counted.total, nonzeros=counted.kept, sparsity=layers.sparsity)
+    return replace(row, flops=_flops(network, inputs), file_bytes=size, packed_bytes=packed)
+
+
+def _flops(network: nn.Module, inputs: tuple[Any, ...]) -> int | None:
+    try:
+        with FlopCounterMode(display=False) as counter:
+            network(*inputs)
+        return int(counter.get_total_flops())
+    except Exception:  # an operation that the counter cannot follow
+        return None
+
+
+def _bytes_of(x: Tensor) -> int:
+    if hasattr(x, "__tensor_flatten__"):  # a tensor made of others
+        return sum(_bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     return x.numel() * x.element_size()
 
 
-def _facts(name: str, model: nn.Module, inputs: tuple[Any, ...]) -> Variant:
-    params = list(model.parameters())
-    nonzeros = [int(torch.count_nonzero(p)) if p.layout == torch.strided else p.numel() for p in params]
-    total = sum(_size(x) for x in model.state_dict().values() if isinstance(x, Tensor))
-    packed = total
-    for p, kept in zip(params, nonzeros, strict=True):
-        packed -= max(_size(p) - kept * p.element_size() - -(-p.numel() // 8), 0)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            copy.deepcopy(model)(*_batch_of(inputs, 1))
-        flops = int(counter.get_total_flops())
-    except (RuntimeError, NotImplementedError, TypeError):  # a tensor type that the counter does not know
-        flops = 0
-    return Variant(name, sum(p.numel() for p in params), sum(nonzeros), flops, total, packed)
+def _file_bytes(network: nn.Module) -> int | None:
+    """Size of its safetensors file, which is written and deleted; None if that cannot be."""
+    from ..experiments.run import write_safetensors
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        try:
+            write_safetensors(path, network)
+        except (ImportError, AttributeError, RuntimeError, ValueError):  # not installed; or a state dict with more than tensors
+            return None
+        return path.stat().st_size
 
 
-def _time(networks: Mapping[str, nn.Module], variants: Sequence[Variant], batch: tuple[Any, ...], size: int, rounds: int) -> None:
-    cuda = any(isinstance(x, Tensor) and x.is_cuda for x in batch)
-    seconds: list[list[float]] = [[] for _ in variants]
-    for _ in range(rounds + rounds // 5 + 1):
-        for own, model in zip(seconds, networks.values(), strict=True):
-            if cuda:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            model(*batch)
-            if cuda:
-                torch.cuda.synchronize()
-            own.append(time.perf_counter() - began)
-    for row, own in zip(variants, seconds, strict=True):
-        row.seconds[size] = statistics.median(own[rounds // 5 + 1 :])
-
-
-def _accuracy(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
-    right = count = 0
-    for inputs, labels in batches:
-        right += int((model(*as_inputs(inputs)).argmax(1) == labels).sum())
+def _accuracies(networks: dict[str, nn.Module], data: Iterable[tuple[Any, Tensor]] | None, device: torch.device) -> dict[str, float | None]:
+    """Share of right answers of every network, in one pass over the data."""
+    right, count = dict.fromkeys(networks, 0), 0
+    for x, y in data or ():
+        inputs, labels = _inputs(x, device), y.to(device)
         count += len(labels)
-    return right / max(count, 1)
+        for name, network in networks.items():
+            right[name] += int((network(*inputs).argmax(1) == labels).sum())
+    return {name: right[name] / count if count else None for name in networks}
 
 
-def _verdict(first: Variant, row: Variant) -> str:
-    """One sentence, from the figures."""
-    if row is first:
-        return "what the others are compared with"
-    faster = {size: first.seconds[size] / row.seconds[size] for size in row.seconds}
-    times = " and ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in faster.items())
-    best = max(faster.values(), default=1.0)
-    if row.flops and row.flops < 0.99 * first.flops:
-        gone = f"{100 * (1 - row.flops / first.flops):.0f} % of the FLOPs are gone"
-        if best >= NEAR:
-            short = min(faster.values()) < 0.7 * first.flops / row.flops
-            rest = "; what is left is memory, launches and layers that did not shrink" if short else ""
-            return f"{times}: {gone}{rest}"
-        return f"not faster ({times}) although {gone}: layers this small wait for memory and launches, not for arithmetic"
-    if row.nonzeros < 0.99 * row.parameters:
-        zeros = f"its {100 * (1 - row.nonzeros / row.parameters):.0f} % zeros are stored and multiplied like other numbers"
-        if best >= NEAR:
-            return f"{times}, although {zeros}: measured, not explained by arithmetic"
-        return f"not faster ({times}): {zeros}; removed filters (shrink) or 2:4 on sparse tensor cores would be"
-    if best >= NEAR:
-        return f"{times}, by other kernels for the same arithmetic"
-    return f"not faster ({times}): the same arithmetic"
+# --- time ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _race(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[list[float]]:
+    """Seconds of each call in every round; all have the same number of rounds, and start one in turn."""
+
+    def timed(call: Callable[[], object], times: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / times
+
+    once = [min(timed(call, 1) for _ in range(WARM_UP)) for call in calls]
+    repeats = calls_in(min(once), device)
+    rounds = max(LEAST, min(MOST, int(seconds / max(sum(once) * repeats, 1e-9))))
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds):
+        for i in range(len(calls)):
+            number = (turn + i) % len(calls)
+            taken[number].append(timed(calls[number], repeats))
+    return taken
+
+
+def _timing(own: list[float], dense: list[float]) -> Timing:
+    if own is dense:
+        return Timing(statistics.median(own))
+    ratios = [a / b for a, b in zip(dense, own, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Timing(statistics.median(own), middle, low, high)
+
+
+# --- inputs and modes ----------------------------------------------------------------------------------------------------------------
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((x.device for part in (model.parameters(), model.buffers()) for x in part), torch.device("cpu"))
+
+
+def _on(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, or a copy where it is not on ``device``."""
+    own = _device_of(model)
+    same = own.type == device.type and device.index in (None, own.index)
+    return model if same else copy.deepcopy(model).to(device)
+
+
+def _inputs(example: Any, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of a call, on ``device``."""
+    given = example if isinstance(example, tuple) else tuple(example) if isinstance(example, list) else (example,)
+    inputs = tuple(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, x) for x in given)
+    if not any(isinstance(x, Tensor) and x.dim() and len(x) for x in tree_leaves(inputs)):
+        raise ValueError("example_input must have a tensor whose first dimension is a batch of at least one")
+    return inputs
+
+
+def _batch(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """The arguments repeated or cut to ``size`` samples, in the memory format that they have."""
+
+    def sized(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or not len(x):
+            return x
+        return torch.cat([x] * -(-size // len(x)))[:size]
+
+    return tuple(tree_map(sized, x) for x in inputs)
+
+
+@contextmanager
+def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Eval mode for all; afterwards every module has the mode it had."""
+    models = list(models)
+    roots = [(model, model.training) for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in roots:
+            model.train(training)  # some do more in it than set the mode
+        for module, training in modes:
+            module.training = training

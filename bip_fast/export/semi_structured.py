@@ -1,103 +1,200 @@
-"""2:4 Linear weights as torch's semi-structured tensors, which sparse tensor cores multiply; and why a layer is not one."""
+"""2:4 weights of Linear layers as torch's semi-structured tensors, which GPUs with sparse tensor cores multiply at half the arithmetic.
+
+A weight (out_features, in_features) is 2:4 when at most two of every four consecutive entries of a row are not 0. What torch can multiply
+is narrower, so every layer gets a line: converted, or all the reasons why not.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Conversion", "Converted", "refusal", "to_semi_structured", "violations"]
+from ..ops import is_ordinary
+from ..tables import aligned
 
-# What torch's kernels take: rows and columns of the weight must be multiples of these. Source: torch.sparse.semi_structured.
-MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (32, 128)}
-OLDEST = (8, 0)
+__all__ = ["Conversion", "Converted", "refusals", "to_semi_structured", "violations"]
+
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+)  # of those that torch can pack: float32 only with CUTLASS, float8 without a plain matmul
+OLDEST = (8, 0)  # compute capability of the first sparse tensor cores
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # in eval mode their fused kernels read weights as dense memory
+NO_CONVOLUTION = "torch has no semi-structured convolution"
 
 
 class Conversion(NamedTuple):
-    """One layer: converted if ``reason`` is None."""
+    """What became of one layer: converted if there is no ``reason``."""
 
     name: str
     shape: tuple[int, ...]
-    reason: str | None
+    reason: str = ""
+
+    @property
+    def converted(self) -> bool:
+        return not self.reason
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "converted": self.converted, "reason": self.reason or None}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Converted:
-    """Result of `to_semi_structured`; ``print`` shows every layer."""
+    """Result of `to_semi_structured`: the new model and a row for every Linear and Conv layer; ``print`` shows them."""
 
     model: nn.Module
-    layers: list[Conversion]
+    layers: tuple[Conversion, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of converted layers."""
+        return sum(row.converted for row in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the model, for JSON."""
+        return {"converted": self.count, "layers": [row.as_dict() for row in self.layers]}
 
     def __str__(self) -> str:
-        return "\n".join(f"{row.name} {tuple(row.shape)}: {row.reason or 'converted'}" for row in self.layers)
+        rows = [(row.name, "x".join(map(str, row.shape)), row.reason or "converted") for row in self.layers]
+        return "\n".join([*aligned([("layer", "shape", "2:4"), *rows], left=3), f"{self.count} of {len(self.layers)} layers converted"])
 
 
 def violations(weight: Tensor, n: int = 2, m: int = 4) -> int:
-    """How many groups of ``m`` entries that follow each other in a row of a matrix [rows, cols] have more than ``n`` that are not 0.
-
-    Raises:
-        ValueError: cols is not a multiple of ``m``.
-    """
-    if weight.dim() != 2 or weight.shape[1] % m:
-        raise ValueError(f"weight must be a matrix whose columns are a multiple of {m}, got shape {tuple(weight.shape)}")
-    return int(((weight.detach().reshape(-1, m) != 0).sum(1) > n).sum())
-
-
-def refusal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, capability: tuple[int, int] | None) -> str | None:
-    """Why torch cannot multiply a 2:4 weight of this kind faster, None if it can.
+    """How many groups of ``m`` consecutive entries of a row keep more than ``n``; 0: the weight is n:m. Waits for the device.
 
     Args:
-        capability: compute capability of the CUDA device.
+        weight: (..., in_features) of any dtype; nan counts as kept.
+
+    Raises:
+        ValueError: the last dimension is not a multiple of ``m``, or not 0 < n <= m.
     """
-    if device.type != "cuda":
-        return f"it is on {device.type}: semi-structured kernels need an NVIDIA GPU of compute capability 8.0 or newer"
-    if capability is not None and capability < OLDEST:
-        return f"its GPU has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
-    if dtype not in MULTIPLES:
-        return f"it is {str(dtype).removeprefix('torch.')}: float16, bfloat16 or int8 is needed"
-    rows, cols = MULTIPLES[dtype]
-    if shape[0] % rows or shape[1] % cols:
-        return f"its shape {shape[0]}x{shape[1]} is not in multiples of {rows}x{cols}"
-    return None
+    if not 0 < n <= m:
+        raise ValueError(f"n and m must have 0 < n <= m, got {n}:{m}")
+    if not weight.dim() or weight.shape[-1] % m:
+        raise ValueError(f"weight must have a last dimension that is a multiple of {m}, got shape {tuple(weight.shape)}")
+    kept = (weight.detach() != 0).reshape(weight.numel() // m, m).sum(1)
+    return int((kept > n).sum())
+
+
+def refusals(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    capability: tuple[int, int] | None = None,
+    multiples: dict[torch.dtype, tuple[int, int]] | None = None,
+) -> list[str]:
+    """Everything about a Linear weight, apart from its zeros, that keeps torch from multiplying it as 2:4; empty if nothing does.
+
+    Args:
+        shape: (out_features, in_features).
+        device: its type, such as "cuda".
+        capability: compute capability of the CUDA device.
+        multiples: what the two sizes must be multiples of, by dtype; default: of the backend that this torch would use.
+    """
+    reasons = []
+    if device != "cuda":
+        reasons.append(f"is on the {device.upper()}, needs an NVIDIA GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer")
+    elif capability is not None and capability < OLDEST:
+        reasons.append(f"compute capability {capability[0]}.{capability[1]}: needs {OLDEST[0]}.{OLDEST[1]} or newer")
+    if dtype not in DTYPES:
+        reasons.append(f"{str(dtype).removeprefix('torch.')}: needs float16, bfloat16 or int8")
+    sizes = _multiples(_backend()) if multiples is None else multiples
+    of = sizes[dtype if dtype in DTYPES else torch.float16]  # what it would have to be once the dtype is right
+    for name, size, multiple in zip(("out_features", "in_features"), shape, of, strict=True):
+        if not size or size % multiple:
+            reasons.append(f"{name} {size} is not a multiple of {multiple}")
+    return reasons
+
+
+def _backend() -> Any:
+    """The tensor class that packs: cuSPARSELt's where this torch has it, else CUTLASS's."""
+    known = getattr(torch.backends, "cusparselt", None)
+    if torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS or known is None or not known.is_available():
+        return torch.sparse.SparseSemiStructuredTensorCUTLASS
+    return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+
+
+def _multiples(backend: Any) -> dict[torch.dtype, tuple[int, int]]:
+    return {dtype: tuple(backend._DTYPE_SHAPE_CONSTRAINTS[dtype][:2]) for dtype in DTYPES}
 
 
 def to_semi_structured(model: nn.Module) -> Converted:
-    """A copy of a model whose 2:4 Linear weights are semi-structured where device, dtype and shape allow.
+    """A copy of ``model`` in which 2:4 weights of Linear layers are semi-structured, where device, dtype and shape allow it.
+
+    The copy computes the same up to rounding, which is tried on every layer, and is for inference: new weights take no gradients, and
+    `state_dict` holds packed tensors, which safetensors cannot save. Layers that share a weight share the new one.
 
     Args:
-        model: not changed. For inference: the new weights take no gradients.
+        model: not changed; in the dtype and on the device in which it will run (``model.half().cuda()``).
 
     Returns:
-        the copy, and for every Linear and Conv layer whether it was converted, or why not.
+        The copy, and for every Linear and Conv layer whether it was converted, or all the reasons why not.
     """
     new = copy.deepcopy(model)
+    fused = {child for module in new.modules() if isinstance(module, FUSED) for child in module.children()}
+    done: dict[Tensor, tuple[nn.Parameter | None, str]] = {}
     rows = []
-    for name, layer in new.named_modules():
-        if isinstance(layer, _ConvNd):
-            rows.append(Conversion(name, tuple(layer.weight.shape), "torch has no semi-structured convolution"))
-        elif isinstance(layer, nn.Linear):
-            rows.append(Conversion(name, tuple(layer.weight.shape), _convert(layer)))
-    return Converted(new, rows)
+    for name, layer in _layers(new):
+        weight = layer._parameters.get("weight")
+        if weight is None or is_lazy(weight) or not is_ordinary(weight):
+            rows.append(Conversion(name, (), _unusual(weight)))
+        elif isinstance(layer, _ConvNd):
+            rows.append(Conversion(name, tuple(weight.shape), NO_CONVOLUTION))
+        elif layer in fused:
+            rows.append(Conversion(name, tuple(weight.shape), "the fused attention of torch reads it as a dense weight"))
+        else:
+            if weight not in done:
+                done[weight] = _packed(layer, weight.detach())
+            packed, reason = done[weight]
+            if packed is not None:
+                layer.weight = packed
+            rows.append(Conversion(name, tuple(weight.shape), reason))
+    return Converted(new, tuple(rows))
 
 
-def _convert(layer: nn.Linear) -> str | None:
-    """Convert the weight of a layer in place; the reason if that cannot be."""
-    weight = layer.weight.detach()
-    if weight.shape[1] % 4:
-        return f"its {weight.shape[1]} inputs are not a multiple of 4"
-    broken = violations(weight)
-    if broken:
-        return f"it is not 2:4: {broken:,} of {weight.numel() // 4:,} groups keep more than two weights"
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
+
+
+def _unusual(weight: Tensor | None) -> str:
+    if weight is None:
+        return "a parametrization computes its weight"
+    return "has no shape yet" if is_lazy(weight) else f"its weight is a {type(weight).__name__}"
+
+
+def _packed(layer: nn.Linear, weight: Tensor) -> tuple[nn.Parameter | None, str]:
+    """The semi-structured weight, or None and the reasons."""
     capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
-    reason = refusal(tuple(weight.shape), weight.dtype, weight.device, capability)
-    if reason is not None:
-        return reason
+    reasons = refusals(tuple(weight.shape), weight.dtype, weight.device.type, capability)
+    if weight.device.type != "meta" and weight.shape[1] % 4 == 0 and (broken := violations(weight)):
+        reasons.append(f"not 2:4: {broken:,} of {weight.numel() // 4:,} groups keep more than two")
+    if reasons:
+        return None, "; ".join(reasons)
     try:
-        layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.contiguous()), requires_grad=False)
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # what this build of torch cannot do
-        return f"torch refused it: {' '.join(str(error).split())[:120]}"
-    return None
+        sparse = _backend().from_dense(weight.contiguous())
+        return nn.Parameter(sparse, requires_grad=False), _trial(layer, weight, sparse)
+    except Exception as error:  # a backend that is not built in, a GPU that it does not know: whatever it raises is a reason
+        return None, f"torch refused it: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+@torch.no_grad()
+def _trial(layer: nn.Linear, weight: Tensor, sparse: Tensor) -> str:
+    """Multiply once; raises where torch cannot, or gets another result than with the dense weight."""
+    x = torch.randn(16, weight.shape[1], device=weight.device).to(weight.dtype)
+    if weight.dtype == torch.int8:  # there is no dense int8 Linear to compare with
+        F.linear(x, sparse)
+        return ""
+    expected, found = F.linear(x, weight, layer.bias).float(), F.linear(x, sparse, layer.bias).float()
+    worst, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not worst <= 0.02 * scale:
+        raise RuntimeError(f"its product is off by {worst:.3g} where the largest entry is {scale:.3g}")
+    return ""
