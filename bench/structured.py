@@ -111,7 +111,7 @@ def rows_of(name: str, data_dir: Path | None, work: Path, seeds: list[int]) -> l
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each data set, seed and method."""
     lines = [
-        "| data | seed | method | accuracy | shrunk | weights | MFLOPs | batch 64 | times dense |",
+        "| data | seed | method | accuracy | shrunk | weights | MFLOPs | ms at batch 64 | faster |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -7,7 +7,6 @@ a speedup is the median of the ratios within the rounds. So what disturbs the ma
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ from ..ops import launch_guard
 from ..report import layer_table, weights
 from .measurement import Measurement, Timing, Variant, sentence
 from .semi_structured import OLDEST, Converted, to_semi_structured
+from .shrink import shrink
 
 __all__ = ["Measurement", "Timing", "Variant", "measure"]
 
@@ -150,7 +150,7 @@ def _filled(model: nn.Module) -> nn.Module:
 def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
     """The network without dead channels, or why there is none."""
     try:
-        small: nn.Module = importlib.import_module(".shrink", __package__).shrink(model, inputs).model
+        small = shrink(model, inputs).model
     except ImportError as error:  # it needs an optional package
         return str(error).rstrip(".")
     except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
