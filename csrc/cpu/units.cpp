@@ -93,14 +93,29 @@ struct Source {
   }
 };
 
-BIP_HD int sum_narrow(const Source& source, const Item& item, float* sums) {
-  float columns[kItemColumns] = {};
-  uint32_t kept[kItemColumns];
-  const int count = static_cast<int>(item.cols), width = static_cast<int>(source.part.block_cols);
+// Whether each column of some neighbouring units is kept.
+BIP_HD void spell_out(const Source& source, const Item& item, int count, int width, uint32_t* kept) {
+  int shift = 0;
+  while (1 << shift < width) ++shift;
+  if (1 << shift == width && item.units <= kBlock) {
+    const int64_t word = item.unit / kBlock, bit = item.unit % kBlock;
+    const bool two = bit + item.units > kBlock;
+    const uint32_t bits =
+        static_cast<uint32_t>((source.mask[word] | (two ? static_cast<uint64_t>(source.mask[word + 1]) << 32 : 0)) >> bit);
+    for (int i = 0; i < kItemColumns; ++i) kept[i] = bits >> (i >> shift & 31) & 1u;
+    return;
+  }
   for (int unit = 0; unit < item.units; ++unit) {
     const uint32_t bit = source.kept(item.unit + unit);
     for (int i = unit * width; i < std::min(count, (unit + 1) * width); ++i) kept[i] = bit;
   }
+}
+
+BIP_HD int sum_narrow(const Source& source, const Item& item, float* sums) {
+  float columns[kItemColumns] = {};
+  uint32_t kept[kItemColumns];
+  const int count = static_cast<int>(item.cols), width = static_cast<int>(source.part.block_cols);
+  spell_out(source, item, count, width, kept);
   int nonfinite = 0;
   for (int64_t row = item.row; row < item.row + item.rows; ++row)
     nonfinite += source.add_row(row, item.col, count, [&](int i) { return kept[i] != 0; }, columns);
