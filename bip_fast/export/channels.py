@@ -101,7 +101,7 @@ def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
-    """All sets of channels that are not outputs of the model."""
+    """All sets of channels that the graph follows from the layers that make them to layers that read them."""
     names = {layer: name for name, layer in model.named_modules()}
     kinds = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
     found, made = [], set()
@@ -110,7 +110,10 @@ def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
             continue
         pruner = graph.get_pruner_of_module(layer)
         count = pruner.get_out_channels(layer)
-        group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(count)))
+        try:
+            group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(count)))
+        except Exception:  # it meets an operation that it cannot index through; these channels are not known then
+            continue
         channels = _channels(group, graph, names, names[layer], count)
         made |= set(channels.makers.values())
         if channels.readers:
@@ -139,6 +142,9 @@ def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str,
                 _check_aligned(channels, name, places, layer.weight.shape[1 if getattr(layer, "transposed", False) else 0])
             else:
                 channels.readers.append(Reader(name, layer, places))
+                inputs = len(zero_inputs(layer)) * getattr(layer, "groups", 1)
+                if max(place for own in places.values() for place in own) >= inputs:
+                    channels.refused = f"{name} reads them in another order than the graph follows"
         elif isinstance(layer, _BatchNorm) or depthwise(layer):
             channels.passes[name] = layer
             _check_aligned(channels, name, places, layer.num_features if isinstance(layer, _BatchNorm) else layer.out_channels)

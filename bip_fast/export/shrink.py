@@ -97,6 +97,10 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     sets = channels_of(graph, twin)
     kept: list[Kept] = []
     removals = [removal for channels in sets if (removal := _removal_of(channels, twin, probes, kept)) is not None]
+    known = {name for channels in sets for name in channels.makers | channels.passes}
+    for name, layer in twin.named_modules():
+        if isinstance(layer, (_ConvNd, nn.Linear)) and name not in known and (count := int(zero_outputs(layer).sum())):
+            kept.append(Kept(name, count, "they are outputs of the model, or go where the graph does not follow"))
     small, done = _checked(model, inputs, removals, probes, kept)
     _restore(model, small)
     layers = dict(small.named_modules())
