@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from bip_fast.export import measure as module
 from bip_fast.export.masks import save_masks
 from bip_fast.export.measure import Timing, Variant, measure
 from bip_fast.export.measurement import Measurement, sentence
+from bip_fast.export.shrink import shrink
 
 pytest.importorskip("safetensors", reason="file sizes need safetensors")
 QUICK = {"batch_sizes": (1, 4), "seconds": 0.01}
@@ -41,9 +41,7 @@ MACS = 16 * 8 * 3 * 9 + 8 * 16 * 10
 
 
 def with_shrink(monkeypatch, shrink):
-    fake = types.ModuleType("bip_fast.export.shrink")
-    fake.shrink = shrink
-    monkeypatch.setitem(sys.modules, "bip_fast.export.shrink", fake)
+    monkeypatch.setattr("bip_fast.export.measure.shrink", shrink)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------------------------
@@ -251,13 +249,13 @@ def test_a_shrunk_network_is_measured_like_the_others(monkeypatch):
 
 
 def test_the_real_shrink_fits_in():
-    shrink = pytest.importorskip("bip_fast.export.shrink", reason="shrink is not there yet")
+    pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
     pytest.importorskip("torch_pruning", reason="shrink needs torch-pruning")
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 10))
     with torch.no_grad():
         model[0].weight[3:] = 0
     found = measure(model, X, **QUICK)
-    assert found["shrunk"].parameters == sum(p.numel() for p in shrink.shrink(model, X).model.parameters())
+    assert found["shrunk"].parameters == sum(p.numel() for p in shrink(model, X).model.parameters())
     assert found["shrunk"].flops < found["masked"].flops
     assert "% of the FLOPs are gone" in found["shrunk"].sentence
 

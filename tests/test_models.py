@@ -8,8 +8,14 @@ from bip_fast.experiments import ExperimentError
 from bip_fast.experiments.resnet import MODELS, BasicBlock, build
 
 # He et al. give 0.27, 0.46 and 0.85 million for the CIFAR networks; ResNet-18 in CIFAR form has 11.17 million.
-SIZES = {"resnet20": 269_722, "resnet32": 464_154, "resnet56": 853_018, "resnet18": 11_173_962}
-DEPTHS = {"resnet20": 20, "resnet32": 32, "resnet56": 56, "resnet18": 18}
+SIZES = {
+    "resnet20": 269_722,
+    "resnet20b": 269_722 + 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64,
+    "resnet32": 464_154,
+    "resnet56": 853_018,
+    "resnet18": 11_173_962,
+}
+DEPTHS = {"resnet20": 20, "resnet20b": 20, "resnet32": 32, "resnet56": 56, "resnet18": 18}
 
 
 @pytest.mark.parametrize("name", MODELS)
