@@ -1,4 +1,4 @@
-"""A 2:4 encoder of the size of BERT-base under bfloat16: dense, masked and semi-structured weights, whatever the result.
+"""Twelve transformer layers of the size of BERT-base, 2:4, under bfloat16: dense, masked and semi-structured weights, whatever the result.
 
     python3 -m bench.semi_structured --device cuda        JSON under bench/results/<device>, table
 
@@ -17,27 +17,10 @@ import torch
 from torch import nn
 
 from bench.fashion_mnist import machine
+from bench.networks import Block
 from bench.report import folder_name
 from bip_fast import FastBiP
 from bip_fast.export.measure import measure
-
-
-class Feed(nn.Module):
-    """The matrix products of an encoder layer with their non-linearities: attention's four and the two of the feed-forward net."""
-
-    def __init__(self, width: int, inner: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, n, c = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
-        x = x + self.out(y)
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.manual_seed(0)
-    dense = nn.Sequential(*(Feed(768, 3072, 12) for _ in range(options.layers))).to(device, torch.bfloat16).eval()
-    masked = nn.Sequential(*(Feed(768, 3072, 12) for _ in range(options.layers))).to(device, torch.bfloat16).eval()
+    dense = nn.Sequential(*(Block(768, 12) for _ in range(options.layers))).to(device, torch.bfloat16).eval()
+    masked = nn.Sequential(*(Block(768, 12) for _ in range(options.layers))).to(device, torch.bfloat16).eval()
     masked.load_state_dict(dense.state_dict())
     FastBiP(masked, pattern="2:4").finalize()
     x = torch.randn(1, options.tokens, 768, device=device, dtype=torch.bfloat16)

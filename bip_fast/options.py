@@ -18,6 +18,7 @@ __all__ = [
     "GROUP_KEYS",
     "HYPER_KEYS",
     "LEVELS",
+    "check_count",
     "check_group",
     "check_levels",
     "check_lower_steps",
@@ -77,7 +78,8 @@ def check_levels(levels: Any) -> str:
     return str(levels)
 
 
-def _check_count(name: str, value: Any, least: int) -> int:
+def check_count(name: str, value: Any, least: int) -> int:
+    """``value`` as an int of at least ``least``; else ValueError."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -89,7 +91,7 @@ def _check_count(name: str, value: Any, least: int) -> int:
 
 def check_lower_steps(lower_steps: Any) -> int:
     """``lower_steps`` as an int of at least 1; else ValueError."""
-    return _check_count("lower_steps", lower_steps, 1)
+    return check_count("lower_steps", lower_steps, 1)
 
 
 def resolve_density(options: dict[str, Any]) -> None:
@@ -145,7 +147,7 @@ def check_group(group: dict[str, Any]) -> None:
     _check_flag("nesterov", group["nesterov"])
     _check_flag("prune", group["prune"])
     resolve_pattern({"pattern": group["pattern"], "sparsity": group["sparsity"]})
-    _check_count("min_kept", group["min_kept"], 0)
+    check_count("min_kept", group["min_kept"], 0)
     _check_choice("scope", group["scope"])
     if group["nesterov"] and not group["momentum"] > 0:
         raise ValueError(f"nesterov needs a momentum greater than 0, got momentum={group['momentum']!r}")

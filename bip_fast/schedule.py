@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from .optimizer import FastBiP
+from .options import check_count
 
 __all__ = ["CURVES", "SparsitySchedule"]
 
@@ -46,7 +46,7 @@ class SparsitySchedule:
         if not 0 <= start < 1:
             raise ValueError(f"start must be in [0, 1), got {start!r}")
         self.optimizer, self.kind, self.start = optimizer, kind, float(start)
-        self.steps, self.begin = _whole("steps", steps, 1), _whole("begin", begin, 0)
+        self.steps, self.begin = check_count("steps", steps, 1), check_count("begin", begin, 0)
         self._ends = [group["sparsity"] for group in optimizer.param_groups]
         self._count = 0
         self._set()
@@ -74,13 +74,3 @@ class SparsitySchedule:
         self.kind, self.start, self.steps, self.begin = (state_dict[key] for key in ("kind", "start", "steps", "begin"))
         self._ends, self._count = list(state_dict["ends"]), state_dict["count"]
         self._set()
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return number
