@@ -29,7 +29,7 @@ from torch import nn
 import bip_fast
 from bench.report import folder_name
 from bench.workload import processor_name
-from bip_fast.experiments import resnet
+from bip_fast.experiments import models
 from bip_fast.experiments.data import Dataset, load, split
 from bip_fast.experiments.prune import dense_optimizer, pruner, recipes
 from bip_fast.experiments.run import RunFolder, load_into, read_state_dict, write_safetensors
@@ -83,7 +83,7 @@ class Comparison:
 
     def _network(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = resnet.build("resnet20", self.data.channels, self.data.classes)
+        model = models.build("resnet20", self.data.channels, self.data.classes)
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def _kept(self, name: str, settings: Settings) -> Row | None:

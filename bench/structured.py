@@ -23,7 +23,7 @@ from torch import nn
 
 from bench.fashion_mnist import machine
 from bench.report import folder_name
-from bip_fast.experiments import resnet
+from bip_fast.experiments import models
 from bip_fast.experiments.data import Dataset, load, split
 from bip_fast.experiments.prune import dense_optimizer, pruner, recipes
 from bip_fast.experiments.run import RunFolder, load_into, read_state_dict, write_safetensors
@@ -63,7 +63,7 @@ class Runs:
 
     def network(self, settings: Settings) -> nn.Module:
         torch.manual_seed(settings.seed)
-        model = resnet.build(settings.model, self.data.channels, self.data.classes)
+        model = models.build(settings.model, self.data.channels, self.data.classes)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def trained(self, name: str, settings: Settings, start: nn.Module | None) -> nn.Module:

@@ -20,7 +20,7 @@ import torch
 
 from bench.fashion_mnist import machine
 from bench.report import folder_name
-from bip_fast.experiments import resnet
+from bip_fast.experiments import models
 from bip_fast.experiments.data import load
 from bip_fast.experiments.prune import dense_optimizer, pruner, recipes
 from bip_fast.experiments.settings import Settings
@@ -34,7 +34,7 @@ def record(settings: Settings, data_dir: Path | None, device: torch.device) -> d
     """Train as `bip-fast prune` does; a number for each mask step under each name."""
     data = load(settings.data, data_dir).to(device)
     torch.manual_seed(settings.seed)
-    model = resnet.build(settings.model, data.channels, data.classes).to(device).to(memory_format=torch.channels_last)
+    model = models.build(settings.model, data.channels, data.classes).to(device).to(memory_format=torch.channels_last)
     train(model, dense_optimizer(model, settings), data, recipes(settings)["pretrain"], Cursor())
     optimizer = pruner(model, settings, data)
     steps: dict[str, list[float]] = {name: [] for name in (*COUNTS, "threshold")}

@@ -9,7 +9,7 @@ entry i of the parameter's memory, whatever its layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +158,18 @@ class Arena:
         """Start scores of a set whose tensors have begun."""
         slots = [self.slots[part.slot] for part in self.units.sets[number].parts if part.counts]
         self.units.start(number, [self.theta[slot.start :][: slot.numel].abs() for slot in slots])
+
+    def rescore(self, slot: Slot, scores: Mapping[Tensor, Tensor]) -> None:
+        """Take the scores of a parameter whose entries have one each."""
+        if slot.member.scored and slot.member.param in scores:
+            self._view(self.scores, slot).copy_(scores[slot.member.param])
+
+    def rescore_units(self, number: int, scores: Mapping[Tensor, Tensor]) -> None:
+        """Take the scores of a set of units, each the mean over its weights, if all tensors that count in it have some."""
+        slots = [self.slots[part.slot] for part in self.units.sets[number].parts if part.counts]
+        if all(slot.member.param in scores for slot in slots):
+            given = [torch.empty_strided(slot.shape, slot.stride, device=self.device).copy_(scores[slot.member.param]) for slot in slots]
+            self.units.start(number, [in_memory_order(x) for x in given])
 
     def load(self, slot: Slot, state: dict[str, Tensor]) -> None:
         """Copy a state such as `saved_state_of` gives, from any layout, device and dtype, and rewrite z = m*theta."""

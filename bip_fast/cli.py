@@ -1,5 +1,5 @@
-"""The command `bip-fast`: `prune` trains and prunes a network, `measure` says what was won,
-`report` shows a saved one, `doctor` says what works here, `bench` how fast.
+"""The command `bip-fast`: `prune` trains and prunes a network, `compare` runs a grid of methods, `measure` says what was won, `report`
+shows a saved one, `doctor` says what works here, `bench` how fast.
 
 Exit codes: 0 done, 2 bad input (one line on stderr, no traceback), 130 interrupted and 143 terminated (the checkpoint is good), 141 when
 nobody reads the output any more, and for `doctor` 1 when something needed is missing. The core of bip_fast needs none of the packages
@@ -21,7 +21,7 @@ from .experiments import ExperimentError
 
 __all__ = ["main"]
 
-EXTRAS = {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors"}
+EXTRAS = {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib", "safetensors": "safetensors", "yaml": "pyyaml"}
 INSTALL = "pip install 'bip_fast[cli]'"
 
 
@@ -37,13 +37,20 @@ def missing_extras() -> list[str]:
     return [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
 
 
+def check_extras() -> None:
+    """ExperimentError when a package of `[cli]` is not installed."""
+    missing = missing_extras()
+    if missing:
+        raise ExperimentError(f"needs {', '.join(missing)}: {INSTALL}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="bip-fast", description="Bi-level pruning (BiP) for PyTorch.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
     prune = commands.add_parser(
         "prune",
         help="train a network, prune it, measure both",
-        description="Train a network, prune it with BiP, measure both on the test set. Without options: ResNet-20 on scikit-learn's "
+        description="Train a network, prune it (with BiP, or another --method), measure both on the test set. Without options: ResNet-20 on scikit-learn's "
         "digits, 95 % zeros, in less than a minute on two CPU cores.",
         epilog="The run folder gets model.safetensors (plain keys, exact zeros), dense.safetensors, report.json, config.json, curves.png "
         "and checkpoint.pt. Defaults were chosen on a part of the training images; test images are only looked at for the report.",
@@ -65,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--density", type=float, default=0.1, metavar="D", help="fraction of weights kept; default: %(default)s")
     bench.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
     _add_measure_options(commands)
+    _add_compare_options(commands)
     commands.add_parser("doctor", help="show versions, devices and what is missing", description="What works here, and what is missing.")
     return top
 
@@ -75,8 +83,15 @@ def _add_measure_options(commands: Any) -> None:
     add_options(commands)
 
 
+def _add_compare_options(commands: Any) -> None:
+    from .experiments.compare_command import add_options
+
+    add_options(commands)
+
+
 def _add_prune_options(prune: argparse.ArgumentParser) -> None:
     from .budgets import SCOPES
+    from .experiments.methods import METHODS
     from .experiments.settings import LEVELS, PRESETS, Settings
 
     def default(name: str) -> str:
@@ -93,14 +108,17 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
     what = prune.add_argument_group("what to prune")
     add(what, "data", str, "NAME", f"{', '.join(PRESETS)}")
     what.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data set (not needed for digits)")
+    what.add_argument("--train-images", type=int, metavar="N", help="only so many training images, the same share of every class")
+    add(what, "stride", int, "N", "only every N-th pixel in both directions")
     add(
         what,
         "model",
         str,
         "NAME",
-        "resnet20, resnet20b, resnet32, resnet56, resnet18 (CIFAR form), or your own: FILE.py:function(channels, classes)",
+        "resnet20, resnet20b, resnet32, resnet56, resnet18, vgg16bn (CIFAR form), resnet18-imagenet, resnet50, timm:NAME, torchvision:NAME, "
+        "or your own: FILE.py:function(channels, classes)",
     )
-    what.add_argument("--width", type=int, metavar="N", help="channels of the first stage; default: 16, for resnet18 64")
+    what.add_argument("--width", type=int, metavar="N", help="channels of the first stage; default: 16, for resnet18, resnet50 and vgg16bn 64")
     what.add_argument(
         "--checkpoint", type=str, metavar="FILE", help="trained dense weights to prune (.safetensors or .pt): no dense training"
     )
@@ -110,12 +128,24 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
     add(what, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
 
     how = prune.add_argument_group("how to prune")
+    add(how, "method", str, "NAME", f"{', '.join(METHODS)}; docs/methods.md says what each does")
     add(how, "levels", str, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one")
     add(how, "epochs", int, "N", "passes over the training images while pruning")
     add(how, "lr", float, "X", "step size of the weights, at the start of a cosine")
     add(how, "mask_lr", float, "X", "step size of the scores, at the start of a cosine")
     add(how, "gamma", float, "X", "weight of the lower level's convexity; larger: smaller implicit gradient")
+    add(how, "mask_momentum", float, "X", "momentum of the scores")
+    add(how, "ramp", float, "X", "share of pruning in which the sparsity grows; 0: it is there from the beginning")
     add(how, "freeze", float, "X", "share of pruning after which masks stay; 0: one-shot magnitude pruning, 1: never")
+    how.add_argument(
+        "--rewind",
+        type=str,
+        metavar="E",
+        help="retrain under the mask from the weights of an epoch of dense training: a number, init, or lr for the weights as they are "
+        "under the schedule of dense training; default: init for imp and omp, otherwise not at all",
+    )
+    how.add_argument("--rewind-checkpoint", type=str, metavar="FILE", help="with --checkpoint: the weights that --rewind goes back to")
+    add(how, "per_round", float, "X", "imp: share of the weights left that goes in each round")
 
     training = prune.add_argument_group("training")
     add(training, "pretrain_epochs", int, "N", "epochs of dense training")
@@ -145,9 +175,7 @@ def _add_prune_options(prune: argparse.ArgumentParser) -> None:
 
 
 def command_prune(options: dict[str, Any]) -> int:
-    missing = missing_extras()
-    if missing:
-        raise ExperimentError(f"needs {', '.join(missing)}: {INSTALL}")
+    check_extras()
     from .experiments import display
     from .experiments.data import load
     from .experiments.run import RunFolder, Stop
@@ -156,8 +184,9 @@ def command_prune(options: dict[str, Any]) -> int:
     if str(options.get("out", "out")) == "." and not options.get("overwrite"):
         raise ExperimentError("--out must name a folder of its own, got the current one")
     given = {name: value for name, value in options.items() if name in FIELDS}
-    if given.get("checkpoint") and Path(given["checkpoint"]).is_file():
-        given["checkpoint"] = str(Path(given["checkpoint"]).resolve())  # --resume may come from another folder
+    for name in ("checkpoint", "rewind_checkpoint"):
+        if given.get(name) and Path(given[name]).is_file():
+            given[name] = str(Path(given[name]).resolve())  # --resume may come from another folder
     resume = "resume" in options
     if resume and options.get("overwrite"):
         raise ExperimentError("--resume continues a run and --overwrite starts again: give one of them")
@@ -230,11 +259,14 @@ def print_result(result: dict[str, Any], path: Path) -> None:
     from .report import Report, Row
 
     rows = tuple(Row(row["name"], tuple(row["shape"]), row["kept"], row["total"]) for row in result["layers"])
-    dense, pruned = 100 * result["dense"]["accuracy"], 100 * result["pruned"]["accuracy"]
-    part, seconds = result["evaluated_on"], result["seconds"]
+    part, seconds, pruned = result["evaluated_on"], result["seconds"], 100 * result["pruned"]["accuracy"]
+    dense = 100 * result["dense"]["accuracy"] if "dense" in result else None
+    before = "" if dense is None else f"dense {dense:.2f} %   "
+    change = "" if dense is None else f" ({pruned - dense:+.2f})"
     print(f"\n{Report(rows)}\n")
-    print(f"{part} accuracy   dense {dense:.2f} %   pruned {pruned:.2f} % ({pruned - dense:+.2f})   on {result['images'][part]} images")
-    print(f"seconds         dense training {seconds['pretrain']:.1f}   pruning {seconds['prune']:.1f}")
+    print(f"{part} accuracy   {before}pruned {pruned:.2f} %{change}   on {result['images'][part]} images")
+    times = {"dense training": seconds.get("pretrain"), "pruning": sum(x for stage, x in seconds.items() if stage != "pretrain")}
+    print(f"seconds         {'   '.join(f'{name} {x:.1f}' for name, x in times.items() if x is not None)}")
     print(f"run folder      {path}")
 
 
@@ -291,7 +323,14 @@ def command_measure(options: dict[str, Any]) -> int:
     return command(options, pick_device(options["device"]))
 
 
-COMMANDS = {"bench": command_bench, "measure": command_measure, "prune": command_prune, "report": command_report, "doctor": command_doctor}
+def command_compare(options: dict[str, Any]) -> int:
+    check_extras()
+    from .experiments.compare_command import command
+
+    return command(options, pick_device(options["device"]))
+
+
+COMMANDS = {"bench": command_bench, "compare": command_compare, "measure": command_measure, "prune": command_prune, "report": command_report, "doctor": command_doctor}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,8 +71,23 @@ class Engine:
                 self.arena.start_units(number)
         self.arena.record()
         if project:
-            self.plan.run("upper", self.arena.no_gradients(), self.arena.num_nonfinite)
-            self.arena.mark_written()
+            self._project()
+
+    def _project(self) -> None:
+        """Masks from the scores as they are."""
+        self.plan.run("upper", self.arena.no_gradients(), self.arena.num_nonfinite)
+        self.arena.mark_written()
+
+    @torch.no_grad()
+    def rescore(self, scores: Mapping[Tensor, Tensor]) -> bool:
+        """Take ``scores`` of parameters, shaped like them, and select the masks anew; True when that needed a new plan."""
+        new = self.refresh("upper")
+        for slot in self.arena.pruned:
+            self.arena.rescore(slot, scores)
+        for number in range(len(self.arena.units.sets)):
+            self.arena.rescore_units(number, scores)
+        self._project()
+        return new
 
     def _options(self) -> list[tuple[Any, ...]]:
         """What the selection depends on, of every parameter group."""

@@ -278,6 +278,36 @@ class FastBiP(torch.optim.Optimizer):
         engine = self._running("report")
         return layer_table([(slot.member.label, slot.member.param) for slot in engine.arena.pruned], engine.selections(), engine.decisions)
 
+    # --- scores from elsewhere -------------------------------------------------------------------------------------------------------
+
+    def set_scores(self, scores: Mapping[Tensor, Tensor]) -> None:
+        """Replace scores and select the masks anew: ``m = top-k(s)`` at the sparsity as it is now, ``z = m*theta``.
+
+        For other criteria than the magnitudes that BiP starts from (SNIP, movement, a mask of your own as 0 and 1). Weights, momenta and
+        the phase stay. Waits for the device.
+
+        Args:
+            scores: numbers in [0, 1] by pruned parameter, shaped like it; the score of a filter, channel or block is the mean over its
+                weights. Parameters that are not in it keep their scores.
+
+        Raises:
+            ValueError: a key is not pruned, or its scores have another shape or leave [0, 1]. Nothing has changed then.
+            RuntimeError: masks are frozen, or a parameter was moved or written by someone else.
+        """
+        engine = self._running("set scores")
+        if self._phases.frozen:
+            raise RuntimeError("cannot set scores: masks are frozen since freeze_masks()")
+        for p, own in scores.items():
+            slot = self._slot(p)
+            if not isinstance(own, Tensor) or own.shape != p.shape:
+                found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(f"scores of {slot.member.label} must have the shape {tuple(p.shape)}, got {found}")
+            if not ((own >= 0) & (own <= 1)).all():
+                raise ValueError(f"scores of {slot.member.label} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
+        engine.arena.check_untouched()
+        if engine.rescore(scores):
+            self.state.update(engine.state())
+
     # --- the end of a run ------------------------------------------------------------------------------------------------------------
 
     def freeze_masks(self) -> None:

@@ -11,7 +11,7 @@ from cli_runs import FILES, OWN, load_weights, one_line, prune
 
 import bip_fast
 from bip_fast import cli, report
-from bip_fast.experiments import data, display, resnet
+from bip_fast.experiments import data, display, models
 from bip_fast.experiments.run import RunFolder
 from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import evaluate
@@ -44,7 +44,7 @@ def test_a_run_leaves_exactly_the_promised_files(finished):
 
 def test_the_model_is_plain_pruned_and_as_good_as_reported(finished):
     result = json.loads((finished / "report.json").read_text())
-    model = resnet.build("resnet20", 1, 10, width=2)
+    model = models.build("resnet20", 1, 10, width=2)
     model.load_state_dict(load_weights(finished / "model.safetensors"), strict=True)
     table = report.report(model)
     assert table.total == sum(x.numel() for _, x in report.weights(model))
@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
     Path("mine/model.safetensors").write_text("somebody else's")
     torch.save([1, 2], "list.pt")
     torch.save({"a": torch.ones(2)}, "other.pt")
-    torch.save(resnet.build("resnet20", 1, 10, width=4).state_dict(), "wide.pt")
+    torch.save(models.build("resnet20", 1, 10, width=4).state_dict(), "wide.pt")
     before = set(Path().iterdir())
     assert cli.main(["prune", *options.split()]) == 2
     captured = capsys.readouterr()

@@ -11,7 +11,7 @@ from cli_runs import OWN, one_line, prune
 from torch import nn
 
 from bip_fast import cli
-from bip_fast.experiments import data, resnet
+from bip_fast.experiments import data, models
 from bip_fast.export import measure as module
 from bip_fast.export.masks import save_masks
 from bip_fast.export.measure import Timing, Variant, measure
@@ -369,7 +369,7 @@ def test_the_table_of_a_file_in_a_run_is_printed(run, capsys):
 
 def test_a_file_of_any_model_is_measured(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = resnet.build("resnet20", 3, 100, width=2)
+    model = models.build("resnet20", 3, 100, width=2)
     torch.save(model.state_dict(), "model.pt")
     options = ["--model", "resnet20", "--width", "2", "--data", "cifar100", "--dense", "model.pt"]
     assert cli.main(["measure", "model.pt", *options, *QUICKLY]) == 0

@@ -1,11 +1,19 @@
-"""Residual networks: sizes known from the paper, shapes, shortcuts, and models of the user's own."""
+"""Models: sizes known from the papers, shapes, shortcuts, other libraries' models and the user's own."""
+
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from bip_fast.experiments import ExperimentError
-from bip_fast.experiments.resnet import MODELS, BasicBlock, build
+from bip_fast.experiments.models import MODELS, build
+from bip_fast.experiments.resnet import BasicBlock
+
+# 13 convolutions with two numbers of norm for each output, and a linear layer.
+VGG_CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+VGG_SIZE = sum(9 * a * b + 2 * b for a, b in zip(VGG_CHANNELS, VGG_CHANNELS[1:], strict=False)) + 512 * 10 + 10
 
 # He et al. give 0.27, 0.46 and 0.85 million for the CIFAR networks; ResNet-18 in CIFAR form has 11.17 million.
 SIZES = {
@@ -14,8 +22,21 @@ SIZES = {
     "resnet32": 464_154,
     "resnet56": 853_018,
     "resnet18": 11_173_962,
+    # Of the networks for ImageNet, as torchvision counts them, with 10 classes in place of 1000.
+    "resnet18-imagenet": 11_689_512 - 513 * 990,
+    "resnet50": 25_557_032 - 2049 * 990,
+    "vgg16bn": VGG_SIZE,
 }
-DEPTHS = {"resnet20": 20, "resnet20b": 20, "resnet32": 32, "resnet56": 56, "resnet18": 18}
+DEPTHS = {
+    "resnet20": 20,
+    "resnet20b": 20,
+    "resnet32": 32,
+    "resnet56": 56,
+    "resnet18": 18,
+    "resnet18-imagenet": 17,  # and the 7x7 stem
+    "resnet50": 17,  # of 3x3, in its bottlenecks, and the linear layer
+    "vgg16bn": 14,
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -24,6 +45,21 @@ def test_number_of_weights_and_layers(name):
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))]
     assert len(layers) == DEPTHS[name]
+
+
+@pytest.mark.parametrize("name", ["resnet18-imagenet", "resnet50", "vgg16bn"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 64)])
+def test_large_networks_take_images_of_any_size(name, channels, size):
+    model = build(name, channels, 7, width=2)
+    assert model(torch.randn(2, channels, size, size)).shape == (2, 7)
+    model.eval()(torch.randn(1, channels, size, size)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_bottleneck_has_its_stride_in_the_middle():
+    block = build("resnet50", 3, 10, width=4).stages[1][0]
+    assert [layer.stride for layer in (block.conv1, block.conv2, block.conv3)] == [(1, 1), (2, 2), (1, 1)]
+    assert block(torch.randn(2, 16, 8, 8)).shape == (2, 32, 4, 4)
 
 
 @pytest.mark.parametrize(("channels", "size", "classes"), [(1, 8, 10), (1, 14, 10), (1, 28, 10), (3, 32, 100)])
@@ -111,3 +147,51 @@ def test_width_is_for_the_named_networks_only(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     with pytest.raises(ExperimentError, match="--width is for"):
         build(f"{tmp_path / 'own.py'}:small", 3, 10, width=8)
+
+
+# --- other libraries: neither need be installed here ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Stands in for a library: knows two models, and remembers how it was called."""
+
+    def install(name, module_name, make):
+        calls = []
+        module = types.ModuleType(module_name)
+        module.__spec__ = types.SimpleNamespace()
+        module.list_models = lambda: ["resnet26", "vit_tiny"]
+
+        def remembered(model, **options):
+            calls.append((model, options))
+            return nn.Linear(2, 3)
+
+        setattr(module, make, remembered)
+        for part in {name, module_name}:
+            monkeypatch.setitem(sys.modules, part, module)
+        return calls
+
+    return install
+
+
+def test_models_of_timm(library):
+    calls = library("timm", "timm", "create_model")
+    assert isinstance(build("timm:vit_tiny", 1, 10), nn.Linear)
+    assert calls == [("vit_tiny", {"pretrained": False, "in_chans": 1, "num_classes": 10})]
+    with pytest.raises(ExperimentError, match=r"timm has no such model; close to it: resnet26"):
+        build("timm:resnet62", 1, 10)
+
+
+def test_models_of_torchvision(library):
+    calls = library("torchvision", "torchvision.models", "get_model")
+    assert isinstance(build("torchvision:resnet26", 3, 10), nn.Linear)
+    assert calls == [("resnet26", {"weights": None, "num_classes": 10})]
+    with pytest.raises(ExperimentError, match="images of 3 channels, and the data set has 1"):
+        build("torchvision:resnet26", 1, 10)
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_a_library_that_is_not_there_is_one_line(monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked: None)
+    with pytest.raises(ExperimentError, match=f"needs {name}: pip install {name}"):
+        build(f"{name}:resnet26", 3, 10)

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 
 from bip_fast import FastBiP
-from bip_fast.experiments.resnet import build
+from bip_fast.experiments.models import build
 from bip_fast.export.coupling import coupled_filters
 from bip_fast.export.shrink import shrink
 

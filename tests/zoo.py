@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bip_fast.experiments.resnet import build
+from bip_fast.experiments.models import build
 
 
 class Entry(NamedTuple):

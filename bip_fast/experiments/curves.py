@@ -16,18 +16,23 @@ def curves(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.4), layout="constrained", facecolor="white")
     loss, accuracy, masks = figure.subplots(1, 3)
-    start, stages = 0, {"pretrain": ("dense training", DENSE), "prune": (f"pruning, {100 * report['sparsity']:.4g} % zeros", PRUNED)}
-    for stage, (label, colour) in stages.items():
-        rows = report["history"][stage]
-        epochs = [start + row["epoch"] for row in rows]
+    start, history = 0, report["history"]
+    pruned = f"pruning, {100 * report['sparsity']:.4g} % zeros"
+    for stage, rows in history.items():
+        dense = stage == "pretrain" or report["method"] == "dense"
+        label = None if start and stage != list(history)[1] else "dense training" if dense else pruned
+        colour = DENSE if dense else PRUNED
+        epochs = [start + i for i in range(1, len(rows) + 1)]
         marker = "o" if len(rows) < 4 else ""  # a line through one point cannot be seen
         loss.plot(epochs, [row["loss"] for row in rows], color=colour, marker=marker, label=label)
         accuracy.plot(epochs, [100 * row["accuracy"] for row in rows], color=colour, marker=marker)
-        if stage == "prune":
+        if not dense:
             masks.plot(epochs, [100 * row["mask_changes"] for row in rows], color=colour, marker=marker)
         start += len(rows)
     part = report["evaluated_on"]
     for name, colour in (("dense", DENSE), ("pruned", PRUNED)):
+        if name not in report:
+            continue
         value = 100 * report[name]["accuracy"]
         accuracy.axhline(value, color=colour, linestyle="--", linewidth=1, label=f"{name}, {part}: {value:.2f} %")
     for axes, title in ((loss, "training loss"), (accuracy, "training accuracy, %"), (masks, "mask entries changed in an epoch, %")):
@@ -38,7 +43,7 @@ def curves(report: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     loss.set_yscale("log")
     loss.legend(fontsize=8, frameon=False)
-    shown = [100 * row["accuracy"] for rows in report["history"].values() for row in rows] + [100 * report["dense"]["accuracy"]]
+    shown = [100 * row["accuracy"] for rows in history.values() for row in rows] + [100 * report["pruned"]["accuracy"]]
     accuracy.set_ylim(max(0, sorted(shown)[len(shown) // 5] - 5), 100.5)
     accuracy.legend(fontsize=8, frameon=False, loc="lower right")
     masks.set_ylim(bottom=0)

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from . import ExperimentError
 from .augment import Augment, normalised
 from .files import Arrays, read_cifar, read_fashion_mnist
+
+if TYPE_CHECKING:
+    from .settings import Settings
 
 __all__ = ["DATA", "Dataset", "Epoch", "Position", "batch_count", "hold_out", "load", "split", "ordered_batches"]
 
@@ -38,6 +41,9 @@ DATA = {
     "cifar10": Source(10, 4, True, ("cifar10",)),
     "cifar100": Source(100, 4, True, ("cifar100",)),
 }
+
+
+VALIDATION_IMAGES = 5000  # held out by default, where that is at most a fifth
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,12 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(std > 0, std, torch.ones_like(std)).float()
 
 
-def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, fraction: float, seed: int = 20221013) -> tuple[Tensor, Tensor]:
     """Indices (first, second) of a stratified split: of every class, the same ``fraction`` goes to the second part.
 
-    The split depends on the labels only, never on a seed, so that every run is measured on the same images.
+    By default it depends on the labels only, not on the seed of a run, so that every run is measured on the same images.
     """
-    generator = torch.Generator().manual_seed(20221013)
+    generator = torch.Generator().manual_seed(seed)
     second = torch.zeros(labels.numel(), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
@@ -102,12 +108,45 @@ def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     return (~second).nonzero().flatten(), second.nonzero().flatten()
 
 
-def hold_out(data: Dataset, fraction: float) -> Dataset:
-    """For choosing options: a stratified part of the training images takes the place of the test images, which are dropped."""
-    train, held = split(data.train_labels, fraction)
+def hold_out(data: Dataset, count: int = VALIDATION_IMAGES, seed: int = 0) -> Dataset:
+    """For choosing options: ``count`` training images take the place of the test images, which are dropped.
+
+    The part is stratified, chosen by ``seed``, and at most a fifth of the training images.
+    """
+    train, held = split(data.train_labels, min(count / len(data.train_labels), 0.2), seed)
     images, labels = data.train_images, data.train_labels
     data = replace(data, train_images=images[train], train_labels=labels[train], test_images=images[held], test_labels=labels[held])
     return data.with_own_statistics()
+
+
+def subset(data: Dataset, count: int, seed: int = 0) -> Dataset:
+    """A stratified part of about ``count`` training images, chosen by ``seed``; the test images stay.
+
+    Raises:
+        ExperimentError: there are not so many.
+    """
+    total = len(data.train_labels)
+    if count > total:
+        raise ExperimentError(f"--train-images must be at most {total:,} for {data.name}, got {count:,}")
+    _, chosen = split(data.train_labels, count / total, seed)
+    if not len(chosen):
+        raise ExperimentError(f"--train-images must leave an image of some class, got {count:,} of {total:,}")
+    return replace(data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen]).with_own_statistics()
+
+
+def at_stride(data: Dataset, stride: int) -> Dataset:
+    """Every ``stride``-th pixel in both directions."""
+    parts = {name: getattr(data, name)[:, :, ::stride, ::stride].contiguous() for name in ("train_images", "test_images")}
+    return replace(data, **parts, padding=max(1, data.padding // stride)).with_own_statistics()
+
+
+def prepared(data: Dataset, settings: Settings) -> Dataset:
+    """The part of a data set that a run works on: held-out images in place of the test images, fewer images, fewer pixels."""
+    if settings.validate:
+        data = hold_out(data, settings.validation_images)
+    if settings.train_images is not None:
+        data = subset(data, settings.train_images)
+    return at_stride(data, settings.stride) if settings.stride > 1 else data
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:

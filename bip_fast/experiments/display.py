@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Display", "Lines", "make"]
+__all__ = ["Display", "Lines", "clock", "make"]
 
 NAMES = {"pretrain": "dense training", "prune": "pruning"}
 
@@ -53,14 +53,15 @@ class Lines(Display):
         left = (self.last - self.start) / max(done - self.first, 1) * (self.total - done)
         self.say(
             f"{NAMES.get(stage, stage)}: epoch {epoch}, loss {loss:.3f}, accuracy {100 * accuracy:.1f} %, "
-            f"sparsity {100 * sparsity:.2f} %, {_clock(left)} left"
+            f"sparsity {100 * sparsity:.2f} %, {clock(left)} left"
         )
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours if there are some."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,7 +1,7 @@
-"""The main job: train a network, prune it with BiP, measure both, leave a run folder.
+"""The main job: one run of one method, from its settings to its report.
 
-Two stages, `pretrain` (plain SGD; skipped with a checkpoint) and `prune` (`FastBiP`), both run by `train.train`. Test images are
-looked at twice: at the end of each stage, for the report. Nothing is chosen by them.
+The stages of the method (`methods.stages`) follow each other in one training loop. Test images are looked at twice: after dense training,
+if there is some, and at the end, for the report. Nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import functools
 import platform
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +19,20 @@ from torch import nn
 
 import bip_fast
 
+from ..optimizer import FastBiP
 from ..report import report, weights
-from . import ExperimentError, display, resnet
-from .data import Dataset, batch_count, hold_out
-from .run import RunFolder, Stop, load_into, read_state_dict, stop_requests, write_safetensors
+from . import ExperimentError, display, models
+from .data import Dataset, batch_count, prepared
+from .energy import joules
+from .methods import PRETRAIN, Stage, first_epoch, stages
+from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
+from .run import RunFolder, Stop, load_into, read_state_dict, snapshot_name, stop_requests, write_safetensors
 from .settings import Settings
-from .train import Cursor, Recipe, evaluate, train
+from .train import Cursor, evaluate, train
 
-__all__ = ["Job", "pruner", "recipes"]
+__all__ = ["Job"]
 
-STAGES = ("pretrain", "prune")
-VALIDATION = 0.2  # share of the training images that --validate holds out
 SAVE_EVERY = 60.0  # seconds between checkpoints inside of an epoch
-
-
-def recipes(settings: Settings) -> dict[str, Recipe]:
-    """Both stages; no epochs of dense training when it starts from a checkpoint."""
-    epochs = 0 if settings.checkpoint else settings.pretrain_epochs
-    dense = Recipe("pretrain", epochs, settings.batch_size, settings.seed, settings.pretrain_lr)
-    sparse = Recipe(
-        "prune", settings.epochs, settings.batch_size, settings.seed, settings.lr, mask_lr=settings.mask_lr, freeze=settings.freeze
-    )
-    return {"pretrain": dense, "prune": sparse}
-
-
-def dense_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), settings.pretrain_lr, settings.momentum, weight_decay=settings.weight_decay)
-
-
-def pruner(model: nn.Module, settings: Settings, data: Dataset) -> bip_fast.FastBiP:
-    """FastBiP over all Conv and Linear weights of ``model``. Filters that can only be removed together are learned together."""
-    coupled: list[list[str]] = []
-    if settings.pattern == "filter":
-        from ..export.coupling import coupled_filters
-
-        coupled = coupled_filters(model, data.train_images[:2].float())
-    return bip_fast.FastBiP(
-        model,
-        sparsity=settings.sparsity,
-        pattern=settings.pattern,
-        scope=settings.scope,
-        coupled=coupled,
-        lr=settings.lr,
-        mask_lr=settings.mask_lr,
-        gamma=settings.gamma,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        levels=settings.levels,
-    )
 
 
 def _check(model: nn.Module, settings: Settings, data: Dataset) -> None:
@@ -99,29 +66,57 @@ def _check(model: nn.Module, settings: Settings, data: Dataset) -> None:
 
 
 class Job:
-    """One run of `bip-fast prune`: everything between its settings and its report."""
+    """One run: everything between its settings and its report.
 
-    def __init__(self, settings: Settings, folder: RunFolder, data: Dataset, device: torch.device, shown: display.Display) -> None:
+    Args:
+        settings: of the run.
+        folder: that it writes to.
+        data: as loaded; the run takes the part that its settings name.
+        shown: tells a person how far it is.
+        snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
+        score_start: whether to look at the test images before pruning as well.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        data: Dataset,
+        device: torch.device,
+        shown: display.Display,
+        *,
+        snapshots: Collection[int] = (),
+        score_start: bool = True,
+    ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
-        self.data = (hold_out(data, VALIDATION) if settings.validate else data).to(device)
+        self.score_start = score_start
+        self.data = prepared(data, settings).to(device)
         torch.manual_seed(settings.seed)
         try:
-            model = resnet.build(settings.model, data.channels, data.classes, settings.width)
+            model = models.build(settings.model, data.channels, data.classes, settings.width)
         except (RuntimeError, MemoryError) as error:
             raise ExperimentError(f"cannot build --model {settings.model}: {' '.join(str(error).split())[:160]}") from error
-        _check(model, settings, data)
+        _check(model, settings, self.data)
         torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.recipes = recipes(settings)
         self.steps = batch_count(self.data, settings.batch_size)
-        self.stage = STAGES[0]
+        self.stages: tuple[Stage, ...] = ()
+        self.at = 0  # number of the stage
         self.cursor = Cursor()
-        self.done: dict[str, Any] = {"history": {}, "seconds": {}, "scores": {}}  # of finished stages
+        # Of finished stages; ``start`` is the sparsity of the network that the run began with.
+        self.done: dict[str, Any] = {"start": {}, "history": {}, "seconds": {}, "image_passes": {}, "joules": {}, "scores": {}}
         self.optimizer = dense_optimizer(self.model, settings)
+        self.snapshots = set(snapshots)
+        self.decisions: list[dict[str, Any]] = []
+        self.energy = joules(device)
         self.sparsity = 0.0
         self.saved = time.monotonic()
         self.signals: list[int] = []
-        self.say_once = functools.cache(shown.say)  # both stages may have the same to say
+        self.say_once = functools.cache(shown.say)  # every stage may have the same to say
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.at]
 
     def run(self) -> dict[str, Any]:
         """Go from where the job stands to its end; returns the content of report.json.
@@ -129,27 +124,43 @@ class Job:
         Raises:
             Stop: a signal came; the checkpoint holds the state after the last batch.
         """
-        total = self.steps * sum(recipe.epochs for recipe in self.recipes.values())
+        total = self.steps * sum(self._epochs(stage) for stage in self.stages)
         with stop_requests() as self.signals, self.shown:
             self.shown.begin(total, self._batches_done())
-            if self.stage == "pretrain":
-                self._train()
-                self._end_stage("dense")
-                self.folder.write("dense.safetensors", lambda path: write_safetensors(path, self.model))
-                self._begin_pruning()
+            if not self.at and not self.cursor.epoch and not self.cursor.step:
+                self._keep(0)
+            while True:
+                with moving(self.stage, self.optimizer):
+                    self._train()
+                self._end_stage()
+                if self.at + 1 == len(self.stages):
+                    return self._finish()
+                self._begin_stage(self.at + 1)
                 self._save()
-            self._train()
-            self._end_stage("pruned")
-            return self._finish()
 
     def start(self) -> None:
-        """Load the dense weights that the settings name, if any.
+        """Load the weights that the settings name, if any.
 
         Raises:
-            ExperimentError: they cannot be read or do not fit the model.
+            ExperimentError: they cannot be read or do not fit the model, or leave nothing to do.
         """
-        if self.settings.checkpoint:
-            load_into(self.model, read_state_dict(Path(self.settings.checkpoint)), Path(self.settings.checkpoint))
+        source = self.settings.checkpoint
+        if source:
+            load_into(self.model, read_state_dict(Path(source)), Path(source))
+        if self.settings.rewind_checkpoint:
+            self._rewind(check_only=True)
+        start = report(self.model).sparsity if source else 0.0
+        self.done["start"] = {"sparsity": start}
+        self._plan(start)
+        if self.stage.name != PRETRAIN:
+            self._begin_stage(0)
+
+    def _plan(self, start: float) -> None:
+        self.stages = stages(self.settings, start)
+        if len(self.stages) == 1 and self.settings.method == "imp":
+            raise ExperimentError(f"--checkpoint has {100 * start:.4g} % zeros already, and --sparsity asks for {self.settings.sparsity:g}")
+        if any(stage.rewind for stage in self.stages) and not self.settings.rewind_checkpoint:
+            self.snapshots.add(first_epoch(self.settings))
 
     def resume(self) -> None:
         """Take up the state of the checkpoint, or start if the run did not get that far.
@@ -164,14 +175,15 @@ class Job:
             self.start()
             return
         try:
+            self.done = {name: dict(state["done"][name]) for name in self.done}
+            self._plan(float(self.done["start"]["sparsity"]))
             load_into(self.model, state["model"], self.folder.path / "checkpoint.pt")
-            if state["stage"] == "prune":
-                self._begin_pruning()
+            self.at = [stage.name for stage in self.stages].index(state["stage"])
+            self.optimizer = optimizer_of(self.stage, self.model, self.settings, self.data)
             self.optimizer.load_state_dict(state["optimizer"])
             self.cursor = Cursor.from_state(state["cursor"], self.device)
-            if not (0 <= self.cursor.epoch <= self.recipes[self.stage].epochs and 0 <= self.cursor.step < self.steps):
+            if not (0 <= self.cursor.epoch <= self.stage.recipe.epochs and 0 <= self.cursor.step < self.steps):
                 raise ValueError(f"epoch {self.cursor.epoch}, batch {self.cursor.step} are not in this run")
-            self.done = {name: dict(state["done"][name]) for name in self.done}
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -181,35 +193,66 @@ class Job:
                 f"{self.folder.path / 'checkpoint.pt'} does not fit this version; --overwrite starts again ({message})"
             ) from error
 
+    def _epochs(self, stage: Stage) -> int:
+        return stage.recipe.epochs - stage.recipe.first_epoch
+
     def _batches_done(self) -> int:
-        before = sum(self.recipes[stage].epochs for stage in STAGES[: STAGES.index(self.stage)])
-        return (before + self.cursor.epoch) * self.steps + self.cursor.step
+        before = sum(self._epochs(stage) for stage in self.stages[: self.at])
+        return (before + self.cursor.epoch - self.stage.recipe.first_epoch) * self.steps + self.cursor.step
 
     def _train(self) -> None:
-        recipe, amp = self.recipes[self.stage], self.settings.amp
-        train(self.model, self.optimizer, self.data, recipe, self.cursor, self._after_step, amp=amp, say=self.say_once)
+        train(
+            self.model,
+            self.optimizer,
+            self.data,
+            self.stage.recipe,
+            self.cursor,
+            self._after_step,
+            before_step=before_step(self.stage, self.model, self.optimizer),
+            amp=self.settings.amp,
+            say=self.say_once,
+        )
 
-    def _begin_pruning(self) -> None:
-        self.stage, self.cursor = "prune", Cursor()
-        self.optimizer = pruner(self.model, self.settings, self.data)
-        for line in self.optimizer.report().decision_lines():
-            self.shown.say(line)
+    def _begin_stage(self, number: int) -> None:
+        self.at = number
+        self.cursor = Cursor(epoch=self.stage.recipe.first_epoch)
+        began = time.perf_counter()
+        self.optimizer = begin(self.stage, self.model, self.settings, self.data, self._rewind)
+        self.cursor.seconds = time.perf_counter() - began
+        if isinstance(self.optimizer, FastBiP):
+            for line in self.optimizer.report().decision_lines():
+                self.say_once(line)
         self.sparsity = report(self.model).sparsity
 
+    def _rewind(self, *, check_only: bool = False) -> None:
+        """Load the weights that the run goes back to."""
+        given = self.settings.rewind_checkpoint
+        source = Path(given) if given else self.folder.path / snapshot_name(first_epoch(self.settings))
+        model = copy.deepcopy(self.model) if check_only else self.model
+        load_into(model, read_state_dict(source), source)
+
+    def _keep(self, epoch: int) -> None:
+        """Keep the weights of an epoch of dense training, if someone will want them."""
+        if epoch in self.snapshots and self.stage.name == PRETRAIN:
+            self.folder.write(snapshot_name(epoch), lambda path: write_safetensors(path, self.model))
+
     def _after_step(self, cursor: Cursor) -> None:
-        epochs = self.recipes[self.stage].epochs
+        epochs = self.stage.recipe.epochs
         if self.shown.wants() or (cursor.epoch == epochs and not cursor.step):
             loss, accuracy = cursor.running()
             epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
-            self.shown.update(self.stage, epoch, self._batches_done(), loss, accuracy, self.sparsity)
+            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, self.sparsity)
+        if not cursor.step:
+            self._keep(cursor.epoch)
         if self.signals or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY:
             self._save()
         if self.signals:
             raise Stop(self.signals[0])
 
     def _save(self) -> None:
+        self._meter()
         self.folder.save_checkpoint({
-            "stage": self.stage,
+            "stage": self.stage.name,
             "cursor": self.cursor.state_dict(),
             "done": self.done,
             "model": self.model.state_dict(),
@@ -219,12 +262,34 @@ class Job:
         })  # fmt: skip
         self.saved = time.monotonic()
 
-    def _end_stage(self, name: str) -> None:
+    def _meter(self) -> None:
+        """Add what the device has used since the last time, if it tells."""
+        now = joules(self.device)
+        if now is not None and self.energy is not None and now >= self.energy:
+            own = self.done["joules"]
+            own[self.stage.name] = own.get(self.stage.name, 0.0) + now - self.energy
+        self.energy = now
+
+    def _score(self, name: str) -> None:
         score = evaluate(self.model, self.data)
         self.done["scores"][name] = {"accuracy": score.accuracy, "loss": score.loss}
-        self.done["history"][self.stage] = self.cursor.history
-        self.done["seconds"][self.stage] = self.cursor.seconds
         self.shown.say(f"{name}: {100 * score.accuracy:.2f} % of the {self._part} images right")
+
+    def _end_stage(self) -> None:
+        stage = self.stage
+        self._meter()
+        self.done["history"][stage.name] = self.cursor.history
+        self.done["seconds"][stage.name] = self.cursor.seconds
+        passes = self._epochs(stage) * self.steps * min(self.settings.batch_size, len(self.data.train_labels))
+        self.done["image_passes"][stage.name] = passes + scored_images(stage, self.settings, self.data)
+        if stage.name == PRETRAIN:
+            if self.score_start:
+                self._score("dense")
+            if stage.recipe.epochs:
+                self.folder.write("dense.safetensors", lambda path: write_safetensors(path, self.model))
+        if isinstance(self.optimizer, FastBiP):
+            self.decisions = [row.as_dict() for row in self.optimizer.report().decisions]
+            self.optimizer.finalize()
 
     @property
     def _part(self) -> str:
@@ -233,22 +298,21 @@ class Job:
     def _finish(self) -> dict[str, Any]:
         from .curves import curves
 
-        assert isinstance(self.optimizer, bip_fast.FastBiP)
-        decisions = [row.as_dict() for row in self.optimizer.report().decisions]
-        self.optimizer.finalize()
+        self._score("pruned")
         self.folder.write("model.safetensors", lambda path: write_safetensors(path, self.model))
-        passes = self.steps * self.settings.batch_size
         result = {
             "data": self.settings.data,
             "note": self.data.note,
             "model": self.settings.model,
+            "method": self.settings.method,
             "evaluated_on": self._part,
             "images": {"train": len(self.data.train_labels), self._part: len(self.data.test_labels)},
             **self.done["scores"],
             **report(self.model).as_dict(),
-            "decisions": decisions,
-            "image_passes": {stage: recipe.epochs * passes for stage, recipe in self.recipes.items()},
+            "decisions": self.decisions,
+            "image_passes": self.done["image_passes"],
             "seconds": self.done["seconds"],
+            "joules": self.done["joules"],
             "history": self.done["history"],
             "settings": self.settings.as_dict(),
             "versions": {"bip_fast": bip_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},

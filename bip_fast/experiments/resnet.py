@@ -1,25 +1,19 @@
-"""Residual networks for small images (He et al., 2016), and any model of the user's own.
+"""Residual networks (He et al., 2016).
 
 CIFAR form: a 3x3 stem, no pooling before the global one. ResNet-20, -32, -56: three stages of n = (depth - 2) / 6 blocks, widths
 16, 32, 64, shortcuts without weights (option A); ResNet-20b has 1x1 convolutions on those that change the shape (option B), so that
 whole channels can be removed from its stages. ResNet-18: four stages of two blocks, widths 64 to 512, 1x1 convolutions where the
-shape changes.
+shape changes. The ImageNet form has a 7x7 stem, max pooling and four stages, for ResNet-50 of bottlenecks.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ExperimentError
-
-__all__ = ["MODELS", "ResNet", "build"]
+__all__ = ["BasicBlock", "Bottleneck", "ImageNetResNet", "ResNet", "cifar_resnet", "imagenet_resnet", "start_convolutions"]
 
 
 class BasicBlock(nn.Module):
@@ -71,64 +65,82 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(inputs, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.fc(self.stages(x).mean((2, 3)))
 
 
-def _cifar(depth: int, *, projection: bool = False) -> Callable[[int, int, int | None], nn.Module]:
-    count = (depth - 2) // 6
-    return lambda channels, classes, width: ResNet((count,) * 3, width or 16, channels, classes, projection=projection)
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut: (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride).
+
+    The stride is in the 3x3 convolution, as in the networks that are in use today, not in the first one as in the paper.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        inner = outputs // 4
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
 
-MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
-    "resnet20": _cifar(20),
-    "resnet20b": _cifar(20, projection=True),
-    "resnet32": _cifar(32),
-    "resnet56": _cifar(56),
-    "resnet18": lambda channels, classes, width: ResNet((2, 2, 2, 2), width or 64, channels, classes, projection=True),
-}
-
-
-def build(name: str, channels: int, classes: int, width: int | None = None) -> nn.Module:
-    """Fresh model, initialised from torch's global random state.
+class ImageNetResNet(nn.Module):
+    """ImageNet form: a 7x7 stem of stride 2 and 3x3 max pooling, then four stages; images (batch, channels, h, w) to logits.
 
     Args:
-        name: one of `MODELS`, or the user's own: ``FILE.py:function`` or ``package.module:function``, called with (channels, classes).
-        width: channels of the first stage, for `MODELS` only.
-
-    Raises:
-        ExperimentError: there is no such model, or the user's function does not return a module.
+        blocks: number of blocks in each stage.
+        width: channels of the stem; stage i has ``width * 2**i``, with bottlenecks four times that.
     """
-    if name in MODELS:
-        return MODELS[name](channels, classes, width)
-    where, colon, function = name.rpartition(":")
-    if not colon:
-        raise ExperimentError(f"--model must be one of {', '.join(MODELS)}, FILE.py:function or package.module:function, got {name!r}")
-    if width is not None:
-        raise ExperimentError(f"--width is for {', '.join(MODELS)}, got --model {name}")
-    try:
-        model = getattr(_import(where), function)(channels, classes)
-    except Exception as error:  # the user's code may raise anything
-        message = " ".join(str(error).split())
-        raise ExperimentError(
-            f"--model {name} failed when called with ({channels}, {classes}): {type(error).__name__}: {message}"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ExperimentError(f"--model {name} must return a torch.nn.Module, got {type(model).__name__}")
-    return model
+
+    def __init__(self, blocks: tuple[int, ...], width: int, channels: int, classes: int, *, bottleneck: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        stages, inputs = [], width
+        for stage, count in enumerate(blocks):
+            outputs = (width << stage) * (4 if bottleneck else 1)
+            layers: list[nn.Module] = []
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                layers.append(Bottleneck(inputs, outputs, stride) if bottleneck else BasicBlock(inputs, outputs, stride, True))
+                inputs = outputs
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(inputs, classes)
+        start_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return self.fc(self.stages(x).mean((2, 3)))
 
 
-def _import(where: str) -> ModuleType:
-    if not where.endswith(".py"):
-        return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot read {where}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def start_convolutions(model: nn.Module) -> None:
+    """He initialisation of all convolutions, in their order."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def cifar_resnet(blocks: tuple[int, ...], default: int, *, projection: bool = False) -> Callable[[int, int, int | None], nn.Module]:
+    """Maker of a network in CIFAR form, called with (channels, classes, width)."""
+    return lambda channels, classes, width: ResNet(blocks, width or default, channels, classes, projection=projection)
+
+
+def imagenet_resnet(blocks: tuple[int, ...], *, bottleneck: bool) -> Callable[[int, int, int | None], nn.Module]:
+    """Maker of a network in ImageNet form, called with (channels, classes, width)."""
+    return lambda channels, classes, width: ImageNetResNet(blocks, width or 64, channels, classes, bottleneck=bottleneck)

@@ -3,6 +3,7 @@
 config.json         the settings; written first, so a folder with one belongs to a run
 checkpoint.pt       everything needed to continue, with the same bits
 dense.safetensors   the dense network; `--checkpoint` starts another run from it
+epoch-E.safetensors weights after E epochs of dense training, where a method or another run rewinds to them
 model.safetensors   the pruned network: the keys of the plain model, exact zeros
 curves.png          loss, accuracy and mask changes
 report.json         every figure; written last, so a folder with one is finished
@@ -29,9 +30,14 @@ from .settings import FIELDS, Settings, option
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "write_beside", "write_safetensors"]
+__all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "snapshot_name", "write_beside", "write_safetensors"]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+
+
+def snapshot_name(epoch: int | str) -> str:
+    """File with the weights after so many epochs of dense training."""
+    return f"epoch-{epoch}.safetensors"
 
 
 class RunFolder:
@@ -70,6 +76,8 @@ class RunFolder:
             self.remove_leftovers()
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
+            for path in self.path.glob(snapshot_name("*")):
+                path.unlink()
             self.write_json("config.json", settings.as_dict())
         except OSError as error:
             raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
@@ -134,7 +142,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing; such files are never read."""
-        for name in FILES:
+        for name in (*FILES, snapshot_name("*")):
             for path in self.path.glob(f".*-{name}"):
                 path.unlink(missing_ok=True)
 

@@ -12,7 +12,8 @@ from typing import Any
 from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
-from .data import DATA
+from .data import DATA, VALIDATION_IMAGES
+from .methods import METHODS
 
 __all__ = ["LEVELS", "PRESETS", "Settings"]
 
@@ -26,8 +27,11 @@ class Settings:
     """Everything that decides the result of a run; `config.json` holds exactly this."""
 
     data: str = "digits"
+    train_images: int | None = None
+    stride: int = 1
     model: str = "resnet20"
     width: int | None = None
+    method: str = "bip"
     sparsity: float = 0.95
     pattern: str = "unstructured"
     scope: str = "global"
@@ -41,10 +45,16 @@ class Settings:
     gamma: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    mask_momentum: float = 0.0
+    ramp: float = 0.0
     freeze: float = 1.0
+    rewind: str | None = None
+    per_round: float = 0.2
     seed: int = 0
     checkpoint: str | None = None
+    rewind_checkpoint: str | None = None
     validate: bool = False
+    validation_images: int = VALIDATION_IMAGES
     amp: bool = False
 
     @classmethod
@@ -57,11 +67,14 @@ class Settings:
         data = given.get("data", cls.data)
         if data not in DATA:
             raise ExperimentError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
+        method = given.get("method", cls.method)
+        if method not in METHODS:
+            raise ExperimentError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         try:
             own = {"sparsity": parse(given["pattern"]).sparsity or cls.sparsity} if "pattern" in given else {}
         except ValueError as error:
             raise ExperimentError(f"--{error}") from error
-        settings = cls(**{**PRESETS[data], **own, **given})
+        settings = cls(**{**PRESETS[data], **METHODS[method].defaults, **own, **given})
         settings.check()
         return settings
 
@@ -71,21 +84,49 @@ class Settings:
             value, allowed = getattr(self, field.name), _TYPES[str(field.type)]
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 raise ExperimentError(f"{option(field.name)} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
-        if self.seed >= 2**63:
-            raise ExperimentError(f"--seed must be less than 2**63, got {self.seed}")
+        self._check_names()
+        self._check_method()
+        self._check_numbers()
+
+    def _check_names(self) -> None:
         if self.checkpoint == "":
             raise ExperimentError("--checkpoint must name a file, got an empty name")
+        if self.scope not in SCOPES:
+            raise ExperimentError(f"--scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.levels not in LEVELS:
+            raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
+        if self.rewind not in (None, "init", "lr") and not str(self.rewind).isdecimal():
+            raise ExperimentError(f"--rewind must be init, lr or a number of epochs, got {self.rewind!r}")
+
+    def _check_method(self) -> None:
+        method = METHODS[self.method]
+        if self.checkpoint and not method.needs_dense:
+            raise ExperimentError(f"--method {self.method} starts from random weights: leave --checkpoint out")
+        rewinds = self.rewind not in (None, "lr")
+        if rewinds and self.checkpoint and not self.rewind_checkpoint:
+            raise ExperimentError(f"--rewind {self.rewind} with --checkpoint needs --rewind-checkpoint, the weights to go back to")
+        if self.rewind_checkpoint and not (rewinds and self.checkpoint):
+            raise ExperimentError("--rewind-checkpoint needs --checkpoint, and --rewind init or a number of epochs")
+        if self.method == "imp" and not self.sparsity:
+            raise ExperimentError("--sparsity must be more than 0 with --method imp, got 0")
+        if rewinds and self.rewind != "init":
+            trained = min(self.pretrain_epochs, self.pretrain_epochs if self.method == "bip" else self.epochs)
+            if int(str(self.rewind)) >= trained:
+                raise ExperimentError(f"--rewind must be an epoch before the last of {trained}, got {self.rewind}")
+
+    def _check_numbers(self) -> None:
+        if self.seed >= 2**63:
+            raise ExperimentError(f"--seed must be less than 2**63, got {self.seed}")
         if not 0 <= self.sparsity < 1:
             hint = f" (write {self.sparsity / 100:g} for {self.sparsity:g} %)" if 1 < self.sparsity < 100 else ""
             raise ExperimentError(f"--sparsity must be in [0, 1), got {self.sparsity:g}{hint}")
         own = parse(self.pattern).sparsity
         if own is not None and self.sparsity != own:
             raise ExperimentError(f"--sparsity must be {own:g} with --pattern {self.pattern}, got {self.sparsity:g}")
-        if self.scope not in SCOPES:
-            raise ExperimentError(f"--scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
-        if self.levels not in LEVELS:
-            raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
-        for name, least in {"pretrain_epochs": 0, "epochs": 1, "batch_size": 2, "seed": 0, "width": 1}.items():
+        least_epochs = 0 if self.method == "dense" else 1
+        leasts = {"pretrain_epochs": 0, "epochs": least_epochs, "batch_size": 2, "seed": 0, "width": 1, "train_images": 1, "stride": 1}
+        leasts["validation_images"] = 1
+        for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ExperimentError(f"{option(name)} must be at least {least}, got {value}")
@@ -95,17 +136,22 @@ class Settings:
                 raise ExperimentError(f"{option(name)} must be 0 or more, got {value:g}")
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ExperimentError(f"--gamma must be more than 0, got {self.gamma:g}")
-        if not 0 <= self.momentum < 1:
-            raise ExperimentError(f"--momentum must be in [0, 1), got {self.momentum:g}")
-        if not 0 <= self.freeze <= 1:
-            raise ExperimentError(f"--freeze must be in [0, 1], got {self.freeze:g}")
+        for name in ("momentum", "mask_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ExperimentError(f"{option(name)} must be in [0, 1), got {getattr(self, name):g}")
+        for name in ("freeze", "ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ExperimentError(f"{option(name)} must be in [0, 1], got {getattr(self, name):g}")
+        if not 0 < self.per_round < 1:
+            raise ExperimentError(f"--per-round must be in (0, 1), got {self.per_round:g}")
 
     @property
     def folder_name(self) -> str:
         """Name of the default run folder: what a person tells runs apart by."""
         model, pattern = ("".join(c if c.isalnum() else "-" for c in name) for name in (self.model, self.pattern))
         kind = "" if self.pattern == "unstructured" else f"-{pattern}"
-        return f"{self.data}-{model}-{100 * self.sparsity:g}{kind}-seed{self.seed}"
+        method = "" if self.method == "bip" else f"-{self.method}"
+        return f"{self.data}-{model}{method}-{100 * self.sparsity:g}{kind}-seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,8 +162,9 @@ def option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-# What differs from the defaults above, for each data set. CIFAR: the schedule of the paper.
-_PAPER = {"pretrain_epochs": 200, "epochs": 100, "batch_size": 128, "pretrain_lr": 0.1}
+# What differs from the defaults above, for each data set. CIFAR: the schedule of the paper, whose 100 epochs of BiP take two batches,
+# a lower and an upper one, in each iteration; here an epoch is one pass over the images, so they are 200.
+_PAPER = {"pretrain_epochs": 200, "epochs": 200, "batch_size": 128, "pretrain_lr": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
     "fashion-mnist": {"pretrain_epochs": 20, "epochs": 20, "batch_size": 128},

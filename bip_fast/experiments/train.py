@@ -33,6 +33,7 @@ class Recipe:
         stage: its name; enters the random order of the images.
         lr, mask_lr: step sizes at the start, for weights and scores.
         freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
+        first_epoch: of the schedule, that a rewound stage starts with.
     """
 
     stage: str
@@ -42,6 +43,7 @@ class Recipe:
     lr: float
     mask_lr: float = 0.0
     freeze: float = 1.0
+    first_epoch: int = 0
 
 
 @dataclass
@@ -136,6 +138,7 @@ def train(
     cursor: Cursor,
     after_step: Callable[[Cursor], None] = lambda cursor: None,
     *,
+    before_step: Callable[[int, int], None] = lambda done, total: None,
     amp: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -145,6 +148,7 @@ def train(
         optimizer: `torch.optim.SGD`, or `FastBiP`, whose masks are frozen at ``recipe.freeze``.
         cursor: moved in place.
         after_step: may raise to stop between two batches.
+        before_step: is told the batches done and all batches of the schedule; may change the optimizer's options and scores.
         amp: bfloat16 autocast.
         say: is told once, and why, when the iterations cannot be graphs although the device has them.
     """
@@ -165,6 +169,7 @@ def train(
             if not frozen and done >= recipe.freeze * total:
                 optimizer.freeze_masks()  # type: ignore[attr-defined]
                 frozen = True
+            before_step(done, total)
             lr = set_rates(optimizer, recipe, done / total)
             _, sums = iteration(*batches.batch(cursor.step))
             cursor.sums += sums

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experiments import ExperimentError, resnet
+from ..experiments import ExperimentError, models
 from ..experiments.data import DATA, Dataset, hold_out, load, ordered_batches
 from ..experiments.run import RunFolder, load_into, read_state_dict
 from ..experiments.settings import Settings
@@ -124,7 +124,7 @@ def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
     """As a run has it: on the device, in channels_last."""
     channels = SHAPES[settings.data][0]
     try:
-        model = resnet.build(settings.model, channels, DATA[settings.data].classes, settings.width)
+        model = models.build(settings.model, channels, DATA[settings.data].classes, settings.width)
     except (RuntimeError, MemoryError) as error:
         raise ExperimentError(f"cannot build --model {settings.model}: {' '.join(str(error).split())[:160]}") from error
     load_into(model, read_state_dict(file), file)

@@ -1,0 +1,170 @@
+"""What a comparison consists of: a file of settings, the runs it stands for, and which run starts from which.
+
+The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of a
+row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
+which is shared; iterative pruning goes on from the next lower sparsity of its row, if there is one. A run is known by a hash of its
+settings and of the run it starts from, so a run that is finished is never repeated, in whatever file it is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from . import ExperimentError
+from .methods import METHODS, first_epoch, stages
+from .settings import FIELDS, Settings
+
+__all__ = ["Cell", "Grid", "read"]
+
+PATHS = ("checkpoint", "rewind_checkpoint")
+# All that decides a dense network.
+DENSE = (
+    "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum", "weight_decay", "seed",
+    "validate", "validation_images", "amp",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        label: row of the results it belongs to; empty for a dense run that others start from.
+        settings: without the files it starts from.
+        parent: run whose network it starts from.
+        dense: run whose early weights it rewinds to.
+        swept: settings that the file gives a list of, other than sparsity and seed, with the value of this run.
+    """
+
+    label: str
+    settings: Settings
+    parent: Cell | None = None
+    dense: Cell | None = None
+    swept: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def address(self) -> str:
+        """Hash of everything that decides the result, but the version of the library and the machine."""
+        changed = {f.name: getattr(self.settings, f.name) for f in fields(Settings) if getattr(self.settings, f.name) != f.default}
+        parts: list[Any] = [changed, self.parent.address if self.parent else None]
+        file = Path(self.settings.model.rpartition(":")[0])
+        if file.suffix == ".py" and file.is_file():
+            parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> str:
+        """Name of its run folder."""
+        return f"{self.settings.folder_name}-{self.address}"
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training images that are its own."""
+        settings = self.settings if self.parent is None else replace(self.settings, checkpoint="parent")
+        start = self.parent.settings.sparsity if self.parent else 0.0
+        return sum(stage.recipe.epochs - stage.recipe.first_epoch for stage in stages(settings, start))
+
+    def ancestors(self) -> Iterator[Cell]:
+        """The runs it stands on, the nearest first."""
+        if self.parent:
+            yield self.parent
+            yield from self.parent.ancestors()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs of a file by address, each after the one it starts from; ``snapshots``: epochs of dense runs that others rewind to."""
+
+    name: str
+    cells: dict[str, Cell]
+    snapshots: dict[str, set[int]]
+
+    @property
+    def rows(self) -> list[Cell]:
+        """Runs that have a place in the results."""
+        return [cell for cell in self.cells.values() if cell.label]
+
+
+def read(path: Path) -> Grid:
+    """The grid of a file.
+
+    Raises:
+        ExperimentError: it cannot be read, or a setting is unknown or out of range.
+    """
+    import yaml
+
+    try:
+        text = path.read_text()
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
+        raise ExperimentError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
+    shared = {name: value for name, value in content.items() if name != "methods"}
+    grid = _Builder(path)
+    for label, own in content["methods"].items():
+        if not isinstance(own, (dict, type(None))):
+            raise ExperimentError(f"{path}: methods: {label}: expected settings, got {own!r}")
+        given = {**shared, **(own or {})}
+        given.setdefault("method", str(label))
+        grid.add_row(str(label), given)
+    return Grid(path.stem, grid.cells, grid.snapshots)
+
+
+class _Builder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, Cell] = {}
+        self.snapshots: dict[str, set[int]] = {}
+
+    def add_row(self, label: str, given: Mapping[str, Any]) -> None:
+        """All runs of a label."""
+        for name in given:
+            if name not in FIELDS or name in PATHS:
+                raise ExperimentError(f"{self.path}: methods: {label}: unknown setting {name!r}; there are {', '.join(FIELDS)}")
+        lists = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+        for name, values in lists.items():
+            if not values:
+                raise ExperimentError(f"{self.path}: methods: {label}: {name} must have a value, got an empty list")
+        if "dense" in lists["method"]:
+            lists["sparsity"] = [0.0]
+        swept = [name for name, values in lists.items() if len(values) > 1 and name not in ("sparsity", "seed", "data", "model")]
+        lists["sparsity"] = sorted(lists.get("sparsity", [Settings.sparsity]))
+        order = [*(name for name in lists if name != "sparsity"), "sparsity"]  # sparsities of a chain follow each other
+        before: dict[tuple[Any, ...], Cell] = {}
+        for values in itertools.product(*(lists[name] for name in order)):
+            combination = dict(zip(order, values, strict=True))
+            cell = self._cell(label, combination, tuple((name, combination[name]) for name in swept), before.get(values[:-1]))
+            before[values[:-1]] = cell
+
+    def _cell(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...], lower: Cell | None) -> Cell:
+        if isinstance(given.get("rewind"), int):
+            given["rewind"] = str(given["rewind"])
+        try:
+            settings = Settings.of(given)
+        except ExperimentError as error:
+            raise ExperimentError(f"{self.path}: methods: {label}: {str(error).removeprefix('--')}") from error
+        dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
+        chained = settings.method == "imp" and lower is not None
+        cell = Cell(label, settings, lower if chained else dense, dense, swept)
+        if settings.method == "dense" and not settings.epochs and dense is not None:
+            cell = replace(dense, label=label)
+        elif dense is not None and settings.rewind not in (None, "lr"):
+            self.snapshots[dense.address].add(first_epoch(settings))
+        self.cells[cell.address] = cell
+        return cell
+
+    def _dense(self, settings: Settings) -> Cell:
+        """The dense run that a method with these settings starts from."""
+        own = {name: getattr(settings, name) for name in DENSE}
+        cell = Cell("", Settings.of({**own, "method": "dense", "epochs": 0}))
+        self.snapshots.setdefault(cell.address, set())
+        return self.cells.setdefault(cell.address, cell)

@@ -1,0 +1,220 @@
+"""Every way to prune that can be compared, each as the stages that one training loop runs: the table is `METHODS`.
+
+A stage starts from the weights as they are or rewinds them, chooses masks by a criterion of `scores.py` or keeps none, and then trains
+weights, scores or both. All masks are exact top-k selections by the same engine, under the same pattern, scope and budget, so methods
+differ in what they score and when, and in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .train import Recipe
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "table"]
+
+PRETRAIN = "pretrain"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training under one optimizer.
+
+    Args:
+        recipe: epochs, batches and step sizes.
+        sparsity: of the masks; None: dense, trained by plain SGD.
+        moves: what its steps move. "weights" under masks that stay; "scores" under weights that stay; "alternating" or "joint": both.
+        criterion: that chooses the masks at the beginning, from the weights before a rewind.
+        rewind: go back to the weights that the run has kept (`first_epoch`), with their norms and biases.
+        ramp: share of the stage in which the sparsity grows from 0, along the cubic curve of gradual magnitude pruning.
+        follow_magnitude: while it grows, masks are chosen by magnitude again and again.
+    """
+
+    recipe: Recipe
+    sparsity: float | None = None
+    moves: str = "weights"
+    criterion: str = "magnitude"
+    rewind: bool = False
+    ramp: float = 0.0
+    follow_magnitude: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.recipe.stage
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        what: it does, in one line.
+        cost: in epochs of forward and backward passes: D of dense training (``pretrain_epochs``), E of its own (``epochs``).
+        source: the paper.
+        needs_dense: whether it starts from a trained dense network.
+        plan: its stages after dense training.
+        defaults: settings that differ from those of BiP.
+    """
+
+    what: str
+    cost: str
+    source: str
+    needs_dense: bool
+    plan: Callable[[Settings, float], tuple[Stage, ...]]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def rounds(start: float, end: float, share: float) -> list[float]:
+    """Sparsities of iterative pruning from ``start`` to ``end``, each of which removes ``share`` of what is left; the last one less."""
+    found = []
+    while start < end:
+        start = 1 - (1 - start) * (1 - share)
+        found.append(end if start > end - 1e-9 else start)
+    return found
+
+
+def first_epoch(settings: Settings) -> int:
+    """Epoch of dense training that a rewind goes back to; 0 is the initialisation. With "lr", from where the schedule starts over."""
+    return 0 if settings.rewind in (None, "init", "lr") else int(settings.rewind)
+
+
+def _recipe(settings: Settings, stage: str, **changed: Any) -> Recipe:
+    given = {"epochs": settings.epochs, "batch_size": settings.batch_size, "seed": settings.seed, "lr": settings.lr}
+    return Recipe(stage, **{**given, **changed})
+
+
+def pretraining(settings: Settings) -> Stage:
+    """Dense training; no epochs of it when the run starts from a checkpoint."""
+    return Stage(_recipe(settings, PRETRAIN, epochs=0 if settings.checkpoint else settings.pretrain_epochs, lr=settings.pretrain_lr))
+
+
+def _retraining(settings: Settings, stage: str, sparsity: float, epochs: int) -> Stage:
+    """Masks by magnitude, then weights as ``settings.rewind`` says: those of an earlier epoch, or as they are under the schedule of dense
+    training ("lr") or under that of fine-tuning (None)."""
+    if settings.rewind is None:
+        return Stage(_recipe(settings, stage, epochs=epochs), sparsity)
+    recipe = _recipe(settings, stage, epochs=epochs, lr=settings.pretrain_lr, first_epoch=first_epoch(settings))
+    return Stage(recipe, sparsity, rewind=settings.rewind != "lr")
+
+
+def _dense(settings: Settings, start: float) -> tuple[Stage, ...]:
+    return (Stage(_recipe(settings, "more")),) if settings.epochs else ()
+
+
+def _bip(settings: Settings, start: float) -> tuple[Stage, ...]:
+    recipe = _recipe(settings, "prune", mask_lr=settings.mask_lr, freeze=settings.freeze)
+    learned = Stage(recipe, settings.sparsity, settings.levels, ramp=settings.ramp)
+    if settings.rewind is None:
+        return (learned,)
+    return learned, _retraining(settings, "retrain", settings.sparsity, settings.pretrain_epochs)
+
+
+def _hydra(settings: Settings, start: float) -> tuple[Stage, ...]:
+    epochs = round(settings.freeze * settings.epochs)
+    scores = Stage(_recipe(settings, "scores", epochs=epochs, mask_lr=settings.mask_lr), settings.sparsity, "scores")
+    return scores, Stage(_recipe(settings, "finetune", epochs=settings.epochs - epochs), settings.sparsity)
+
+
+def _one_shot(settings: Settings, start: float) -> tuple[Stage, ...]:
+    return (_retraining(settings, "retrain", settings.sparsity, settings.epochs),)
+
+
+def _iterative(settings: Settings, start: float) -> tuple[Stage, ...]:
+    sparsities = rounds(start, settings.sparsity, settings.per_round)
+    return tuple(_retraining(settings, f"round {100 * sparsity:.4g} %", sparsity, settings.epochs) for sparsity in sparsities)
+
+
+def _gradual(settings: Settings, start: float) -> tuple[Stage, ...]:
+    return (Stage(_recipe(settings, "prune"), settings.sparsity, ramp=settings.ramp, follow_magnitude=True),)
+
+
+def _at_init(criterion: str) -> Callable[[Settings, float], tuple[Stage, ...]]:
+    def plan(settings: Settings, start: float) -> tuple[Stage, ...]:
+        recipe = _recipe(settings, "train", epochs=settings.pretrain_epochs + settings.epochs, lr=settings.pretrain_lr)
+        return (Stage(recipe, settings.sparsity, criterion=criterion),)
+
+    return plan
+
+
+METHODS: dict[str, Method] = {
+    "bip": Method(
+        "learns weights and masks at two levels, on separate batches (alternating) or from one backward pass (joint)",
+        "D + E",
+        "Zhang et al. 2022, arXiv 2210.04092; joint: this project",
+        True,
+        _bip,
+    ),
+    "hydra": Method(
+        "learns scores while the weights stay, for a share of E (freeze); then fine-tunes the weights it keeps",
+        "D + E",
+        "Sehwag et al. 2020, arXiv 2002.10509",
+        True,
+        _hydra,
+        {"freeze": 0.5},
+    ),
+    "omp": Method(
+        "one-shot magnitude pruning of the trained network, weights back to where they began (rewind), trained again",
+        "D + E",
+        "Frankle and Carbin 2019, arXiv 1803.03635; rewind: Frankle et al. 2020, arXiv 1912.05671",
+        True,
+        _one_shot,
+        {"rewind": "init"},
+    ),
+    "omp-finetune": Method(
+        "one-shot magnitude pruning of the trained network, its weights fine-tuned under a restarted step size",
+        "D + E",
+        "Han et al. 2015, arXiv 1506.02626; restarted: Le and Hua 2021, arXiv 2105.03193",
+        True,
+        _one_shot,
+    ),
+    "imp": Method(
+        "iterative magnitude pruning: a share of the weights (per_round) goes, the rest rewinds and is trained for E, and again",
+        "D + E for each round",
+        "Frankle and Carbin 2019; rewind to an epoch: Frankle et al. 2020; of the step size: Renda et al. 2020, arXiv 2003.02389",
+        True,
+        _iterative,
+        {"rewind": "init"},
+    ),
+    "gmp": Method(
+        "gradual magnitude pruning: the sparsity grows along a cubic curve (ramp), masks are chosen anew on the way",
+        "D + E",
+        "Zhu and Gupta 2017, arXiv 1710.01878",
+        True,
+        _gradual,
+        {"ramp": 0.5},
+    ),
+    "snip": Method(
+        "prunes random weights once by |theta * g| on a batch, then trains", "D + E", "Lee et al. 2019, arXiv 1810.02340", False, _at_init("snip")
+    ),
+    "grasp": Method(
+        "prunes random weights once by theta * (Hessian g), then trains", "D + E", "Wang et al. 2020, arXiv 2002.07376", False, _at_init("grasp")
+    ),
+    "synflow": Method(
+        "prunes random weights in 100 rounds by their share in the flow through the network, without data, then trains",
+        "D + E",
+        "Tanaka et al. 2020, arXiv 2006.05467",
+        False,
+        _at_init("synflow"),
+    ),
+    "random": Method("prunes random weights at random, then trains", "D + E", "", False, _at_init("random")),
+    "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}),
+}
+
+
+def stages(settings: Settings, start: float = 0.0) -> tuple[Stage, ...]:
+    """All stages of a run, dense training first where there is some; ``start``: sparsity of the network it starts from."""
+    method = METHODS[settings.method]
+    own = method.plan(settings, start)
+    return (pretraining(settings), *own) if method.needs_dense else own
+
+
+def table() -> str:
+    """Markdown: a line for each method."""
+    lines = ["| method | what it does | cost | source |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {method.what} | {method.cost} | {method.source} |" for name, method in METHODS.items()]
+    return "\n".join(lines)

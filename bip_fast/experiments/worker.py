@@ -1,0 +1,118 @@
+"""A process that runs one cell of a comparison after another, and tells its parent how far it is.
+
+Ctrl-C reaches only the parent, which asks it to stop with one SIGTERM; a parent that is gone counts as one. Data sets stay loaded from
+cell to cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+import traceback
+from collections.abc import Collection
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import ExperimentError, data, display
+from .run import RunFolder, Stop, snapshot_name
+from .settings import Settings
+
+__all__ = ["Order", "finished", "work"]
+
+
+class Order(NamedTuple):
+    """A run to do: into ``folder``, from the networks in the folders ``parent`` and ``dense``."""
+
+    address: str
+    settings: Settings
+    folder: Path
+    parent: Path | None
+    dense: Path | None
+    snapshots: Collection[int]
+
+
+def finished(folder: Path, snapshots: Collection[int]) -> bool:
+    """Whether the run in ``folder`` has all that is asked of it."""
+    return RunFolder(folder).finished and all((folder / snapshot_name(epoch)).is_file() for epoch in snapshots)
+
+
+class _Telling(display.Display):
+    """Sends (kind, address, what) to the parent."""
+
+    def __init__(self, pipe: Connection, address: str) -> None:
+        self.pipe, self.address = pipe, address
+        self.last = 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        self.total = max(total, 1)
+        self._tell("begin", done / self.total)
+
+    def wants(self) -> bool:
+        return time.monotonic() - self.last >= 0.5
+
+    def update(self, stage: str, epoch: str, done: int, loss: float, accuracy: float, sparsity: float) -> None:
+        self.last = time.monotonic()
+        self._tell("progress", (done / self.total, f"{stage} {epoch}, loss {loss:.3f}, accuracy {100 * accuracy:.1f} %"))
+
+    def _tell(self, kind: str, what: object) -> None:
+        try:
+            self.pipe.send((kind, self.address, what))
+        except OSError:  # the parent is gone
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int) -> None:
+    """Take orders from ``pipe`` until it closes."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    load = functools.lru_cache(maxsize=2)(data.load)
+    while True:
+        try:
+            order: Order = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address))
+            answer = ("done", order.address, None)
+        except Stop:
+            answer = ("stopped", order.address, None)
+        except ExperimentError as error:
+            answer = ("failed", order.address, str(error))
+        except Exception as error:  # of the user's model, or a defect: the other runs go on
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())[:300]
+            answer = ("failed", order.address, f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})")
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+def _run(order: Order, loaded: data.Dataset, device: torch.device, shown: display.Display) -> None:
+    from .prune import Job
+
+    folder = RunFolder(order.folder)
+    settings = order.settings
+    if order.parent is not None:
+        settings = replace(settings, checkpoint=str(order.parent / "model.safetensors"))
+        if settings.rewind not in (None, "lr") and order.dense is not None:
+            epoch = 0 if settings.rewind == "init" else settings.rewind
+            settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
+    settings.check()
+    job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, score_start=False)
+    try:
+        if folder.begun and not folder.finished:
+            job.resume()
+        else:
+            job.start()
+            folder.open(settings, overwrite=True)
+        job.run()
+        (order.folder / "checkpoint.pt").unlink(missing_ok=True)
+    finally:
+        folder.release()
