@@ -11,7 +11,7 @@ from cli_runs import FILES, OWN, load_weights, one_line, prune
 
 import bip_fast
 from bip_fast import cli, report
-from bip_fast.experiments import data, display, models
+from bip_fast.experiments import data, display, models, resnet
 from bip_fast.experiments.run import RunFolder
 from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import evaluate
@@ -207,7 +207,7 @@ BAD = {
     "--model own.py:normed": "own.py:normed cannot be trained and pruned: ValueError: nothing to prune: a parametrization",
     "--model own.py:double": "failed on images of shape (2, 1, 8, 8): RuntimeError",
     "--levels both": "--levels must be one of alternating, joint, got 'both'",
-    "--data mnist": "--data must be one of digits, fashion-mnist, cifar10, cifar100, got 'mnist'",
+    "--data mnist": "--data must be one of digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, got 'mnist'",
     "--data cifar10": "--data cifar10 needs --data-dir",
     "--data cifar10 --data-dir nowhere": "--data-dir must be a folder, got nowhere",
     "--data cifar10 --data-dir .": "data_batch_1 is missing",

@@ -227,11 +227,43 @@ def test_split_is_stratified_disjoint_and_without_a_seed():
 def test_hold_out_leaves_the_test_images_alone(tmp_path):
     write_fashion_mnist(tmp_path, train=50)
     full = data.load("fashion-mnist", tmp_path)
-    part = data.hold_out(full, 0.2)
-    assert (len(part.train_labels), len(part.test_labels)) == (40, 10)
+    part = data.hold_out(full, 8, seed=1)
+    assert (len(part.train_labels), len(part.test_labels)) == (42, 8)
     images = torch.cat([part.train_images, part.test_images]).flatten(1)
     assert {bytes(x.tolist()) for x in images} == {bytes(x.tolist()) for x in full.train_images.flatten(1)}
     torch.testing.assert_close(part.mean, part.train_images.double().mean((0, 2, 3)).float())
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 60, 100])
+def test_a_stratified_part_has_exactly_so_many(count):
+    labels = torch.arange(10).repeat_interleave(torch.arange(1, 20, 2))  # 100 images, 1 to 19 of a class
+    others, chosen = data.stratified(labels, count, seed=3)
+    assert len(chosen) == count
+    assert torch.equal(torch.cat([others, chosen]).sort().values, torch.arange(100))
+    shares = labels[chosen].bincount(minlength=10) - torch.arange(1, 20, 2) * count / 100
+    assert shares.abs().max() < 1
+    assert torch.equal(chosen, data.stratified(labels, count, seed=3)[1])
+    assert not 0 < count < 100 or not torch.equal(chosen, data.stratified(labels, count, seed=4)[1])
+
+
+def test_held_out_images_are_5000_or_a_fifth(tmp_path):
+    write_fashion_mnist(tmp_path, train=50)
+    full = data.load("fashion-mnist", tmp_path)
+    assert len(data.hold_out(full).test_labels) == 10
+    large = replace(full, train_images=full.train_images.repeat(600, 1, 1, 1), train_labels=full.train_labels.repeat(600))
+    assert len(data.hold_out(large).test_labels) == 5000
+
+
+def test_subset_and_stride(tmp_path):
+    write_fashion_mnist(tmp_path, train=50)
+    full = data.load("fashion-mnist", tmp_path)
+    part = data.at_stride(data.subset(full, 20), 3)
+    assert part.train_labels.bincount().tolist() == [2] * 10
+    assert torch.equal(part.test_images, full.test_images[:, :, ::3, ::3])
+    assert (part.shape, part.padding) == ((1, 10, 10), 1)
+    torch.testing.assert_close(part.mean, part.train_images.double().mean((0, 2, 3)).float())
+    with pytest.raises(ExperimentError, match=r"--train-images must be at most 50 for --data fashion-mnist, got 51"):
+        data.subset(full, 51)
 
 
 @pytest.fixture

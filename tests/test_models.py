@@ -1,5 +1,6 @@
 """Models: sizes known from the papers, shapes, shortcuts, other libraries' models and the user's own."""
 
+import itertools
 import sys
 import types
 
@@ -13,7 +14,7 @@ from bip_fast.experiments.resnet import BasicBlock
 
 # 13 convolutions with two numbers of norm for each output, and a linear layer.
 VGG_CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-VGG_SIZE = sum(9 * a * b + 2 * b for a, b in zip(VGG_CHANNELS, VGG_CHANNELS[1:], strict=False)) + 512 * 10 + 10
+VGG_SIZE = sum(9 * a * b + 2 * b for a, b in itertools.pairwise(VGG_CHANNELS)) + 512 * 10 + 10
 
 # He et al. give 0.27, 0.46 and 0.85 million for the CIFAR networks; ResNet-18 in CIFAR form has 11.17 million.
 SIZES = {
@@ -149,7 +150,7 @@ def test_width_is_for_the_named_networks_only(tmp_path):
         build(f"{tmp_path / 'own.py'}:small", 3, 10, width=8)
 
 
-# --- other libraries: neither need be installed here ----------------------------------------------------------------------------------------
+# --- other libraries: neither need be installed here ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -115,9 +115,10 @@ class Comparison:
             slot.cell = self._waiting.pop(cell.address)
 
     def _start_process(self) -> _Slot:
-        context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
+        # Spawned: threads and CUDA do not survive a fork. No daemon: those may not have children, and images are loaded by some.
+        context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads), daemon=True)
+        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the child inherits: Ctrl-C is for this process alone
         try:
             process.start()

@@ -23,7 +23,8 @@ def add_options(commands: Any) -> None:
         "compare",
         help="run a grid of methods, sparsities and seeds; tables and pictures",
         description="Run every combination of data, model, method, sparsity and seed that a YAML file names, several at a time, and make "
-        "runs.csv, summary.csv and pictures. Stopped or killed, the same command goes on where every run stood; finished runs are never repeated.",
+        "runs.csv, summary.csv and pictures. Stopped or killed, the same command goes on where every run stood; a finished run is never "
+        "repeated.",
     )
     compare.add_argument("config", metavar="CONFIG", type=Path, help="YAML file; configs/ has some")
     compare.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data sets")

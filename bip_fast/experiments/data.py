@@ -2,6 +2,7 @@
 
 Images stay uint8 (n, channels, h, w) and become normalised float32 batch by batch. The order of an epoch depends on (seed, stage, epoch)
 only and the augmentation of a batch on (seed, stage, epoch, step), so a run can continue from any batch with the same bits.
+ImageNet is streamed from its files (streamed.py).
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ from torch import Tensor
 from . import ExperimentError
 from .augment import Augment, normalised
 from .files import Arrays, read_cifar, read_fashion_mnist
+from .folders import read_tiny_imagenet
+from .streamed import Streamed, read_image_folders
 
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["DATA", "Dataset", "Epoch", "Position", "batch_count", "hold_out", "load", "split", "ordered_batches"]
+__all__ = [
+    "AnyData", "DATA", "Dataset", "Epoch", "Position", "at_stride", "batch_count", "hold_out", "load", "ordered_batches", "prepared",
+    "split",    "subset",
+]  # fmt: skip
 
 
 class Source(NamedTuple):
-    """What is fixed for a data set: ``padding`` of the random crop in pixels, and whether images may be mirrored."""
+    """What is fixed for a data set: ``shape`` of an image (channels, height, width), ``padding`` of the random crop in pixels, and whether
+    images may be mirrored."""
 
+    shape: tuple[int, int, int]
     classes: int
     padding: int
     mirror: bool
@@ -36,10 +44,12 @@ class Source(NamedTuple):
 
 
 DATA = {
-    "digits": Source(10, 1, False, ()),
-    "fashion-mnist": Source(10, 2, True, ("fashion-mnist", "FashionMNIST/raw")),
-    "cifar10": Source(10, 4, True, ("cifar10",)),
-    "cifar100": Source(100, 4, True, ("cifar100",)),
+    "digits": Source((1, 8, 8), 10, 1, False, ()),
+    "fashion-mnist": Source((1, 28, 28), 10, 2, True, ("fashion-mnist", "FashionMNIST/raw")),
+    "cifar10": Source((3, 32, 32), 10, 4, True, ("cifar10",)),
+    "cifar100": Source((3, 32, 32), 100, 4, True, ("cifar100",)),
+    "tiny-imagenet": Source((3, 64, 64), 200, 4, True, ("tiny-imagenet-200", "tiny-imagenet")),
+    "imagenet": Source((3, 224, 224), 1000, 0, True, ("imagenet",)),  # crops are not shifts, see streamed.py
 }
 
 
@@ -69,6 +79,31 @@ class Dataset:
     def channels(self) -> int:
         return self.train_images.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image: channels, height, width."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    def example(self) -> Tensor:
+        """Two images, float32 (2, channels, height, width)."""
+        return self.train_images[:2].float()
+
+    def epoch(self, batch_size: int, position: Position) -> Epoch:
+        """Augmented batches of an epoch from ``position.step`` on."""
+        return Epoch(self, batch_size, position)
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images in order, normalised and not augmented."""
+        return ordered_batches(self)
+
+    def selected(self, train: Tensor, test: Tensor | None = None) -> Dataset:
+        """Only training images ``train``, with own statistics; with ``test``, these training images in place of the test images."""
+        parts: dict[str, Any] = {"train_images": self.train_images[train], "train_labels": self.train_labels[train]}
+        if test is not None:
+            parts |= {"test_images": self.train_images[test], "test_labels": self.train_labels[test]}
+        return replace(self, **parts).with_own_statistics()
+
     def to(self, device: torch.device) -> Dataset:
         """Copy with all tensors on ``device``."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -78,6 +113,9 @@ class Dataset:
         """The same images with mean and std taken again from the training part."""
         mean, std = statistics(self.train_images)
         return replace(self, mean=mean, std=std)
+
+
+AnyData = Dataset | Streamed
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +132,12 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(std > 0, std, torch.ones_like(std)).float()
 
 
-def split(labels: Tensor, fraction: float, seed: int = 20221013) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Indices (first, second) of a stratified split: of every class, the same ``fraction`` goes to the second part.
 
-    By default it depends on the labels only, not on the seed of a run, so that every run is measured on the same images.
+    It depends on the labels only, never on a seed, so that every run is measured on the same images.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(20221013)
     second = torch.zeros(labels.numel(), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
@@ -108,39 +146,47 @@ def split(labels: Tensor, fraction: float, seed: int = 20221013) -> tuple[Tensor
     return (~second).nonzero().flatten(), second.nonzero().flatten()
 
 
-def hold_out(data: Dataset, count: int = VALIDATION_IMAGES, seed: int = 0) -> Dataset:
+def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (others, chosen) of ``count`` chosen ones, in every class the same share as far as whole numbers allow."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    exact = [len(members) * count / len(labels) for members in classes]
+    by_remainder = sorted(range(len(classes)), key=lambda i: (int(exact[i]) - exact[i], i))
+    more = set(by_remainder[: count - sum(map(int, exact))])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for i, members in enumerate(classes):
+        chosen[members[torch.randperm(len(members), generator=generator)][: int(exact[i]) + (i in more)]] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def hold_out(data: AnyData, count: int = VALIDATION_IMAGES, seed: int = 0) -> AnyData:
     """For choosing options: ``count`` training images take the place of the test images, which are dropped.
 
-    The part is stratified, chosen by ``seed``, and at most a fifth of the training images.
+    The part is stratified, chosen by ``seed`` (not by the seed of a run), and at most a fifth of the training images.
     """
-    train, held = split(data.train_labels, min(count / len(data.train_labels), 0.2), seed)
-    images, labels = data.train_images, data.train_labels
-    data = replace(data, train_images=images[train], train_labels=labels[train], test_images=images[held], test_labels=labels[held])
-    return data.with_own_statistics()
+    return data.selected(*stratified(data.train_labels, min(count, len(data.train_labels) // 5), seed))
 
 
-def subset(data: Dataset, count: int, seed: int = 0) -> Dataset:
-    """A stratified part of about ``count`` training images, chosen by ``seed``; the test images stay.
+def subset(data: AnyData, count: int, seed: int = 0) -> AnyData:
+    """A stratified part of ``count`` training images, chosen by ``seed``; the test images stay.
 
     Raises:
         ExperimentError: there are not so many.
     """
-    total = len(data.train_labels)
-    if count > total:
-        raise ExperimentError(f"--train-images must be at most {total:,} for {data.name}, got {count:,}")
-    _, chosen = split(data.train_labels, count / total, seed)
-    if not len(chosen):
-        raise ExperimentError(f"--train-images must leave an image of some class, got {count:,} of {total:,}")
-    return replace(data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen]).with_own_statistics()
+    if count > len(data.train_labels):
+        raise ExperimentError(f"--train-images must be at most {len(data.train_labels):,} for --data {data.name}, got {count:,}")
+    return data.selected(stratified(data.train_labels, count, seed)[1])
 
 
-def at_stride(data: Dataset, stride: int) -> Dataset:
+def at_stride(data: AnyData, stride: int) -> AnyData:
     """Every ``stride``-th pixel in both directions."""
+    if not isinstance(data, Dataset):
+        raise ExperimentError(f"--stride is for data sets in memory, got --data {data.name}")
     parts = {name: getattr(data, name)[:, :, ::stride, ::stride].contiguous() for name in ("train_images", "test_images")}
     return replace(data, **parts, padding=max(1, data.padding // stride)).with_own_statistics()
 
 
-def prepared(data: Dataset, settings: Settings) -> Dataset:
+def prepared(data: AnyData, settings: Settings) -> AnyData:
     """The part of a data set that a run works on: held-out images in place of the test images, fewer images, fewer pixels."""
     if settings.validate:
         data = hold_out(data, settings.validation_images)
@@ -149,7 +195,7 @@ def prepared(data: Dataset, settings: Settings) -> Dataset:
     return at_stride(data, settings.stride) if settings.stride > 1 else data
 
 
-def load(name: str, data_dir: Path | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None) -> AnyData:
     """Data set ``name`` of `DATA`.
 
     Args:
@@ -168,14 +214,24 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         raise ExperimentError(f"--data-dir must be a folder, got {data_dir}")
     else:
         folder = next((data_dir / sub for sub in DATA[name].folders if (data_dir / sub).is_dir()), data_dir)
-        arrays = read_fashion_mnist(folder) if name == "fashion-mnist" else read_cifar(folder, DATA[name].classes)
-    # A copy: the bytes that were read are read-only.
-    images, labels, test_images, test_labels = (torch.from_numpy(np.array(part)) for part in arrays[:4])
+        if name == "imagenet":
+            return read_image_folders(folder, name, DATA[name].classes)
+        arrays = _read(name, folder)
+    # Bytes of a file are read-only, which torch does not know.
+    images, labels, test_images, test_labels = (torch.from_numpy(part if part.flags.writeable else part.copy()) for part in arrays[:4])
     mean, std = statistics(images)
     note = f"not the official files (md5): {', '.join(arrays.unofficial)}" if arrays.unofficial else ""
     source = DATA[name]
     fixed = (name, source.classes, source.padding, source.mirror)
     return Dataset(*fixed, images, labels, test_images, test_labels, mean, std, note)
+
+
+def _read(name: str, folder: Path) -> Arrays:
+    if name == "fashion-mnist":
+        return read_fashion_mnist(folder)
+    if name == "tiny-imagenet":
+        return read_tiny_imagenet(folder)
+    return read_cifar(folder, DATA[name].classes)
 
 
 def _digits() -> Arrays:
@@ -204,7 +260,7 @@ class Position(NamedTuple):
         return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def batch_count(data: Dataset, batch_size: int) -> int:
+def batch_count(data: AnyData, batch_size: int) -> int:
     """Batches of an epoch; the last, smaller one is dropped unless it is the only one."""
     return max(1, len(data.train_labels) // batch_size)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .results import Row, summary
+from .results import SWEPT, Row, summary
 from .run import write_beside
 
 __all__ = ["draw"]
@@ -19,23 +20,24 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Write the pictures that ``rows`` give into ``out``; returns their paths."""
     made = []
     found = summary(rows)
-    for data, model, width in dict.fromkeys((line["data"], line["model"], line["width"]) for line in found):
-        part = [line for line in found if (line["data"], line["model"], line["width"]) == (data, model, width)]
-        raw = [row for row in rows if (row["data"], row["model"], row["width"]) == (data, model, width)]
+    for where in dict.fromkeys(_where(line) for line in found):
+        part, raw = ([line for line in of if _where(line) == where] for of in (found, rows))
+        data, model, width = where
         name = "".join(c if c.isalnum() else "-" for c in f"{data}-{model}" + (f"-{width}" if width else ""))
         title = f"{model}{f' of width {width}' if width else ''} on {data}"
         if len({line["sparsity"] for line in part if line["sparsity"]}) > 1:
-            made.append(_save(out / f"accuracy-{name}.png", lambda axes, part=part, title=title: _accuracy(axes, part, title)))
-            made.append(_save(out / f"cost-{name}.png", lambda axes, part=part, title=title: _cost(axes, part, title)))
-        for setting in sorted({key for row in raw for key in row if key.startswith("setting_")}):
+            made.append(_save(out / f"accuracy-{name}.png", partial(_accuracy, part=part, title=title)))
+            made.append(_save(out / f"cost-{name}.png", partial(_cost, part=part, title=title)))
+        for setting in sorted({key for row in raw for key in row if key.startswith(SWEPT)}):
             own = [row for row in raw if row.get(setting) is not None]
             if len({row[setting] for row in own}) > 1:
-                plot = _save(
-                    out / f"{setting.removeprefix('setting_')}-{name}.png",
-                    lambda axes, own=own, setting=setting, title=title: _sweep(axes, own, setting, title),
-                )
-                made.append(plot)
+                path = out / f"{setting.removeprefix(SWEPT)}-{name}.png"
+                made.append(_save(path, partial(_sweep, rows=own, setting=setting, title=title)))
     return made
+
+
+def _where(line: Row) -> tuple[Any, ...]:
+    return line["data"], line["model"], line["width"]
 
 
 def _save(path: Path, plot: Callable[[Any], None]) -> Path:
@@ -51,8 +53,15 @@ def _save(path: Path, plot: Callable[[Any], None]) -> Path:
     return path
 
 
-def _rows(part: Sequence[Row]) -> list[str]:
-    return [row for row in dict.fromkeys(line["row"] for line in part) if any(line["sparsity"] for line in part if line["row"] == row)]
+def _lines(part: Sequence[Row]) -> Iterator[tuple[str, list[Row], dict[str, Any]]]:
+    """Every row that is pruned, its figures by growing sparsity, and how it is drawn."""
+    pruned = [line for line in part if line["sparsity"]]
+    for i, row in enumerate(dict.fromkeys(line["row"] for line in pruned)):
+        yield row, sorted((line for line in pruned if line["row"] == row), key=lambda line: line["sparsity"]), _style(i)
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linewidth": 1.6}
 
 
 def _sparsity_axis(axes: Any, sparsities: Sequence[float]) -> None:
@@ -77,21 +86,18 @@ def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
         axes.plot(ends, [mean, mean], color="black", linestyle="--", linewidth=1.2, label=f"dense, where they start ({mean:.2f})")
         axes.fill_between(ends, mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
     for line in part:
-        if not line["sparsity"] and line["epochs_total"] > min(other["epochs_total"] for other in part):
-            axes.plot(ends, [100 * line["accuracy"]] * 2, color="black", linestyle=":", linewidth=1.2, label=f"{line['row']} ({100 * line['accuracy']:.2f})")
-    for i, row in enumerate(_rows(part)):
-        own = sorted((line for line in part if line["row"] == row and line["sparsity"]), key=lambda line: line["sparsity"])
+        if not line["sparsity"] and line["epochs_total"] > min(other["epochs_total"] for other in part):  # dense, trained for longer
+            value = 100 * line["accuracy"]
+            axes.plot(ends, [value, value], color="black", linestyle=":", linewidth=1.2, label=f"{line['row']} ({value:.2f})")
+    for row, own, style in _lines(part):
         deviations = [100 * (line["accuracy_std"] or 0) for line in own]
         axes.errorbar(
             [1 - line["sparsity"] for line in own],
             [100 * line["accuracy"] for line in own],
             yerr=deviations if any(deviations) else None,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=4.5,
             capsize=2,
-            linewidth=1.6,
             label=row,
+            **style,
         )
     _sparsity_axis(axes, sparsities)
     axes.set_ylabel("accuracy, %")
@@ -103,18 +109,11 @@ def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
 
 def _cost(axes: Any, part: Sequence[Row], title: str) -> None:
     """As figure 5: the time that leads to a network of that sparsity, dense training included."""
-    for i, row in enumerate(_rows(part)):
-        own = sorted((line for line in part if line["row"] == row and line["sparsity"]), key=lambda line: line["sparsity"])
-        epochs = f"{own[0]['epochs_total']:.3g}" + (f" to {own[-1]['epochs_total']:.3g}" if own[-1]["epochs_total"] > 1.01 * own[0]["epochs_total"] else "")
-        axes.plot(
-            [1 - line["sparsity"] for line in own],
-            [line["seconds_total"] / 60 for line in own],
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=4.5,
-            linewidth=1.6,
-            label=f"{row} ({epochs} epochs)",
-        )
+    for row, own, style in _lines(part):
+        first, last = own[0]["epochs_total"], own[-1]["epochs_total"]
+        epochs = f"{first:.3g} to {last:.3g}" if last > 1.01 * first else f"{first:.3g}"
+        minutes = [line["seconds_total"] / 60 for line in own]
+        axes.plot([1 - line["sparsity"] for line in own], minutes, label=f"{row} ({epochs} epochs)", **style)
     _sparsity_axis(axes, sorted({line["sparsity"] for line in part if line["sparsity"]}))
     axes.set_yscale("log")
     axes.set_ylabel("minutes, dense training included (log scale)")
@@ -123,17 +122,22 @@ def _cost(axes: Any, part: Sequence[Row], title: str) -> None:
 
 def _sweep(axes: Any, rows: Sequence[Row], setting: str, title: str) -> None:
     """Accuracy against a setting, as figure 6 against the epoch of a rewind: a line for each label and sparsity, a dot for each seed."""
-    name = setting.removeprefix("setting_")
-    values = sorted({row[setting] for row in rows}, key=lambda value: (isinstance(value, str), value if not str(value).isdecimal() else int(value)))
+    values = sorted({row[setting] for row in rows}, key=_order)
     places = {value: i for i, value in enumerate(values)}  # in equal steps: they are often decades, and some are words
     for i, (label, sparsity) in enumerate(dict.fromkeys((row["label"], row["sparsity"]) for row in rows)):
         own = [row for row in rows if (row["label"], row["sparsity"]) == (label, sparsity)]
-        colour = COLOURS[i % len(COLOURS)]
-        means = {value: [100 * row["accuracy"] for row in own if row[setting] == value] for value in values}
-        line = [(places[value], sum(found) / len(found)) for value, found in means.items() if found]
-        axes.plot(*zip(*line, strict=True), color=colour, marker=MARKERS[i % len(MARKERS)], label=f"{label}, {100 * sparsity:.4g} %")
-        axes.scatter([places[row[setting]] for row in own], [100 * row["accuracy"] for row in own], s=10, color=colour, alpha=0.4, linewidths=0)
+        found = {value: [100 * row["accuracy"] for row in own if row[setting] == value] for value in values}
+        means = [(places[value], sum(of) / len(of)) for value, of in found.items() if of]
+        style = _style(i)
+        axes.plot(*zip(*means, strict=True), label=f"{label}, {100 * sparsity:.4g} %", **style)
+        dots = [(places[row[setting]], 100 * row["accuracy"]) for row in own]
+        axes.scatter(*zip(*dots, strict=True), s=10, color=style["color"], alpha=0.4, linewidths=0)
     axes.set_xticks(range(len(values)), [f"{value:g}" if isinstance(value, float) else str(value) for value in values])
-    axes.set_xlabel(name.replace("_", " "))
+    axes.set_xlabel(setting.removeprefix(SWEPT).replace("_", " "))
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, fontsize=10)
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    """Numbers first, also those that are written as words."""
+    return (False, float(value)) if isinstance(value, (int, float)) or str(value).isdecimal() else (True, str(value))

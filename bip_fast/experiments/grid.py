@@ -1,7 +1,7 @@
 """What a comparison consists of: a file of settings, the runs it stands for, and which run starts from which.
 
-The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of a
-row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
+The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of
+a row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
 which is shared; iterative pruning goes on from the next lower sparsity of its row, if there is one. A run is known by a hash of its
 settings and of the run it starts from, so a run that is finished is never repeated, in whatever file it is named.
 """
@@ -131,17 +131,17 @@ class _Builder:
             if name not in FIELDS or name in PATHS:
                 raise ExperimentError(f"{self.path}: methods: {label}: unknown setting {name!r}; there are {', '.join(FIELDS)}")
         lists = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
-        for name, values in lists.items():
-            if not values:
+        for name, given_values in lists.items():
+            if not given_values:
                 raise ExperimentError(f"{self.path}: methods: {label}: {name} must have a value, got an empty list")
         if "dense" in lists["method"]:
             lists["sparsity"] = [0.0]
-        swept = [name for name, values in lists.items() if len(values) > 1 and name not in ("sparsity", "seed", "data", "model")]
+        swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
         lists["sparsity"] = sorted(lists.get("sparsity", [Settings.sparsity]))
         order = [*(name for name in lists if name != "sparsity"), "sparsity"]  # sparsities of a chain follow each other
         before: dict[tuple[Any, ...], Cell] = {}
         for values in itertools.product(*(lists[name] for name in order)):
-            combination = dict(zip(order, values, strict=True))
+            combination: dict[str, Any] = dict(zip(order, values, strict=True))
             cell = self._cell(label, combination, tuple((name, combination[name]) for name in swept), before.get(values[:-1]))
             before[values[:-1]] = cell
 

@@ -189,10 +189,18 @@ METHODS: dict[str, Method] = {
         {"ramp": 0.5},
     ),
     "snip": Method(
-        "prunes random weights once by |theta * g| on a batch, then trains", "D + E", "Lee et al. 2019, arXiv 1810.02340", False, _at_init("snip")
+        "prunes random weights once by |theta * g| on a batch, then trains",
+        "D + E",
+        "Lee et al. 2019, arXiv 1810.02340",
+        False,
+        _at_init("snip"),
     ),
     "grasp": Method(
-        "prunes random weights once by theta * (Hessian g), then trains", "D + E", "Wang et al. 2020, arXiv 2002.07376", False, _at_init("grasp")
+        "prunes random weights once by theta * (Hessian g), then trains",
+        "D + E",
+        "Wang et al. 2020, arXiv 2002.07376",
+        False,
+        _at_init("grasp"),
     ),
     "synflow": Method(
         "prunes random weights in 100 rounds by their share in the flow through the network, without data, then trains",

@@ -13,7 +13,7 @@ from ..optimizer import FastBiP
 from ..report import weights
 from ..schedule import CURVES
 from . import scores
-from .data import Dataset, Epoch, Position
+from .data import AnyData, Position
 from .methods import Stage
 from .settings import Settings
 
@@ -29,13 +29,13 @@ def dense_optimizer(model: nn.Module, settings: Settings, lr: float | None = Non
     return torch.optim.SGD(model.parameters(), lr, settings.momentum, weight_decay=settings.weight_decay)
 
 
-def pruner(model: nn.Module, settings: Settings, data: Dataset, stage: Stage | None = None) -> FastBiP:
+def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | None = None) -> FastBiP:
     """FastBiP over all Conv and Linear weights of ``model``. Filters that can only be removed together are learned together."""
     coupled: list[list[str]] = []
     if settings.pattern == "filter":
         from ..export.coupling import coupled_filters
 
-        coupled = coupled_filters(model, data.train_images[:2].float())
+        coupled = coupled_filters(model, data.example())
     sparsity = settings.sparsity if stage is None or stage.sparsity is None else stage.sparsity
     moves = settings.levels if stage is None else stage.moves
     return FastBiP(
@@ -54,13 +54,13 @@ def pruner(model: nn.Module, settings: Settings, data: Dataset, stage: Stage | N
     )
 
 
-def optimizer_of(stage: Stage, model: nn.Module, settings: Settings, data: Dataset) -> torch.optim.Optimizer:
+def optimizer_of(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> torch.optim.Optimizer:
     """The optimizer of a stage, with the masks that `FastBiP` starts from."""
     return dense_optimizer(model, settings, stage.recipe.lr) if stage.sparsity is None else pruner(model, settings, data, stage)
 
 
 def begin(
-    stage: Stage, model: nn.Module, settings: Settings, data: Dataset, rewind: Callable[[], None] = lambda: None
+    stage: Stage, model: nn.Module, settings: Settings, data: AnyData, rewind: Callable[[], None] = lambda: None
 ) -> torch.optim.Optimizer:
     """Weights, masks and optimizer as ``stage`` starts with them.
 
@@ -84,7 +84,7 @@ def begin(
     return optimizer
 
 
-def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: Dataset) -> scores.Scores:
+def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> scores.Scores:
     """Scores of every Conv and Linear weight by the criterion of the stage."""
     if stage.criterion == "magnitude":
         return scores.magnitude(model)
@@ -92,20 +92,20 @@ def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: Dataset
     if stage.criterion == "random":
         return scores.random(model, position.generator(0))
     if stage.criterion == "synflow":
-        return scores.synflow(model, data.train_images.shape[1:], float(stage.sparsity or 0.0))
-    epoch = Epoch(data, settings.batch_size, position)
+        return scores.synflow(model, data.shape, float(stage.sparsity or 0.0))
+    epoch = data.epoch(settings.batch_size, position)
     batches = [epoch.batch(i) for i in range(_score_batches(stage, settings, data))]
     return scores.snip(model, batches) if stage.criterion == "snip" else scores.grasp(model, batches)
 
 
-def _score_batches(stage: Stage, settings: Settings, data: Dataset) -> int:
+def _score_batches(stage: Stage, settings: Settings, data: AnyData) -> int:
     if stage.criterion != "grasp":
         return int(stage.criterion == "snip")
     available = max(1, len(data.train_labels) // settings.batch_size)
     return min(available, math.ceil(GRASP_IMAGES * data.classes / settings.batch_size))
 
 
-def scored_images(stage: Stage, settings: Settings, data: Dataset) -> int:
+def scored_images(stage: Stage, settings: Settings, data: AnyData) -> int:
     """Forward and backward passes that the criterion of a stage takes, in images."""
     images = _score_batches(stage, settings, data) * min(settings.batch_size, len(data.train_labels))
     # GraSP: one backward for g, one with a graph and one through it for H g.

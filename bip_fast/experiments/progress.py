@@ -58,7 +58,7 @@ class Progress:
     def fail(self, cell: Cell, why: str) -> None:
         """A run has failed, or cannot start."""
         for kept in (self.left, self.texts, self._began):
-            kept.pop(cell.address, None)  # type: ignore[attr-defined]
+            kept.pop(cell.address, None)
         self.failures += 1
 
     def say(self, text: str) -> None:

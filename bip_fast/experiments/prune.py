@@ -22,7 +22,7 @@ import bip_fast
 from ..optimizer import FastBiP
 from ..report import report, weights
 from . import ExperimentError, display, models
-from .data import Dataset, batch_count, prepared
+from .data import AnyData, batch_count, prepared
 from .energy import joules
 from .methods import PRETRAIN, Stage, first_epoch, stages
 from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
@@ -35,12 +35,12 @@ __all__ = ["Job"]
 SAVE_EVERY = 60.0  # seconds between checkpoints inside of an epoch
 
 
-def _check(model: nn.Module, settings: Settings, data: Dataset) -> None:
+def _check(model: nn.Module, settings: Settings, data: AnyData) -> None:
     """Raises ExperimentError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved.
 
     All on a copy, so that a long training does not end in an error that could have been seen before it.
     """
-    name, shape = settings.model, (2, *data.train_images.shape[1:])
+    name, shape = settings.model, (2, *data.shape)
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(shape))
@@ -81,7 +81,7 @@ class Job:
         self,
         settings: Settings,
         folder: RunFolder,
-        data: Dataset,
+        data: AnyData,
         device: torch.device,
         shown: display.Display,
         *,

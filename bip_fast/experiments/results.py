@@ -16,6 +16,7 @@ from .run import RunFolder, write_beside
 __all__ = ["Row", "collect", "group", "summary", "table", "write"]
 
 Row = dict[str, Any]
+SWEPT = "setting_"  # in front of the columns of settings that the file gives a list of
 GROUP = ("data", "model", "width", "row", "sparsity")
 
 
@@ -72,7 +73,7 @@ def _row(cell: Cell, report: Any) -> Row:
         "torch": own["versions"]["torch"],
         "bip_fast": own["versions"]["bip_fast"],
         "folder": cell.folder,
-        **{f"setting_{name}": value for name, value in swept.items()},
+        **{f"{SWEPT}{name}": value for name, value in swept.items()},
     }
 
 
@@ -124,7 +125,10 @@ def table(rows: Sequence[Row]) -> str:
         part = [line for line in found if (line["data"], line["model"], line["width"]) == where]
         sparsities = sorted({line["sparsity"] for line in part if line["sparsity"]})
         name = f"{where[0]}, {where[1]}" + (f" of width {where[2]}" if where[2] else "")
-        lines += [f"| {name} | " + " | ".join(f"{100 * s:.4g} %" for s in sparsities) + " | epochs | minutes |", "|---" * (len(sparsities) + 3) + "|"]
+        lines += [
+            f"| {name} | " + " | ".join(f"{100 * s:.4g} %" for s in sparsities) + " | epochs | minutes |",
+            "|---" * (len(sparsities) + 3) + "|",
+        ]
         for row in dict.fromkeys(line["row"] for line in part):
             own = {line["sparsity"]: line for line in part if line["row"] == row}
             cells = [_accuracy(own.get(s, own.get(0.0))) for s in sparsities]

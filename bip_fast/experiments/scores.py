@@ -80,7 +80,7 @@ def snip(model: nn.Module, batches: Sequence[Batch]) -> Scores:
         total = [torch.zeros_like(x) for x in params]
         for images, labels in batches:
             gradients = torch.autograd.grad(F.cross_entropy(twin(images), labels), params)
-            torch._foreach_add_(total, gradients)
+            torch._foreach_add_(total, list(gradients))
         return {name: (x.detach() * g / len(batches)).abs() for (name, x), g in zip(found, total, strict=True)}
 
 
@@ -97,13 +97,15 @@ def grasp(model: nn.Module, batches: Sequence[Batch]) -> Scores:
 
         g = [torch.zeros_like(x) for x in params]
         for batch in batches:
-            torch._foreach_add_(g, gradients(batch, False))
+            torch._foreach_add_(g, list(gradients(batch, False)))
         products = [torch.zeros_like(x) for x in params]
         for batch in batches:
             flow = sum((own * whole).sum() for own, whole in zip(gradients(batch, True), g, strict=True))
             assert isinstance(flow, Tensor)
             found_products = torch.autograd.grad(flow, params, allow_unused=True)
-            torch._foreach_add_(products, [h if h is not None else torch.zeros_like(x) for h, x in zip(found_products, params, strict=True)])
+            for total, h in zip(products, found_products, strict=True):
+                if h is not None:  # a linear network has no curvature in some weights
+                    total.add_(h)
         return {name: x.detach() * h for (name, x), h in zip(found, products, strict=True)}
 
 

@@ -170,5 +170,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"pretrain_epochs": 20, "epochs": 20, "batch_size": 128},
     "cifar10": _PAPER,
     "cifar100": _PAPER,
+    "tiny-imagenet": _PAPER,
+    "imagenet": {"model": "resnet50", "pretrain_epochs": 90, "epochs": 90, "batch_size": 256, "pretrain_lr": 0.1, "weight_decay": 1e-4},
 }
 FIELDS = tuple(field.name for field in fields(Settings))

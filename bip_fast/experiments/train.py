@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..graphs import GraphedIteration
 from ..report import weights
 from . import ExperimentError
-from .data import Dataset, Epoch, Position, batch_count, ordered_batches
+from .data import AnyData, Position, batch_count
 
 __all__ = ["Cursor", "Recipe", "Score", "evaluate", "kept_flags", "train"]
 
@@ -100,12 +100,12 @@ def kept_flags(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.detach() != 0 for name, x in weights(model)}
 
 
-def evaluate(model: nn.Module, data: Dataset) -> Score:
+def evaluate(model: nn.Module, data: AnyData) -> Score:
     """Score on the test images of ``data``, in eval mode; leaves the model in it."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=data.test_labels.device)
     with torch.no_grad():
-        for images, labels in ordered_batches(data):
+        for images, labels in data.test_batches():
             logits = model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([(logits.argmax(1) == labels).sum(), loss]).double()
@@ -133,7 +133,7 @@ def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: Dataset,
+    data: AnyData,
     recipe: Recipe,
     cursor: Cursor,
     after_step: Callable[[Cursor], None] = lambda cursor: None,
@@ -163,7 +163,7 @@ def train(
     model.train()
     while cursor.epoch < recipe.epochs:
         began = time.perf_counter()
-        batches = Epoch(data, recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
+        batches = data.epoch(recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
         while cursor.step < steps:
             done = cursor.epoch * steps + cursor.step
             if not frozen and done >= recipe.freeze * total:

@@ -20,7 +20,8 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         for number, (factor, count) in enumerate(STAGES):
             for _ in range(count):
-                layers += [nn.Conv2d(channels, factor * width, 3, padding=1, bias=False), nn.BatchNorm2d(factor * width), nn.ReLU(inplace=True)]
+                convolution = nn.Conv2d(channels, factor * width, 3, padding=1, bias=False)
+                layers += [convolution, nn.BatchNorm2d(factor * width), nn.ReLU(inplace=True)]
                 channels = factor * width
             if number + 1 < len(STAGES):
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))  # an 8x8 image still has a pixel at the end

@@ -77,6 +77,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             order: Order = pipe.recv()
         except (EOFError, OSError):
             return
+        answer: tuple[str, str, str | None]
         try:
             _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address))
             answer = ("done", order.address, None)
@@ -94,7 +95,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             return
 
 
-def _run(order: Order, loaded: data.Dataset, device: torch.device, shown: display.Display) -> None:
+def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: display.Display) -> None:
     from .prune import Job
 
     folder = RunFolder(order.folder)

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..experiments import ExperimentError, models
-from ..experiments.data import DATA, Dataset, hold_out, load, ordered_batches
+from ..experiments.data import DATA, AnyData, load, prepared
 from ..experiments.run import RunFolder, load_into, read_state_dict
 from ..experiments.settings import Settings
 
 __all__ = ["add_options", "command"]
-
-SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}  # of an image
 
 
 def add_options(commands: Any) -> None:
@@ -105,7 +104,7 @@ def _settings(run: RunFolder) -> Settings:
         raise ExperimentError(f"{run.path / 'config.json'} is damaged, or of another version: {' '.join(str(error).split())}") from error
 
 
-def _data(settings: Settings, data_dir: Path | None) -> tuple[Dataset | None, str]:
+def _data(settings: Settings, data_dir: Path | None) -> tuple[AnyData | None, str]:
     """The data set as the run measured on it; or None, and why."""
     if data_dir is None and settings.data != "digits":
         return None, f"no accuracy: --data-dir names the folder with the files of {settings.data}"
@@ -115,14 +114,18 @@ def _data(settings: Settings, data_dir: Path | None) -> tuple[Dataset | None, st
         if data_dir is not None:
             raise
         return None, f"no accuracy: {error}"
-    from ..experiments.prune import VALIDATION
+    return prepared(data, settings), data.note
 
-    return (hold_out(data, VALIDATION) if settings.validate else data), data.note
+
+def _shape(settings: Settings) -> tuple[int, ...]:
+    """Of one image."""
+    channels, *size = DATA[settings.data].shape
+    return channels, *(-(-pixels // settings.stride) for pixels in size)
 
 
 def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
     """As a run has it: on the device, in channels_last."""
-    channels = SHAPES[settings.data][0]
+    channels = DATA[settings.data].shape[0]
     try:
         model = models.build(settings.model, channels, DATA[settings.data].classes, settings.width)
     except (RuntimeError, MemoryError) as error:
@@ -145,11 +148,11 @@ def command(options: dict[str, Any], device: torch.device) -> int:
     model = _model(settings, what.weights, device)
     dense = None if what.dense is None else _model(settings, what.dense, device)
     if data is None:
-        example = torch.randn(1, *SHAPES[settings.data], generator=torch.Generator().manual_seed(0))
-        batches: list[tuple[Tensor, Tensor]] = []
+        example = torch.randn(1, *_shape(settings), generator=torch.Generator().manual_seed(0))
+        batches: Iterable[tuple[Tensor, Tensor]] = []
     else:
-        batches = list(ordered_batches(data))
-        example = batches[0][0][:1]
+        batches = data.test_batches()
+        example = next(data.test_batches())[0][:1]
     try:
         found = measure(model, example, dense=dense, batch_sizes=options["batch_sizes"], data=batches, seconds=options["seconds"])
     except (ValueError, RuntimeError, MemoryError) as error:  # a model of the user's own, or not enough memory
