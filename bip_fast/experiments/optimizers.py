@@ -78,7 +78,11 @@ def begin(
         _set_sparsity(optimizer, 0.0)
     # The scores of BiP are a relaxed mask and stay what FastBiP makes of the magnitudes; all others are an order.
     learned = stage.moves != "weights" and stage.criterion == "magnitude"
-    optimizer.set_scores({} if learned or chosen is None else _by_parameter(optimizer, model, chosen))
+    if learned and settings.score_start == "square" and chosen is not None:
+        squares = {name: (x * x / 2).clamp(max=1) for name, x in chosen.items()}
+        optimizer.set_scores(_by_parameter(optimizer, model, squares))
+    else:
+        optimizer.set_scores({} if learned or chosen is None else _by_parameter(optimizer, model, chosen))
     if stage.moves == "weights" and not stage.follow_magnitude:
         optimizer.freeze_masks()
     return optimizer

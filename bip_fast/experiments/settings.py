@@ -18,6 +18,7 @@ from .methods import METHODS
 __all__ = ["LEVELS", "PRESETS", "Settings"]
 
 LEVELS = ("alternating", "joint")
+SCORE_STARTS = ("magnitude", "square")
 _NONE = type(None)
 _TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, _NONE), "str | None": (str, _NONE)}
 
@@ -46,6 +47,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     mask_momentum: float = 0.0
+    score_start: str = "magnitude"
     ramp: float = 0.0
     freeze: float = 1.0
     rewind: str | None = None
@@ -95,6 +97,8 @@ class Settings:
             raise ExperimentError(f"--scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.levels not in LEVELS:
             raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
+        if self.score_start not in SCORE_STARTS:
+            raise ExperimentError(f"--score-start must be one of {', '.join(SCORE_STARTS)}, got {self.score_start!r}")
         if self.rewind not in (None, "init", "lr") and not str(self.rewind).isdecimal():
             raise ExperimentError(f"--rewind must be init, lr or a number of epochs, got {self.rewind!r}")
 

@@ -1,0 +1,324 @@
+"""Every method of the table: what its stages do to weights and masks, what it costs, and that a stopped run goes on with the same bits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cli_runs import Interrupting, load_weights, one_line, prune
+
+import bip_fast
+from bip_fast import cli
+from bip_fast.experiments import data, display, methods, models, optimizers
+from bip_fast.experiments.methods import METHODS, rounds, stages
+from bip_fast.experiments.settings import Settings
+from bip_fast.experiments.train import Cursor, train
+from bip_fast.report import report, weights
+
+if missing := cli.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+
+PRUNING = [name for name in METHODS if name != "dense"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small gain nothing from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def network(seed=0, width=2):
+    torch.manual_seed(seed)
+    return models.build("resnet20", 1, 10, width=width)
+
+
+def settings_of(method, **given):
+    return Settings.of({"method": method, "width": 2, "batch_size": 200, "pretrain_epochs": 2, "epochs": 3, "sparsity": 0.8, **given})
+
+
+def begun(method, digits, model, number=0, **given):
+    """The first stage of a method that prunes, begun on ``model``."""
+    settings = settings_of(method, **given)
+    stage = [stage for stage in stages(settings) if stage.sparsity is not None][number]
+    return stage, optimizers.begin(stage, model, settings, digits)
+
+
+def flat_weights(model):
+    return torch.cat([x.detach().flatten() for _, x in weights(model)])
+
+
+# --- masks at the beginning --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["omp", "omp-finetune", "imp"])
+def test_the_first_mask_is_the_top_k_of_the_magnitudes(digits, method):
+    model = network()
+    with torch.no_grad():
+        model.fc.weight.mul_(9)  # above 1, where the start scores of BiP are all the same
+    magnitudes = flat_weights(model).abs()
+    stage, opt = begun(method, digits, model, rewind=None)
+    expected = bip_fast.topk_mask(magnitudes, magnitudes.numel() - round(stage.sparsity * magnitudes.numel()))
+    assert torch.equal(torch.cat([opt.mask_of(x).flatten() for _, x in weights(model)]), expected)
+    assert opt.phase == "lower"
+    assert (stage.sparsity == 0.8) is (method != "imp")
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "random"])
+def test_pruning_at_the_start_uses_the_scores_of_the_criterion(digits, method):
+    model = network()
+    stage = stages(settings_of(method))[0]
+    assert (stage.criterion, stage.recipe.epochs, stage.recipe.lr) == (method, 5, 0.1)
+    scores = optimizers._criterion(stage, model, settings_of(method), digits)
+    flat = torch.cat([x.flatten() for x in scores.values()])
+    _, opt = begun(method, digits, model)
+    mask = torch.cat([opt.mask_of(x).flatten() for _, x in weights(model)])
+    assert mask.sum() == flat.numel() - round(0.8 * flat.numel())
+    assert flat[mask].min() >= flat[~mask].max()
+
+
+def test_methods_keep_different_weights(digits):
+    masks = {}
+    for method in ("snip", "grasp", "synflow", "random", "omp-finetune"):
+        model = network()
+        begun(method, digits, model)
+        masks[method] = flat_weights(model) != 0
+    for a in masks:
+        for b in masks:
+            assert a == b or (masks[a] != masks[b]).sum() > 50, (a, b)
+
+
+# --- what stages move --------------------------------------------------------------------------------------------------------------------
+
+
+def run_stage(stage, opt, model, digits, epochs=1):
+    recipe = replace(stage.recipe, epochs=epochs)
+    with optimizers.moving(stage, opt):
+        train(model, opt, digits, recipe, Cursor(), before_step=optimizers.before_step(stage, model, opt))
+
+
+def test_hydra_learns_scores_while_everything_else_stays(digits):
+    model = network()
+    vectors = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() < 2}
+    stage, opt = begun("hydra", digits, model, mask_lr=30.0)
+    before = {p: (opt.weight_of(p), opt.mask_of(p)) for _, p in weights(model)}
+    run_stage(stage, opt, model, digits)
+    assert sum(int((opt.mask_of(p) != mask).sum()) for p, (_, mask) in before.items()) > 0
+    assert all(torch.equal(opt.weight_of(p), theta) for p, (theta, _) in before.items())
+    assert all(torch.equal(p, vectors[name]) for name, p in model.named_parameters() if name in vectors)
+    assert opt.param_groups[0]["gamma"] == float("inf"), "weights that stay have no implicit gradient"
+
+
+def test_the_second_half_of_hydra_trains_under_its_mask(digits):
+    model = network()
+    kept = flat_weights(model)
+    _, opt = begun("hydra", digits, model)
+    opt.finalize()
+    kept = flat_weights(model) != 0
+    stage, opt = begun("hydra", digits, model, number=1)
+    theta = flat_weights(model)
+    run_stage(stage, opt, model, digits)
+    assert torch.equal(flat_weights(model) != 0, kept)
+    assert not torch.equal(flat_weights(model), theta)
+
+
+def test_gradual_pruning_follows_the_cubic_curve_and_the_magnitudes(digits):
+    model = network()
+    stage, opt = begun("gmp", digits, model, ramp=0.5)
+    grow = optimizers.before_step(stage, model, opt)
+    n = flat_weights(model).numel()
+    seen = []
+    for done in range(41):
+        grow(done, 40)
+        theta = torch.cat([opt.weight_of(p).abs().flatten() for _, p in weights(model)])
+        mask = torch.cat([opt.mask_of(p).flatten() for _, p in weights(model)])
+        sparsity = 0.8 * (1 - (1 - min(done, 20) / 20) ** 3)
+        assert mask.sum() == n - round(sparsity * n)
+        assert done > 20 or torch.equal(mask, bip_fast.topk_mask(theta, int(mask.sum())))
+        seen.append(int(mask.sum()))
+        with optimizers.moving(stage, opt):
+            assert opt.phase == "lower"
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(done))
+            opt.step()
+    assert seen[0] == n
+    assert len(set(seen)) > 15
+
+
+def test_bip_with_a_ramp_starts_dense_and_ends_sparse(digits):
+    model = network()
+    n = flat_weights(model).numel()
+    stage, opt = begun("bip", digits, model, levels="joint", ramp=0.5)
+    assert report(model).sparsity == 0
+    grow = optimizers.before_step(stage, model, opt)
+    for done, kept in ((0, n), (5, n - round(0.8 * (1 - 0.5**3) * n)), (10, n - round(0.8 * n)), (11, n - round(0.8 * n))):
+        grow(done, 20)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+        assert sum(int(opt.mask_of(p).sum()) for _, p in weights(model)) == kept
+
+
+# --- rewinding ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rewound_weights_are_the_saved_ones_bit_for_bit(digits):
+    saved = {name: x.clone() for name, x in network(seed=1).state_dict().items()}
+    model = network(seed=2)
+    trained = {name: x.detach().clone() for name, x in weights(model)}
+    settings = settings_of("imp", rewind="init")
+    stage = [stage for stage in stages(settings) if stage.sparsity is not None][1]
+    opt = optimizers.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
+    chosen = torch.cat([x.abs().flatten() for x in trained.values()])
+    k = chosen.numel() - round(stage.sparsity * chosen.numel())
+    mask = bip_fast.topk_mask(chosen, k)
+    assert torch.equal(torch.cat([opt.mask_of(x).flatten() for _, x in weights(model)]), mask), "by the trained weights"
+    for name, x in model.state_dict().items():
+        if name in trained:
+            p = dict(model.named_parameters())[name]
+            assert torch.equal(opt.weight_of(p), saved[name])
+            assert torch.equal(x, torch.where(opt.mask_of(p), saved[name], 0.0))
+        else:
+            assert torch.equal(x, saved[name]), "norms and biases too"
+
+
+@pytest.mark.parametrize("rewind", ["init", "1"])
+def test_the_end_of_a_round_keeps_less_of_what_was_kept(tmp_path, monkeypatch, rewind):
+    """A whole run of three rounds: masks are nested, and what a round starts from is the file of that epoch."""
+    seen = []
+    original = optimizers.begin
+
+    def watched(stage, model, settings, data, rewind=None):
+        opt = original(stage, model, settings, data, rewind)
+        seen.append({name: (p.detach() != 0, opt.weight_of(p)) for name, p in weights(model)})
+        return opt
+
+    monkeypatch.setattr("bip_fast.experiments.prune.begin", watched)
+    assert prune(tmp_path / "run", "--method", "imp", "--rewind", rewind, "--per-round", "0.5") == 0
+    epoch = 0 if rewind == "init" else 1
+    saved = load_weights(tmp_path / "run" / f"epoch-{epoch}.safetensors")
+    sizes = []
+    for before, after in zip([None, *seen], seen, strict=False):
+        for name, (kept, theta) in after.items():
+            assert torch.equal(theta, saved[name])
+            assert before is None or not (kept & ~before[name][0]).any()
+        sizes.append(sum(int(kept.sum()) for kept, _ in after.values()))
+    n = sum(kept.numel() for kept, _ in seen[0].values())
+    assert sizes == [n - round(s * n) for s in (0.5, 0.75, 0.8)]
+    result = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(result["history"]) == ["pretrain", "round 50 %", "round 75 %", "round 80 %"]
+    first = 1 + epoch
+    assert [row["epoch"] for row in result["history"]["round 80 %"]] == list(range(first, 4))
+    assert result["image_passes"]["round 80 %"] == (3 - epoch) * 5 * 200
+
+
+@pytest.mark.parametrize(("start", "end", "found"), [(0.0, 0.5, [0.2, 0.36, 0.488, 0.5]), (0.36, 0.488, [0.488]), (0.5, 0.5, [])])
+def test_rounds_remove_a_share_of_what_is_left(start, end, found):
+    assert rounds(start, end, 0.2) == pytest.approx(found)
+    assert not found or rounds(start, end, 0.2)[-1] == end
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of every method."""
+    folders = {}
+    for method in METHODS:
+        folders[method] = tmp_path_factory.mktemp("methods") / method
+        assert prune(folders[method], "--method", method, *(["--per-round", "0.5"] if method == "imp" else [])) == 0
+    return folders
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exactly_k_and_the_cost_of_the_table(whole, method):
+    result = json.loads((whole[method] / "report.json").read_text())
+    n = result["total"]
+    assert result["kept"] == (n if method == "dense" else n - round(0.8 * n))
+    extra = {"snip": 200, "grasp": 3 * 200, "synflow": 100}.get(method, 0)
+    own = {"imp": 9}.get(method, 3)  # three rounds of three epochs
+    assert sum(result["image_passes"].values()) == (2 + own) * 5 * 200 + extra
+    assert ("dense" in result) is METHODS[method].needs_dense
+    assert sum(row["epoch"] > 0 for rows in result["history"].values() for row in rows) == 2 + own
+    assert (whole[method] / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("after", [3, 13, 21])
+def test_stopped_and_resumed(whole, tmp_path, monkeypatch, capsys, method, after):
+    options = ["--method", method, *(["--per-round", "0.5"] if method == "imp" else [])]
+    monkeypatch.setattr(display, "make", lambda: Interrupting(after))
+    assert prune(tmp_path / "run", *options) == 130
+    assert "continue with" in one_line(capsys.readouterr().err)
+    monkeypatch.setattr(display, "make", display.Display)
+    assert cli.main(["prune", "--resume", str(tmp_path / "run")]) == 0
+    for name in ("model.safetensors",):
+        assert (tmp_path / "run" / name).read_bytes() == (whole[method] / name).read_bytes()
+
+
+def test_checkpoint_and_rewind_checkpoint_stand_in_for_dense_training(whole, tmp_path):
+    folder = whole["omp"]
+    options = ["--checkpoint", str(folder / "dense.safetensors"), "--rewind-checkpoint", str(folder / "epoch-0.safetensors")]
+    assert prune(tmp_path / "run", "--method", "omp", *options) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    result = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert result["image_passes"]["pretrain"] == 0
+
+
+def test_retraining_runs_the_dense_schedule_from_the_epoch(tmp_path):
+    assert prune(tmp_path / "run", "--rewind", "1") == 0
+    result = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["epoch"] for row in result["history"]["retrain"]] == [2]
+    assert result["history"]["retrain"][0]["lr"] == pytest.approx(result["history"]["pretrain"][1]["lr"])
+    assert result["history"]["retrain"][0]["mask_changes"] == 0
+
+
+def test_learning_rate_rewinding_keeps_the_weights(digits):
+    settings = settings_of("imp", rewind="lr")
+    own = stages(settings)[1]
+    assert (own.rewind, own.recipe.lr, own.recipe.first_epoch) == (False, settings.pretrain_lr, 0)
+    fine = stages(settings_of("omp-finetune"))[1]
+    assert (fine.rewind, fine.recipe.lr) == (False, settings.lr)
+
+
+BAD = {
+    "--method magic": "--method must be one of bip, hydra",
+    "--method snip --checkpoint x.pt": "--method snip starts from random weights: leave --checkpoint out",
+    "--method omp --checkpoint x.pt": "--rewind init with --checkpoint needs --rewind-checkpoint",
+    "--rewind-checkpoint x.pt": "--rewind-checkpoint needs --checkpoint",
+    "--method imp --sparsity 0": "--sparsity must be more than 0 with --method imp",
+    "--method imp --rewind 2": "--rewind must be an epoch before the last of 2, got 2",
+    "--method omp --rewind never": "--rewind must be init, lr or a number of epochs, got 'never'",
+    "--method imp --per-round 1": "--per-round must be in (0, 1), got 1",
+    "--ramp 1.5": "--ramp must be in [0, 1], got 1.5",
+    "--mask-momentum 1": "--mask-momentum must be in [0, 1), got 1",
+    "--train-images 5000": "--train-images must be at most 1,198 for --data digits, got 5,000",
+    "--stride 0": "--stride must be at least 1, got 0",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_wrong_options_are_one_line(options, tmp_path, capsys):
+    assert prune(tmp_path / "run", *options.split()) == 2
+    assert BAD[options] in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_imp_from_a_network_that_is_sparse_enough(whole, tmp_path, capsys):
+    options = ["--method", "imp", "--rewind", "lr", "--checkpoint", str(whole["imp"] / "model.safetensors"), "--sparsity", "0.7"]
+    assert prune(tmp_path / "run", *options) == 2
+    assert "--checkpoint has 80 % zeros already, and --sparsity asks for 0.7" in one_line(capsys.readouterr().err)
+
+
+def test_the_table_names_every_method():
+    text = methods.table()
+    assert all(f"| `{name}` |" in text for name in METHODS)
+    assert stages(replace(Settings(), checkpoint="x"))[0].recipe == replace(stages(Settings())[0].recipe, epochs=0)
