@@ -119,11 +119,11 @@ class Comparison:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the child inherits: Ctrl-C is for this process alone
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child inherits: Ctrl-C is for this process alone
         try:
             process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGINT, before)
         theirs.close()
         self._slots.append(_Slot(process, ours))
         return self._slots[-1]

@@ -241,14 +241,14 @@ class Stop(Exception):
 def stop_requests() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in the list that is yielded, instead of raising in the middle of a step.
 
-    The second one is not collected: it does what it did before, for a user who does not want to wait.
+    The second one is not collected: it does what it did before, for a user who does not want to wait. One that is ignored stays so.
     """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen  # only the main thread may set handlers
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def collect(number: int, frame: FrameType | None) -> None:
         seen.append(number)
@@ -256,7 +256,7 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(name, handler)
 
     try:
-        for number in numbers:
+        for number in previous:
             signal.signal(number, collect)
         yield seen
     finally:

@@ -1,0 +1,344 @@
+"""`bip-fast compare`: what a file stands for, runs over processes, stop and go on, failures, tables and pictures."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runs import one_line
+
+from bip_fast import cli
+from bip_fast.experiments import ExperimentError, figures, grid, progress, results
+from bip_fast.experiments.settings import Settings
+
+if missing := cli.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+
+TINY = """
+data: digits
+model: resnet20
+width: 2
+batch_size: 200
+pretrain_epochs: 2
+epochs: 2
+sparsity: [0.8, 0.5]
+seed: [0, 1]
+methods:
+  dense: {epochs: 0}
+  BiP: {method: bip, levels: joint}
+  imp: {rewind: 1, per_round: 0.5}
+  random:
+"""
+
+
+def written(folder, text=TINY, name="tiny.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def compare(config, out, *options):
+    return cli.main(["compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "2", *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole comparison; tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("compare")
+    assert compare(written(folder), folder / "out") == 0
+    return folder / "out"
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# --- what a file stands for ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_combinations_and_what_they_start_from(tmp_path):
+    found = grid.read(written(tmp_path))
+    rows = [(cell.label, cell.settings.sparsity, cell.settings.seed) for cell in found.rows]
+    pruned = [(label, s, seed) for label in ("BiP", "imp", "random") for seed in (0, 1) for s in (0.5, 0.8)]
+    assert sorted(rows) == sorted([("dense", 0.0, 0), ("dense", 0.0, 1), *pruned])
+    assert len(found.cells) == 14, "the dense row is the dense run that the others start from"
+    for cell in found.rows:
+        parent = cell.parent.settings if cell.parent else None
+        assert (parent is None) == (cell.label in ("dense", "random"))
+        if cell.label == "BiP":
+            assert (parent.method, parent.seed) == ("dense", cell.settings.seed)
+        if cell.label == "imp":
+            assert (parent.method, parent.sparsity) == (("imp", 0.5) if cell.settings.sparsity == 0.8 else ("dense", 0.0))
+            assert cell.dense.settings.method == "dense"
+            assert found.snapshots[cell.dense.address] == {1}
+    assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 2, 1, 2], "one round of one epoch to 50 %, two to 80 %"
+
+
+def test_an_address_is_what_decides_the_result(tmp_path):
+    first = {cell.address for cell in grid.read(written(tmp_path)).rows}
+    same = TINY.replace("BiP:", "another label:").replace("[0.8, 0.5]", "[0.5, 0.8]")
+    assert {cell.address for cell in grid.read(written(tmp_path, same)).rows} == first
+    default = TINY.replace("width: 2", f"width: 2\nmomentum: {Settings.momentum}")
+    assert {cell.address for cell in grid.read(written(tmp_path, default)).rows} == first
+    for change in ("pretrain_epochs: 2|pretrain_epochs: 3", "width: 2|width: 3", "data: digits|data: digits\nstride: 2"):
+        other = {cell.address for cell in grid.read(written(tmp_path, TINY.replace(*change.split("|")))).rows}
+        assert not other & first, change
+    only_bip = {cell.address for cell in grid.read(written(tmp_path, TINY.replace("levels: joint", "levels: joint, gamma: 2.0"))).rows}
+    assert len(only_bip - first) == 4
+
+
+def test_a_model_of_the_users_own_counts_with_its_code(tmp_path):
+    own = tmp_path / "own.py"
+    text = TINY.replace("model: resnet20", f"model: {own}:net").replace("width: 2\n", "")
+    own.write_text("a = 1")
+    first = [cell.address for cell in grid.read(written(tmp_path, text)).rows]
+    own.write_text("a = 2")
+    assert not set(first) & {cell.address for cell in grid.read(written(tmp_path, text)).rows}
+
+
+def test_lists_inside_of_a_method_are_swept(tmp_path):
+    text = TINY.replace("levels: joint", "levels: [joint, alternating], gamma: [0.5, 1.0, 2.0]")
+    rows = [cell for cell in grid.read(written(tmp_path, text)).rows if cell.label == "BiP"]
+    assert len(rows) == 2 * 3 * 2 * 2
+    assert {cell.swept for cell in rows} == {(("levels", a), ("gamma", b)) for a in ("joint", "alternating") for b in (0.5, 1.0, 2.0)}
+
+
+BAD = {
+    "methods: {}": "must have settings and `methods:`",
+    "just text": "must have settings and `methods:`",
+    "a: [": "is not YAML",
+    "methods: {bip: 3}": "methods: bip: expected settings, got 3",
+    "methods: {bip: {speed: 3}}": "methods: bip: unknown setting 'speed'; there are data,",
+    "methods: {bip: {checkpoint: x}}": "unknown setting 'checkpoint'",
+    "methods: {magic: }": "methods: magic: method must be one of bip",
+    "methods: {bip: {lr: fast}}": "methods: bip: lr must be float",
+    "methods: {bip: {seed: []}}": "seed must have a value, got an empty list",
+    "sparsity: 95\nmethods: {bip: }": "sparsity must be in [0, 1), got 95 (write 0.95 for 95 %)",
+    "data: cifar10\nmethods: {bip: }": "data cifar10 needs --data-dir",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_wrong_files_are_one_line(text, tmp_path, capsys):
+    assert compare(written(tmp_path, text), tmp_path / "out") == 2
+    assert BAD[text] in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    assert compare(tmp_path / "no.yaml", tmp_path / "out") == 2
+    assert "cannot read" in one_line(capsys.readouterr().err)
+
+
+def test_the_files_of_configs_can_be_read():
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert files
+    for path in files:
+        assert grid.read(path).rows, path
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_of_every_run(finished):
+    rows = rows_of(finished / "runs.csv")
+    assert len(rows) == 14
+    for row in rows:
+        report = json.loads((finished / row["folder"] / "report.json").read_text())
+        assert float(row["accuracy"]) == report["pruned"]["accuracy"]
+        n, kept = int(row["total"]), int(row["kept"])
+        assert kept == n - round(float(row["sparsity"]) * n)
+        assert float(row["sparsity_exact"]) == 1 - kept / n
+        own = {"dense": 2, "BiP": 2, "imp": 1 if row["sparsity"] == "0.5" else 2, "random": 4}[row["label"]]
+        total = own + {"dense": 0, "BiP": 2, "random": 0, "imp": 2 if row["sparsity"] == "0.5" else 3}[row["label"]]
+        assert int(row["image_passes"]) == own * 1000
+        assert int(row["image_passes_total"]) == total * 1000
+        assert float(row["seconds_total"]) >= float(row["seconds"]) > 0
+        dense = next(other for other in rows if other["label"] == "dense" and other["seed"] == row["seed"])
+        assert row["dense_accuracy"] == ("" if row["label"] == "random" else dense["accuracy"])
+        assert not (finished / row["folder"] / "checkpoint.pt").exists()
+    for line in rows_of(finished / "summary.csv"):
+        own = [float(row["accuracy"]) for row in rows if (row["label"], row["sparsity"]) == (line["row"], line["sparsity"])]
+        assert len(own) == 2
+        assert float(line["accuracy"]) == pytest.approx(statistics.mean(own))
+        assert float(line["accuracy_std"]) == pytest.approx(statistics.stdev(own))
+
+
+def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")}
+    assert compare(written(tmp_path), finished, "--list") == 0
+    assert "14 runs, 0 epochs to do" in capsys.readouterr().out
+    assert compare(written(tmp_path), finished) == 0
+    out = capsys.readouterr().out
+    assert "| digits, resnet20 of width 2 | 50 % | 80 % | epochs | minutes |" in out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")} == stamps
+
+
+def test_the_same_bits_as_a_run_alone(finished, tmp_path):
+    """A cell is the run that `bip-fast prune` makes in one folder, dense training included."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        options = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "2", "--levels", "joint", "--seed", "1"]
+        assert cli.main(["prune", *options, "--sparsity", "0.8", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    row = next(row for row in rows_of(finished / "runs.csv") if (row["label"], row["sparsity"], row["seed"]) == ("BiP", "0.8", "1"))
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / row["folder"] / "model.safetensors").read_bytes()
+
+
+def start_process(config, out):
+    command = [sys.executable, "-m", "bip_fast.cli", "compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "2"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how):
+    text = TINY.replace("seed: [0, 1]", "seed: 0")
+    out = tmp_path / "out"
+    process = start_process(written(tmp_path, text), out)
+    wait_for(lambda: any(out.glob("*/report.json")), process)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does, to all processes
+    else:
+        process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    if how != signal.SIGKILL:
+        assert process.returncode == 128 + how
+        assert "the same command goes on" in error
+        assert "Traceback" not in error
+    for path in out.rglob("*.json"):
+        json.loads(path.read_text())
+    before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/report.json")}
+    assert len(before) < 7
+    end = time.monotonic() + 30
+    while True:  # after a kill, the processes of the first still stop
+        if compare(written(tmp_path, text), out) == 0:
+            break
+        assert time.monotonic() < end
+        time.sleep(1)
+    for name, stamp in before.items():
+        assert (out / name / "report.json").stat().st_mtime_ns == stamp
+    folders = [path.parent.name for path in out.glob("*/report.json")]
+    assert len(folders) == 7
+    for name in folders:
+        assert (out / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def net(channels, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+        "def broken(channels, classes):\n"
+        "    raise RuntimeError('not today')\n"
+    )
+    text = f"""
+data: digits
+model: ["{tmp_path}/own.py:net", "{tmp_path}/own.py:broken"]
+batch_size: 200
+pretrain_epochs: 1
+epochs: 1
+sparsity: 0.5
+methods: {{bip: , random: }}
+"""
+    assert compare(written(tmp_path, text), tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert "RuntimeError: not today" in captured.err
+    assert "it starts from digits-" in captured.err, "what stands on it is not tried"
+    rows = rows_of(tmp_path / "out" / "runs.csv")
+    assert sorted(row["label"] for row in rows) == ["bip", "random"]
+    assert all(row["model"].endswith(":net") for row in rows)
+    assert str(tmp_path) not in "".join(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_two_at_once_is_an_error(finished, tmp_path, capsys):
+    from bip_fast.experiments.run import RunFolder
+
+    holder = RunFolder(finished)
+    holder.lock()
+    try:
+        assert compare(written(tmp_path), finished) == 2
+    finally:
+        holder.release()
+    assert "is in use by another run" in one_line(capsys.readouterr().err)
+
+
+def test_jobs_must_be_positive(tmp_path, capsys):
+    assert cli.main(["compare", str(written(tmp_path)), "--jobs", "0"]) == 2
+    assert "--jobs must be at least 1, got 0" in one_line(capsys.readouterr().err)
+
+
+# --- tables, pictures, progress --------------------------------------------------------------------------------------------------------
+
+
+def row(label="BiP", sparsity=0.9, seed=0, accuracy=0.8, **more):
+    base = {"data": "digits", "model": "resnet20", "width": None, "label": label, "row": label, "sparsity": sparsity, "seed": seed}
+    figures_ = {"accuracy": accuracy, "dense_accuracy": 0.9, "sparsity_exact": sparsity, "epochs_total": 4.0, "seconds_total": 90.0}
+    return {**base, **figures_, "joules_total": None, **more}
+
+
+def test_means_and_deviations():
+    rows = [row(accuracy=0.8), row(seed=1, accuracy=0.9), row("IMP", accuracy=0.7, epochs_total=40.0)]
+    first, second = results.summary(rows)
+    assert (first["seeds"], first["accuracy"], first["accuracy_std"]) == (2, pytest.approx(0.85), pytest.approx(0.0707, abs=1e-4))
+    assert (second["seeds"], second["accuracy_std"]) == (1, None)
+    text = results.table([*rows, row("dense", 0.0, accuracy=0.95)])
+    assert "| BiP | 85.00 ± 7.07 | 4 | 1.5 |" in text
+    assert "| IMP | 70.00 | 40 | 1.5 |" in text
+    assert "| dense | 95.00 | 4 | 1.5 |" in text
+
+
+def test_pictures(finished, tmp_path):
+    names = {path.name for path in finished.glob("*.png")}
+    assert names == {"accuracy-digits-resnet20-2.png", "cost-digits-resnet20-2.png"}
+    swept = [
+        row(sparsity=s, setting_rewind=e, row=f"BiP, rewind {e}", accuracy=0.8 + i / 50)
+        for s in (0.5, 0.9)
+        for i, e in enumerate(["init", "3", "10"])
+    ]
+    made = figures.draw(swept, tmp_path)
+    assert sorted(path.name for path in made) == ["accuracy-digits-resnet20.png", "cost-digits-resnet20.png", "rewind-digits-resnet20.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    assert figures._order("3") < figures._order("10") < figures._order("init")
+
+
+def test_time_left_follows_what_was_measured(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cells = [grid.Cell("BiP", Settings.of({"epochs": 10, "seed": seed, "checkpoint": "x"})) for seed in range(4)]
+    shown = progress.Progress()
+    shown.begin(cells, {cells[3].address}, jobs=2)
+    assert shown.seconds_left() is None
+    for cell in cells[:2]:
+        shown.update(cell, 0.0, "", fresh=True)
+    now[0] += 50
+    for cell in cells[:2]:
+        shown.update(cell, 0.5, "epoch 5/10")
+    assert shown.seconds_left() == pytest.approx((5 * 10 + 5 * 10 + 10 * 10) / 2), "10 seconds an epoch, two at a time"
+    now[0] += 50
+    shown.finish(cells[0])
+    shown.fail(cells[1], "broken")
+    assert shown.seconds_left() == pytest.approx(100)
+    assert shown.summary().startswith("2 of 4 runs, 1 failed, ")
+
+
+def test_unknown_settings_name_what_there_is(tmp_path):
+    with pytest.raises(ExperimentError, match="unknown setting 'epoch'; there are data, train_images"):
+        grid.read(written(tmp_path, "epoch: 3\nmethods: {bip: }"))
