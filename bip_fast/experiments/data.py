@@ -230,7 +230,7 @@ def _read(name: str, folder: Path) -> Arrays:
     if name == "fashion-mnist":
         return read_fashion_mnist(folder)
     if name == "tiny-imagenet":
-        return read_tiny_imagenet(folder)
+        return read_tiny_imagenet(folder, DATA[name].classes)
     return read_cifar(folder, DATA[name].classes)
 
 
