@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.fashion_mnist import machine
 from bench.report import folder_name
+from bench.workload import machine
 
 
 def one_run(seed: int, out: Path) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.fashion_mnist import machine
 from bench.report import folder_name
-from bench.workload import resnet18_shapes
+from bench.workload import machine, resnet18_shapes
 from bip_fast import FastBiP
 from bip_fast.benchmark import synchronize
 from bip_fast.patterns import parse

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import digits, fashion_mnist, patterns, report, structured, targets, window
+from bench import compare, digits, paper, patterns, report, structured, targets, window
 
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "topk": ("results.json", lambda results, _: report.pivot(results, ("top-k",))),
     "targets": ("results.json", _targets),
     "iterations": ("iterations.json", lambda results, _: _where(results) + "\n\n" + report.iterations(results)),
-    "fashion-mnist": ("fashion-mnist.json", lambda results, _: fashion_mnist.table(results["rows"])),
+    "quick": ("quick.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
+    "paper": ("paper.json", lambda results, _: _where(results) + "\n\n" + paper.table(results)),
     "digits": ("digits.json", lambda results, _: _where(results) + "\n\n" + digits.table(results)),
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),

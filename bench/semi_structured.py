@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.fashion_mnist import machine
 from bench.networks import Block
 from bench.report import folder_name
+from bench.workload import machine
 from bip_fast import FastBiP
 from bip_fast.export.measure import measure
 

@@ -5,7 +5,7 @@
 BiP (joint) beside one-shot group magnitude pruning: both start from the same dense network, keep half of the filters of every set of
 coupled layers, and get the same number of forward and backward passes on the same batches; "dense" is the network trained on for as long.
 ResNet-20b: 1x1 convolutions on the shortcuts that change the shape, so that whole channels of a stage can go. Fashion-MNIST: 10,000
-training images at 28x28. Test images choose nothing: step sizes are those of bench/fashion_mnist.py. A finished network is kept in
+training images at 28x28. Test images choose nothing: step sizes were chosen on other training images. A finished network is kept in
 --work, so an interrupted run continues where it was.
 """
 
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.fashion_mnist import machine
 from bench.report import folder_name
+from bench.workload import machine
 from bip_fast.experiments import models
 from bip_fast.experiments.data import Dataset, load, split
-from bip_fast.experiments.prune import dense_optimizer, pruner, recipes
+from bip_fast.experiments.methods import stages
+from bip_fast.experiments.optimizers import dense_optimizer, pruner
 from bip_fast.experiments.run import RunFolder, load_into, read_state_dict, write_safetensors
 from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import Cursor, evaluate, train
@@ -73,11 +74,12 @@ class Runs:
         if weights.is_file() and self.work.read_json(f"{stem}.json") == settings.as_dict():
             load_into(model, read_state_dict(weights), weights)
             return model
+        dense, sparse = (stage.recipe for stage in stages(settings))
         if start is None:
-            optimizer, recipe = dense_optimizer(model, settings), recipes(settings)["pretrain"]
+            optimizer, recipe = dense_optimizer(model, settings), dense
         else:
             model.load_state_dict(start.state_dict())
-            optimizer, recipe = pruner(model, settings, self.data), recipes(settings)["prune"]
+            optimizer, recipe = pruner(model, settings, self.data), sparse
         train(model, optimizer, self.data, recipe, Cursor())
         if start is not None:
             optimizer.finalize()  # type: ignore[attr-defined]

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from bench.fashion_mnist import machine
 from bench.report import folder_name
+from bench.workload import machine
 from bip_fast.experiments import models
 from bip_fast.experiments.data import load
-from bip_fast.experiments.prune import dense_optimizer, pruner, recipes
+from bip_fast.experiments.methods import stages
+from bip_fast.experiments.optimizers import dense_optimizer, pruner
 from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import Cursor, train
 
@@ -35,7 +36,8 @@ def record(settings: Settings, data_dir: Path | None, device: torch.device) -> d
     data = load(settings.data, data_dir).to(device)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, data.channels, data.classes).to(device).to(memory_format=torch.channels_last)
-    train(model, dense_optimizer(model, settings), data, recipes(settings)["pretrain"], Cursor())
+    dense, sparse = (stage.recipe for stage in stages(settings))
+    train(model, dense_optimizer(model, settings), data, dense, Cursor())
     optimizer = pruner(model, settings, data)
     steps: dict[str, list[float]] = {name: [] for name in (*COUNTS, "threshold")}
     (before,) = optimizer.report().selections
@@ -50,7 +52,7 @@ def record(settings: Settings, data_dir: Path | None, device: torch.device) -> d
         steps["threshold"].append(float(f"{now.threshold:.5g}"))
         before = now
 
-    train(model, optimizer, data, recipes(settings)["prune"], Cursor(), look)
+    train(model, optimizer, data, sparse, Cursor(), look)
     return steps | {"numel": before.numel, "kept": before.kept}  # type: ignore[dict-item]
 
 

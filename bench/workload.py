@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import bip_fast
 from bip_fast.benchmark import cache_bytes, step_bytes
 
 DENSITY = 0.1
@@ -86,6 +87,12 @@ def step_cases(kind: str, sizes: tuple[int, ...]) -> list[Case]:
     return sorted(
         cases, key=lambda case: (case.n, case.layout, case.dtype == torch.bfloat16, case.state == "all equal")
     )  # as `workload` likes
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Only what explains a number: no host names, no paths."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {processor_name()}, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), **bip_fast.build_info()}
 
 
 def processor_name() -> str:

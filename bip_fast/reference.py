@@ -17,8 +17,10 @@ from torch import Tensor
 
 __all__ = [
     "Blocks",
+    "PAPER",
     "Hyper",
     "State",
+    "Variant",
     "expand",
     "joint",
     "kept",
@@ -46,6 +48,21 @@ class Hyper(NamedTuple):
     mask_momentum: float = 0.0
     weight_decay: float = 1e-4
     nesterov: bool = False
+
+
+class Variant(NamedTuple):
+    """An upper level that is not the paper's, to measure what the difference makes (docs/paper.md). The kernels have none of these.
+
+    Args:
+        implicit: "paper", ``-m*g^2/gamma``; "published", ``-1e-4*(theta*g)^2``, as in the authors' code; "none".
+        shared: scores are what the weights are, ``s = min(|theta|, 1)`` at every upper step, as where both share their storage.
+    """
+
+    implicit: str = "paper"
+    shared: bool = False
+
+
+PAPER = Variant()
 
 
 class State(NamedTuple):
@@ -213,10 +230,19 @@ def _lower_theta(theta: Tensor, v: Tensor, m: Tensor, g: Tensor, h: Hyper) -> tu
     return theta - h.lr * direction, v
 
 
-def _upper_scores(state: State, g: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
+def _score_gradient(theta: Tensor, m: Tensor, g: Tensor, h: Hyper, variant: Variant) -> Tensor:
+    """A4, with the implicit term of the variant."""
+    if variant.implicit == "published":
+        return theta * g - 1e-4 * (theta * g) ** 2
+    return theta * g if variant.implicit == "none" else (theta - masked(m, g) * (1 / h.gamma)) * g
+
+
+def _upper_scores(state: State, g: Tensor, h: Hyper, variant: Variant) -> tuple[Tensor, Tensor]:
     """A4, A5: implicit gradient ``h = (theta - m*g/gamma) * g``, then the projected step on ``s``."""
     theta, _, s, u, m = state
-    gradient = (theta - masked(m, g) * (1 / h.gamma)) * g
+    if variant.shared:
+        return theta.abs().clamp(max=1), u
+    gradient = _score_gradient(theta, m, g, h, variant)
     if h.mask_momentum > 0:
         u = h.mask_momentum * u + gradient
         gradient = u
@@ -236,14 +262,14 @@ def lower(state: State, g: Tensor, h: Hyper) -> State:
     return state._replace(theta=_keep_if_nonfinite(g, theta, state.theta), v=_keep_if_nonfinite(g, v, state.v))
 
 
-def upper(state: State, g: Tensor, h: Hyper, k: int) -> State:
+def upper(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -> State:
     """Upper step: move the scores, project onto the masks of exactly ``k`` ones."""
-    s, u = _upper_scores(state, g, h)
+    s, u = _upper_scores(state, g, h, variant)
     s, u = _keep_if_nonfinite(g, s, state.s), _keep_if_nonfinite(g, u, state.u)
     return state._replace(s=s, u=u, m=topk_mask(s, k))
 
 
-def joint(state: State, g: Tensor, h: Hyper, k: int) -> State:
+def joint(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -> State:
     """Joint step: both levels from one gradient, every right-hand side at the old values."""
-    below, above = lower(state, g, h), upper(state, g, h, k)
+    below, above = lower(state, g, h), upper(state, g, h, k, variant)
     return State(below.theta, below.v, above.s, above.u, above.m)

@@ -1,0 +1,60 @@
+"""The results of a comparison, brought into bench/results: its rows as JSON, its picture.
+
+bip-fast compare configs/quick.yaml --data-dir DIR
+python3 -m bench.compare runs/quick           JSON and pictures under bench/results/<device>, table
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.report import folder_name
+from bench.workload import machine
+from bip_fast.experiments import results as compared
+
+
+def _value(text: str) -> Any:
+    """What a cell of CSV was."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text or None
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, as `bip-fast compare` prints it."""
+    return compared.table(results["rows"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of `bip-fast compare`")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    options = parser.parse_args(arguments)
+    with (options.folder / "runs.csv").open() as file:
+        rows = [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    device = torch.device("cpu" if rows[0]["device"].startswith("CPU") else "cuda")
+    results: dict[str, Any] = {"machine": machine(device), "date": datetime.date.today().isoformat()}
+    target = options.results / folder_name(results["machine"]["device"]) / f"{options.folder.name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    target.write_text(json.dumps(results)[:-1] + ',\n "rows": [\n  ' + lines + "\n]}\n")
+    for picture in sorted(options.folder.glob("*.png")):
+        shutil.copyfile(picture, target.with_name(f"{options.folder.name}-{picture.name}"))
+    print(f"{table({'rows': rows})}\n\n{target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
