@@ -1,6 +1,6 @@
-"""The result tables of README.md, made from the committed results.
+"""The tables of README.md and docs/*.md, made from the committed results and from the code.
 
-python3 -m bench.readme           rewrite the parts of README.md between <!-- results: NAME --> and <!-- end -->
+python3 -m bench.readme           rewrite the parts between <!-- results: NAME DEVICE --> and <!-- end -->
 python3 -m bench.readme --check   say with exit code 1 that they are not what the results give
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import compare, digits, paper, patterns, report, structured, targets, window
+from bip_fast.experiments import methods
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PART = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -38,7 +39,7 @@ def _targets(results: dict[str, Any], folder: Path) -> str:
     return targets.table(results, report.read(folder / "iterations.json"))
 
 
-# A table's file, and its text from that file and the folder it is in.
+# A table's file ("": it is made from the code), and its text from that file and the folder it is in.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "steps": ("results.json", lambda results, _: _where(results) + "\n\n" + _steps(results, True)),
     "states": ("results.json", lambda results, _: _steps(results, False)),
@@ -50,6 +51,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "digits": ("digits.json", lambda results, _: _where(results) + "\n\n" + digits.table(results)),
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
+    "methods": ("", lambda results, _: methods.table()),
     "window": ("window.json", lambda results, _: window.summary(results["steps"]) + "."),
 }
 
@@ -60,7 +62,7 @@ def filled(text: str) -> str:
     def fill(part: re.Match[str]) -> str:
         begin, name, folder, end = part.groups()
         file, table = TABLES[name]
-        results = report.read(RESULTS / folder / file)
+        results = report.read(RESULTS / folder / file) if file else {"code": True}
         return f"{begin}\n{table(results, RESULTS / folder) if results else 'Not measured yet.'}\n\n{end}"
 
     return PART.sub(fill, text)
@@ -72,14 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
-    old = README.read_text()
-    new = filled(old)
-    if options.check:
-        if new != old:
-            print("README.md does not show the committed results: run python3 -m bench.readme", file=sys.stderr)
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    wrong = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text()
+        new = filled(old)
+        if options.check and new != old:
+            print(f"{page.relative_to(ROOT)} does not show the committed results: run python3 -m bench.readme", file=sys.stderr)
+            wrong = 1
+        elif not options.check:
+            page.write_text(new)
+    return wrong
 
 
 if __name__ == "__main__":

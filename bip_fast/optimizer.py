@@ -248,6 +248,11 @@ class FastBiP(torch.optim.Optimizer):
             raise ValueError(f"p must be a parameter that is pruned, got {what}")
         return slot
 
+    @property
+    def pruned_params(self) -> list[Tensor]:
+        """The parameters that are pruned, in the order in which they compete."""
+        return [slot.member.param for slot in self._arena_of("list parameters").pruned]
+
     def mask_of(self, p: Tensor) -> Tensor:
         """Copy of the mask ``m`` of a pruned parameter: bool, with the shape and strides of ``p``. ValueError if it is not pruned."""
         return self._arena_of("look at a mask").mask_of(self._slot(p))

@@ -385,7 +385,7 @@ def test_a_run_that_holds_out_images_is_never_measured_on_test_images(run, tmp_p
     config = tmp_path / "run" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "validate": True}))
     assert cli.main(["measure", str(tmp_path / "run"), "--json", *QUICKLY]) == 0
-    held = len(data.hold_out(data.load("digits"), 0.2).test_labels)
+    held = len(data.hold_out(data.load("digits")).test_labels)
     assert json.loads(capsys.readouterr().out)["note"] == f"accuracy on {held} validation images"
 
 

@@ -101,7 +101,7 @@ def test_methods_keep_different_weights(digits):
 def run_stage(stage, opt, model, digits, epochs=1):
     recipe = replace(stage.recipe, epochs=epochs)
     with optimizers.moving(stage, opt):
-        train(model, opt, digits, recipe, Cursor(), before_step=optimizers.before_step(stage, model, opt))
+        train(model, opt, digits, recipe, Cursor(), before_step=optimizers.before_step(stage, opt))
 
 
 def test_hydra_learns_scores_while_everything_else_stays(digits):
@@ -132,7 +132,7 @@ def test_the_second_half_of_hydra_trains_under_its_mask(digits):
 def test_gradual_pruning_follows_the_cubic_curve_and_the_magnitudes(digits):
     model = network()
     stage, opt = begun("gmp", digits, model, ramp=0.5)
-    grow = optimizers.before_step(stage, model, opt)
+    grow = optimizers.before_step(stage, opt)
     n = flat_weights(model).numel()
     seen = []
     for done in range(41):
@@ -155,15 +155,31 @@ def test_gradual_pruning_follows_the_cubic_curve_and_the_magnitudes(digits):
 def test_bip_with_a_ramp_starts_dense_and_ends_sparse(digits):
     model = network()
     n = flat_weights(model).numel()
-    stage, opt = begun("bip", digits, model, levels="joint", ramp=0.5)
+    stage, opt = begun("bip", digits, model)
+    assert (stage.moves, stage.ramp) == ("joint", 0.5)
     assert report(model).sparsity == 0
-    grow = optimizers.before_step(stage, model, opt)
+    for p in opt.pruned_params:
+        assert torch.equal(opt.scores_of(p), opt.weight_of(p).square().div(2).clamp(max=1))
+    grow = optimizers.before_step(stage, opt)
+    grow(10, 20)
+    assert report(model).kept == n - round(0.8 * n), "at the end of the ramp, whether or not there are mask steps left"
     for done, kept in ((0, n), (5, n - round(0.8 * (1 - 0.5**3) * n)), (10, n - round(0.8 * n)), (11, n - round(0.8 * n))):
         grow(done, 20)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         opt.step()
         assert sum(int(opt.mask_of(p).sum()) for _, p in weights(model)) == kept
+
+
+@pytest.mark.parametrize("method", ["bip", "gmp"])
+@pytest.mark.parametrize(("ramp", "freeze"), [(0.5, 0.0), (1.0, 1.0), (1.0, 0.3), (0.01, 0.01), (0.99, 1.0)])
+@pytest.mark.parametrize("levels", ["joint", "alternating"])
+def test_the_sparsity_is_reached_whatever_the_ramp(digits, method, ramp, freeze, levels):
+    model = network()
+    stage, opt = begun(method, digits, model, ramp=ramp, freeze=freeze, levels=levels)
+    run_stage(stage, opt, model, digits)
+    result = report(model)
+    assert result.kept == result.total - round(0.8 * result.total)
 
 
 # --- rewinding ---------------------------------------------------------------------------------------------------------------------------
@@ -290,7 +306,7 @@ def test_learning_rate_rewinding_keeps_the_weights(digits):
 
 
 BAD = {
-    "--method magic": "--method must be one of bip, hydra",
+    "--method magic": "--method must be one of bip, bip-paper, hydra",
     "--method snip --checkpoint x.pt": "--method snip starts from random weights: leave --checkpoint out",
     "--method omp --checkpoint x.pt": "--rewind init with --checkpoint needs --rewind-checkpoint",
     "--rewind-checkpoint x.pt": "--rewind-checkpoint needs --checkpoint",

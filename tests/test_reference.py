@@ -260,3 +260,40 @@ def test_lower_at_a_full_mask_is_sgd(momentum, nesterov, dtype):
         state = reference.lower(state, p.grad, h)
         sgd.step()
     torch.testing.assert_close(state.theta, p.detach(), **TOLERANCE[dtype + " trajectory"])
+
+
+# --- upper levels that are not the paper's --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_momentum", [0.0, 0.5])
+def test_variants_of_the_implicit_term(mask_momentum):
+    state, g = random_state(500, seed=3, dtype=torch.float64)
+    h = Hyper(mask_lr=0.01, gamma=2.0, mask_momentum=mask_momentum)
+    theta, m = state.theta, state.m.double()
+    gradients = {
+        "paper": (theta - m * g / 2.0) * g,
+        "published": theta * g - 1e-4 * (theta * g).square(),
+        "none": theta * g,
+    }
+    found = {}
+    for name, gradient in gradients.items():
+        after = reference.upper(state, g, h, 100, reference.Variant(name))
+        expected = (state.s - 0.01 * (mask_momentum * state.u + gradient)).clamp(0, 1)
+        torch.testing.assert_close(after.s, expected, **TOLERANCE["float64"])
+        assert torch.equal(after.m, reference.topk_mask(after.s, 100))
+        assert torch.equal(after.theta, theta)
+        found[name] = after.s
+    assert not torch.equal(found["paper"], found["published"])
+    assert not torch.equal(found["none"], found["published"])
+    assert torch.equal(reference.upper(state, g, h, 100).s, found["paper"]), "the paper's is the default"
+
+
+def test_shared_storage_is_magnitude_pruning_at_every_upper_step():
+    state, g = random_state(300, seed=4)
+    variant = reference.Variant(shared=True)
+    for _ in range(5):
+        state = reference.lower(state, g, Hyper(lr=0.3))
+        state = reference.upper(state, g, Hyper(mask_lr=5.0), 60, variant)
+        assert torch.equal(state.m, reference.topk_mask(state.theta.abs().clamp(max=1), 60))
+    together = reference.joint(state, g, Hyper(), 60, variant)
+    assert torch.equal(together.m, state.m), "of the old weights"

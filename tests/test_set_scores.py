@@ -35,6 +35,17 @@ def test_masks_are_the_top_k_of_the_scores(backend, levels):
         assert torch.equal(opt.scores_of(p), scores[p])
 
 
+def test_pruned_params_are_those_that_compete(backend):
+    model = make_model(device=backend.device)
+    first, *others = (p for p in model.parameters() if p in pruned_of(model))
+    opt = FastBiP(model, sparsity=0.5, exclude=[first])
+    assert all(a is b for a, b in zip(opt.pruned_params, others, strict=True))
+    assert [row.total for row in opt.report()] == [p.numel() for p in opt.pruned_params]
+    opt.finalize()
+    with pytest.raises(RuntimeError, match="finalize"):
+        _ = opt.pruned_params
+
+
 def test_a_sparsity_changed_before_counts_at_once(backend):
     params = make_params([400, 300], device=backend.device)
     opt = FastBiP(params, sparsity=0.9)

@@ -31,7 +31,7 @@ class Stage:
         moves: what its steps move. "weights" under masks that stay; "scores" under weights that stay; "alternating" or "joint": both.
         criterion: that chooses the masks at the beginning, from the weights before a rewind.
         rewind: go back to the weights that the run has kept (`first_epoch`), with their norms and biases.
-        ramp: share of the stage in which the sparsity grows from 0, along the cubic curve of gradual magnitude pruning.
+        ramp: share of the time until masks freeze in which the sparsity grows from 0, along the cubic curve of gradual magnitude pruning.
         follow_magnitude: while it grows, masks are chosen by magnitude again and again.
     """
 
@@ -70,11 +70,15 @@ class Method:
 
 
 def rounds(start: float, end: float, share: float) -> list[float]:
-    """Sparsities of iterative pruning from ``start`` to ``end``, each of which removes ``share`` of what is left; the last one less."""
+    """Sparsities of iterative pruning from ``start`` to ``end``, each of which removes ``share`` of what is left; the last one less.
+
+    An ``end`` that is written with a few digits takes no round for the rest.
+    """
     found = []
     while start < end:
         start = 1 - (1 - start) * (1 - share)
-        found.append(end if start > end - 1e-9 else start)
+        found.append(end if 1 - start < 1.001 * (1 - end) else start)
+        start = found[-1]
     return found
 
 
@@ -143,11 +147,20 @@ def _at_init(criterion: str) -> Callable[[Settings, float], tuple[Stage, ...]]:
 
 METHODS: dict[str, Method] = {
     "bip": Method(
-        "learns weights and masks at two levels, on separate batches (alternating) or from one backward pass (joint)",
+        "learns weights and masks at two levels, from one backward pass (levels joint) or on separate batches (alternating)",
         "D + E",
-        "Zhang et al. 2022, arXiv 2210.04092; joint: this project",
+        "Zhang et al. 2022, with the settings of this project (docs/paper.md)",
         True,
         _bip,
+        {"levels": "joint", "lr": 0.2, "mask_lr": 1.6, "gamma": 1e30, "ramp": 0.5, "score_start": "square"},
+    ),
+    "bip-paper": Method(
+        "the same with the settings of the paper: separate batches, the whole sparsity from the first step",
+        "D + E",
+        "Zhang et al. 2022, arXiv 2210.04092",
+        True,
+        _bip,
+        {"lr": 0.01, "mask_lr": 0.1},
     ),
     "hydra": Method(
         "learns scores while the weights stay, for a share of E (freeze); then fine-tunes the weights it keeps",

@@ -117,8 +117,8 @@ def scored_images(stage: Stage, settings: Settings, data: AnyData) -> int:
 
 
 def _by_parameter(optimizer: FastBiP, model: nn.Module, chosen: scores.Scores) -> dict[Tensor, Tensor]:
-    pruned = {row.name for row in optimizer.report().decisions if row.pattern is not None}
-    return scores.to_unit_interval({x: chosen[name] for name, x in weights(model) if name in pruned})
+    pruned = set(optimizer.pruned_params)
+    return scores.to_unit_interval({x: chosen[name] for name, x in weights(model) if x in pruned})
 
 
 def _set_sparsity(optimizer: FastBiP, sparsity: float) -> None:
@@ -136,22 +136,22 @@ def moving(stage: Stage, optimizer: torch.optim.Optimizer) -> AbstractContextMan
     return nullcontext()
 
 
-def before_step(stage: Stage, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[int, int], None]:
+def before_step(stage: Stage, optimizer: torch.optim.Optimizer) -> Callable[[int, int], None]:
     """What happens before every step of a stage: nothing, or the sparsity grows. A function of the position alone, so that a resumed run
     goes on with the same bits."""
     if not isinstance(optimizer, FastBiP) or not stage.ramp or stage.sparsity is None:
         return lambda done, total: None
     end = stage.sparsity
-    pruned = _by_parameter(optimizer, model, scores.magnitude(model)) if stage.follow_magnitude else {}
 
     def grow(done: int, total: int) -> None:
-        length = max(1, round(stage.ramp * total))
+        length = min(round(stage.ramp * stage.recipe.freeze * total), total - 1)
         if done > length:
             return
-        if not stage.follow_magnitude:
-            _set_sparsity(optimizer, end * (1 - CURVES["cubic"](done / length)))
-        elif done == length or done % max(1, length // UPDATES) == 0:
-            _set_sparsity(optimizer, end * (1 - CURVES["cubic"](done / length)))
-            optimizer.set_scores(scores.to_unit_interval({p: optimizer.weight_of(p).abs() for p in pruned}))
+        last = done == length
+        _set_sparsity(optimizer, end if last else end * (1 - CURVES["cubic"](done / length)))
+        if stage.follow_magnitude and (last or done % max(1, length // UPDATES) == 0):
+            optimizer.set_scores(scores.to_unit_interval({p: optimizer.weight_of(p).abs() for p in optimizer.pruned_params}))
+        elif last:
+            optimizer.set_scores({})  # now: there may be no upper step any more
 
     return grow

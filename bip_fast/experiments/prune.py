@@ -109,7 +109,6 @@ class Job:
         self.snapshots = set(snapshots)
         self.decisions: list[dict[str, Any]] = []
         self.energy = joules(device)
-        self.sparsity = 0.0
         self.saved = time.monotonic()
         self.signals: list[int] = []
         self.say_once = functools.cache(shown.say)  # every stage may have the same to say
@@ -208,7 +207,7 @@ class Job:
             self.stage.recipe,
             self.cursor,
             self._after_step,
-            before_step=before_step(self.stage, self.model, self.optimizer),
+            before_step=before_step(self.stage, self.optimizer),
             amp=self.settings.amp,
             say=self.say_once,
         )
@@ -222,7 +221,6 @@ class Job:
         if isinstance(self.optimizer, FastBiP):
             for line in self.optimizer.report().decision_lines():
                 self.say_once(line)
-        self.sparsity = report(self.model).sparsity
 
     def _rewind(self, *, check_only: bool = False) -> None:
         """Load the weights that the run goes back to."""
@@ -241,7 +239,7 @@ class Job:
         if self.shown.wants() or (cursor.epoch == epochs and not cursor.step):
             loss, accuracy = cursor.running()
             epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
-            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, self.sparsity)
+            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
         if not cursor.step:
             self._keep(cursor.epoch)
         if self.signals or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY:

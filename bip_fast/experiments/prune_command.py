@@ -18,7 +18,7 @@ from .methods import METHODS
 from .models import MODELS
 from .prune import Job
 from .run import RunFolder, Stop
-from .settings import FIELDS, LEVELS, PRESETS, Settings
+from .settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings
 
 __all__ = ["add_options", "command"]
 
@@ -37,8 +37,9 @@ def add_options(commands: Any) -> None:
 
     def default(name: str) -> str:
         values: dict[Any, list[str]] = {}
+        own = METHODS[Settings.method].defaults
         for data, preset in PRESETS.items():
-            values.setdefault(preset.get(name, getattr(Settings, name)), []).append(data)
+            values.setdefault(own.get(name, preset.get(name, getattr(Settings, name))), []).append(data)
         if len(values) == 1:
             return f"default: {next(iter(values))}"
         return "default: " + ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())
@@ -76,8 +77,9 @@ def add_options(commands: Any) -> None:
     add(how, "lr", float, "X", "step size of the weights, at the start of a cosine")
     add(how, "mask_lr", float, "X", "step size of the scores, at the start of a cosine")
     add(how, "gamma", float, "X", "weight of the lower level's convexity; larger: smaller implicit gradient")
+    add(how, "score_start", str, "NAME", f"{' or '.join(SCORE_STARTS)}: scores of bip begin at min(|theta|, 1) or at theta^2 / 2")
     add(how, "mask_momentum", float, "X", "momentum of the scores")
-    add(how, "ramp", float, "X", "share of pruning in which the sparsity grows; 0: it is there from the beginning")
+    add(how, "ramp", float, "X", "share of the time until masks freeze in which the sparsity grows; 0: all of it at once")
     add(how, "freeze", float, "X", "share of pruning after which masks stay; 0: one-shot magnitude pruning, 1: never")
     how.add_argument(
         "--rewind",

@@ -18,6 +18,8 @@ from .methods import METHODS
 __all__ = ["LEVELS", "PRESETS", "Settings"]
 
 LEVELS = ("alternating", "joint")
+# What scores start from: |theta|, as in the paper, or theta^2 / 2, which gradient descent on theta moves by -lr*theta*g, as upper steps
+# move scores by -mask_lr*theta*g: learned and inherited parts of a score are then of one kind.
 SCORE_STARTS = ("magnitude", "square")
 _NONE = type(None)
 _TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int, _NONE), "str | None": (str, _NONE)}

@@ -166,10 +166,10 @@ def train(
         batches = data.epoch(recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
         while cursor.step < steps:
             done = cursor.epoch * steps + cursor.step
+            before_step(done, total)
             if not frozen and done >= recipe.freeze * total:
                 optimizer.freeze_masks()  # type: ignore[attr-defined]
                 frozen = True
-            before_step(done, total)
             lr = set_rates(optimizer, recipe, done / total)
             _, sums = iteration(*batches.batch(cursor.step))
             cursor.sums += sums
