@@ -35,8 +35,15 @@ from bip_fast.export.shrink import shrink
 
 BATCH = 64
 BASE: dict[str, dict[str, Any]] = {
-    "digits": {"data": "digits", "model": "resnet20b"},
-    "fashion-mnist": {"data": "fashion-mnist", "model": "resnet20b", "pretrain_epochs": 10, "epochs": 10, "batch_size": 64},
+    "digits": {"method": "bip-paper", "data": "digits", "model": "resnet20b"},
+    "fashion-mnist": {
+        "method": "bip-paper",
+        "data": "fashion-mnist",
+        "model": "resnet20b",
+        "pretrain_epochs": 10,
+        "epochs": 10,
+        "batch_size": 64,
+    },
 }
 FILTERS = {"pattern": "filter", "scope": "layer", "sparsity": 0.5}
 METHODS: dict[str, dict[str, Any]] = {

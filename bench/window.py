@@ -3,7 +3,8 @@
     python3 -m bench.window                            ResNet-20 on scikit-learn's digits, dense, then BiP at 95 % zeros
     python3 -m bench.window --data cifar10 --data-dir DIR --levels joint --sparsity 0.9 --mask-lr 1
 
-Written to bench/results/<device>/window.json and window.png. Settings that are not given are those of `bip-fast prune`.
+Written to bench/results/<device>/window.json and window.png. The whole sparsity from the first step, and step sizes at
+which masks move; other settings that are not given are those of `bip-fast prune --method bip-paper`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import Cursor, train
 
 COUNTS = ("first", "missed", "crowded", "candidates", "flips")
+USUAL = {"method": "bip-paper", "lr": 0.05, "mask_lr": 1.0}
 BLUE, RED, GREY = "#0055aa", "#cc3311", "#777777"
 
 
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar="X")
     options = vars(parser.parse_args(arguments))
     data_dir, device, out = (options.pop(name) for name in ("data_dir", "device", "out"))
-    settings = Settings.of(options)
+    settings = Settings.of({**USUAL, **options})
     steps = record(settings, data_dir, device)
     results = {"machine": machine(device), "date": datetime.date.today().isoformat(), "settings": settings.as_dict(), "steps": steps}
     folder = out or Path(__file__).parent / "results" / folder_name(results["machine"]["device"])
