@@ -35,6 +35,25 @@ def table(results: dict[str, Any]) -> str:
     return compared.table(results["rows"])
 
 
+def search_table(results: dict[str, Any]) -> str:
+    """Markdown: a line for each choice of settings of a search, a column for each sparsity; "" where a setting has no meaning."""
+    settings = ("method", "levels", "lr", "mask_lr", "mask_momentum", "gamma", "score_start", "ramp", "freeze")
+    rows = results["rows"]
+    sparsities = sorted({row["sparsity"] for row in rows})
+    found: dict[tuple[Any, ...], dict[float, float]] = {}
+    for row in rows:
+        found.setdefault((row["pass"], *(row[name] for name in settings)), {})[row["sparsity"]] = row["accuracy"]
+    lines = ["| pass | " + " | ".join([*settings, *(f"{100 * s:g} %" for s in sparsities)]) + " |"]
+    lines.append("|---" * (1 + len(settings) + len(sparsities)) + "|")
+    for key, accuracies in sorted(found.items(), key=lambda item: (item[0][:2], str(item[0]))):
+        cells = [
+            "" if value is None else "off" if value == 1e30 else f"{value:g}" if isinstance(value, float) else str(value) for value in key
+        ]
+        cells += [f"{100 * accuracies[s]:.2f}" if s in accuracies else "" for s in sparsities]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

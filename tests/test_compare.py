@@ -319,6 +319,26 @@ def test_pictures(finished, tmp_path):
     assert figures._order("3") < figures._order("10") < figures._order("init")
 
 
+def test_results_become_a_table_of_the_readme(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from bench import compare as bench_compare
+    from bench import readme
+
+    assert bench_compare.main([str(finished), "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    folder = next(tmp_path.iterdir())
+    assert {path.name for path in folder.iterdir()} == {"out.json"} | {f"out-{path.name}" for path in finished.glob("*.png")}
+    rows = json.loads((folder / "out.json").read_text())["rows"]
+    assert [row["accuracy"] for row in rows] == [float(row["accuracy"]) for row in rows_of(finished / "runs.csv")]
+    (folder / "quick.json").write_bytes((folder / "out.json").read_bytes())
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = readme.filled(f"<!-- results: quick {folder.name} -->\nold\n<!-- end -->")
+    assert results.table(rows) in printed
+    assert results.table(rows) in text
+    assert "| BiP | " in text
+    assert "`gmp`" in readme.filled("<!-- results: methods none -->\n<!-- end -->")
+
+
 def test_time_left_follows_what_was_measured(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
