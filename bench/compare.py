@@ -42,10 +42,10 @@ def search_table(results: dict[str, Any]) -> str:
     sparsities = sorted({row["sparsity"] for row in rows})
     found: dict[tuple[Any, ...], dict[float, float]] = {}
     for row in rows:
-        found.setdefault((row["pass"], *(row[name] for name in settings)), {})[row["sparsity"]] = row["accuracy"]
-    lines = ["| pass | " + " | ".join([*settings, *(f"{100 * s:g} %" for s in sparsities)]) + " |"]
-    lines.append("|---" * (1 + len(settings) + len(sparsities)) + "|")
-    for key, accuracies in sorted(found.items(), key=lambda item: (item[0][:2], str(item[0]))):
+        found.setdefault(tuple(row[name] for name in settings), {})[row["sparsity"]] = row["accuracy"]
+    lines = ["| " + " | ".join([*settings, *(f"{100 * s:g} %" for s in sparsities)]) + " |"]
+    lines.append("|---" * (len(settings) + len(sparsities)) + "|")
+    for key, accuracies in sorted(found.items(), key=str):
         cells = [
             "" if value is None else "off" if value == 1e30 else f"{value:g}" if isinstance(value, float) else str(value) for value in key
         ]
