@@ -65,7 +65,7 @@ def _needs(error: str | None, missing: list[str]) -> list[tuple[str, str]]:
     if error is not None:
         needs.append((f"the kernels: {error}", REBUILD))
     if missing:
-        needs.append((f"{', '.join(missing)}: for `bip-fast prune`", "pip install 'bip_fast[cli]'"))
+        needs.append((f"{', '.join(missing)}: for `bip-fast prune` and `compare`", "pip install 'bip_fast[cli]'"))
     if torch.cuda.is_available() and error is None and "cuda" not in ops.BACKENDS:
         needs.append(("CUDA kernels: torch sees a GPU, this build is for the CPU only", f"BIP_FAST_CUDA=1 {REBUILD} (needs nvcc)"))
     return needs

@@ -27,7 +27,7 @@ def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "undefined symbol: x" in shown.out
     assert "pip install --force-reinstall" in shown.out
-    assert "scikit-learn, rich, matplotlib, safetensors: for `bip-fast prune`\n    pip install 'bip_fast[cli]'" in shown.out
+    assert "scikit-learn, rich, matplotlib, safetensors, pyyaml: for `bip-fast prune` and `compare`\n    pip install 'bip_fast[cli]'" in shown.out
     assert shown.err == ""
 
 
@@ -35,7 +35,7 @@ def test_prune_without_its_packages_says_what_to_install(monkeypatch, capsys, tm
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert prune(tmp_path / "run") == 2
     line = one_line(capsys.readouterr().err)
-    assert line == "bip-fast prune: needs scikit-learn, rich, matplotlib, safetensors: pip install 'bip_fast[cli]'\n"
+    assert line == "bip-fast prune: needs scikit-learn, rich, matplotlib, safetensors, pyyaml: pip install 'bip_fast[cli]'\n"
 
 
 def test_no_command_and_help_and_unknown_command(capsys):
