@@ -316,7 +316,7 @@ def test_pictures(finished, tmp_path):
     made = figures.draw(swept, tmp_path)
     assert sorted(path.name for path in made) == ["accuracy-digits-resnet20.png", "cost-digits-resnet20.png", "rewind-digits-resnet20.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
-    assert figures._order("3") < figures._order("10") < figures._order("init")
+    assert figures._order("init") < figures._order("3") < figures._order("10") < figures._order("lr")
 
 
 def test_results_become_a_table_of_the_readme(finished, tmp_path, monkeypatch, capsys):

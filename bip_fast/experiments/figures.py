@@ -139,5 +139,7 @@ def _sweep(axes: Any, rows: Sequence[Row], setting: str, title: str) -> None:
 
 
 def _order(value: Any) -> tuple[bool, Any]:
-    """Numbers first, also those that are written as words."""
+    """Numbers first, also those that are written as words; the initialisation is epoch 0."""
+    if value == "init":
+        return False, 0.0
     return (False, float(value)) if isinstance(value, (int, float)) or str(value).isdecimal() else (True, str(value))
