@@ -27,7 +27,10 @@ def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "undefined symbol: x" in shown.out
     assert "pip install --force-reinstall" in shown.out
-    assert "scikit-learn, rich, matplotlib, safetensors, pyyaml: for `bip-fast prune` and `compare`\n    pip install 'bip_fast[cli]'" in shown.out
+    assert (
+        "scikit-learn, rich, matplotlib, safetensors, pyyaml: for `bip-fast prune` and `compare`\n    pip install 'bip_fast[cli]'"
+        in shown.out
+    )
     assert shown.err == ""
 
 

@@ -116,6 +116,8 @@ def _cost(axes: Any, part: Sequence[Row], title: str) -> None:
         axes.plot([1 - line["sparsity"] for line in own], minutes, label=f"{row} ({epochs} epochs)", **style)
     _sparsity_axis(axes, sorted({line["sparsity"] for line in part if line["sparsity"]}))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("minutes, dense training included (log scale)")
     axes.set_title(title, fontsize=10)
 
