@@ -305,12 +305,37 @@ def test_learning_rate_rewinding_keeps_the_weights(digits):
     assert (fine.rewind, fine.recipe.lr) == (False, settings.lr)
 
 
+@pytest.mark.parametrize("pattern", ["filter", "channel", "block:2x2", "2:4"])
+@pytest.mark.parametrize("method", ["bip", "gmp", "hydra", "snip", "synflow", "omp"])
+def test_methods_take_every_pattern(digits, method, pattern):
+    """One epoch: masks are whole units, and what is not kept is 0."""
+    settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
+    torch.manual_seed(0)
+    model = models.build("resnet20b", 1, 10, width=4)
+    stage = next(stage for stage in stages(settings) if stage.sparsity is not None)
+    saved = {name: x.clone() for name, x in model.state_dict().items()}
+    opt = optimizers.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
+    run_stage(stage, opt, model, digits)
+    kept = {name: opt.mask_of(x) for name, x in weights(model) if x in set(opt.pruned_params)}
+    assert len(kept) > 10
+    for name, mask in kept.items():
+        if pattern == "filter":
+            assert torch.equal(mask.flatten(1).all(1), mask.flatten(1).any(1)), name
+        if pattern == "channel":
+            channels = mask.transpose(0, 1).flatten(1)
+            assert torch.equal(channels.all(1), channels.any(1)), name
+        if pattern == "2:4":
+            assert mask.sum() == mask.numel() // 2
+    assert 0.25 < sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values()) < 0.7
+
+
 BAD = {
     "--method magic": "--method must be one of bip, bip-paper, hydra",
     "--method snip --checkpoint x.pt": "--method snip starts from random weights: leave --checkpoint out",
     "--method omp --checkpoint x.pt": "--rewind init with --checkpoint needs --rewind-checkpoint",
     "--rewind-checkpoint x.pt": "--rewind-checkpoint needs --checkpoint",
     "--method imp --sparsity 0": "--sparsity must be more than 0 with --method imp",
+    "--method imp --pattern 2:4 --sparsity 0.5": "--method imp prunes in rounds, and --pattern 2:4 has one sparsity only",
     "--method imp --rewind 2": "--rewind must be an epoch before the last of 2, got 2",
     "--method omp --rewind never": "--rewind must be init, lr or a number of epochs, got 'never'",
     "--method imp --per-round 1": "--per-round must be in (0, 1), got 1",

@@ -115,6 +115,8 @@ class Settings:
             raise ExperimentError("--rewind-checkpoint needs --checkpoint, and --rewind init or a number of epochs")
         if self.method == "imp" and not self.sparsity:
             raise ExperimentError("--sparsity must be more than 0 with --method imp, got 0")
+        if self.method == "imp" and parse(self.pattern).sparsity is not None:
+            raise ExperimentError(f"--method imp prunes in rounds, and --pattern {self.pattern} has one sparsity only")
         if rewinds and self.rewind != "init":
             trained = min(self.pretrain_epochs, self.pretrain_epochs if self.method == "bip" else self.epochs)
             if int(str(self.rewind)) >= trained:
