@@ -10,7 +10,7 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .data import AnyData, batch_count, prepared
 from .energy import joules
 from .methods import PRETRAIN, Stage, first_epoch, stages
 from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
-from .run import RunFolder, Stop, load_into, read_state_dict, snapshot_name, stop_requests, write_safetensors
+from .run import STOP_SIGNALS, RunFolder, Stop, load_into, read_state_dict, snapshot_name, stop_requests, write_safetensors
 from .settings import Settings
 from .train import Cursor, evaluate, train
 
@@ -75,6 +75,7 @@ class Job:
         shown: tells a person how far it is.
         snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
         score_start: whether to look at the test images before pruning as well.
+        stop_on: signals at which `run` saves and stops.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class Job:
         *,
         snapshots: Collection[int] = (),
         score_start: bool = True,
+        stop_on: Sequence[int] = STOP_SIGNALS,
     ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
-        self.score_start = score_start
+        self.score_start, self.stop_on = score_start, stop_on
         self.data = prepared(data, settings).to(device)
         torch.manual_seed(settings.seed)
         try:
@@ -124,7 +126,7 @@ class Job:
             Stop: a signal came; the checkpoint holds the state after the last batch.
         """
         total = self.steps * sum(self._epochs(stage) for stage in self.stages)
-        with stop_requests() as self.signals, self.shown:
+        with stop_requests(self.stop_on) as self.signals, self.shown:
             self.shown.begin(total, self._batches_done())
             if not self.at and not self.cursor.epoch and not self.cursor.step:
                 self._keep(0)

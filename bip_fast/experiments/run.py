@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from .settings import FIELDS, Settings, option
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["RunFolder", "Stop", "load_into", "read_state_dict", "snapshot_name", "write_beside", "write_safetensors"]
+__all__ = ["STOP_SIGNALS", "RunFolder", "Stop", "load_into", "read_state_dict", "snapshot_name", "write_beside", "write_safetensors"]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
 
@@ -229,6 +229,9 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     model.load_state_dict(state)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Stop(Exception):
     """A signal asked the run to stop; raised between two batches, when all state is whole."""
 
@@ -238,17 +241,16 @@ class Stop(Exception):
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is yielded, instead of raising in the middle of a step.
+def stop_requests(numbers: Sequence[int] = STOP_SIGNALS) -> Iterator[list[int]]:
+    """Collect signals in the list that is yielded, instead of raising in the middle of a step.
 
-    The second one is not collected: it does what it did before, for a user who does not want to wait. One that is ignored stays so.
+    The second one is not collected: it does what it did before, for a user who does not want to wait.
     """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen  # only the main thread may set handlers
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    previous = {number: signal.getsignal(number) for number in numbers}
 
     def collect(number: int, frame: FrameType | None) -> None:
         seen.append(number)

@@ -106,7 +106,7 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
             epoch = 0 if settings.rewind == "init" else settings.rewind
             settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
     settings.check()
-    job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, score_start=False)
+    job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, score_start=False, stop_on=[signal.SIGTERM])
     try:
         if folder.begun and not folder.finished:
             job.resume()
