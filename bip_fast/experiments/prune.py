@@ -176,9 +176,9 @@ class Job:
             self.start()
             return
         try:
+            load_into(self.model, state["model"], self.folder.path / "checkpoint.pt")
             self.done = {name: dict(state["done"][name]) for name in self.done}
             self._plan(float(self.done["start"]["sparsity"]))
-            load_into(self.model, state["model"], self.folder.path / "checkpoint.pt")
             self.at = [stage.name for stage in self.stages].index(state["stage"])
             self.optimizer = optimizer_of(self.stage, self.model, self.settings, self.data)
             self.optimizer.load_state_dict(state["optimizer"])
