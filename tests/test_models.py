@@ -23,9 +23,9 @@ SIZES = {
     "resnet32": 464_154,
     "resnet56": 853_018,
     "resnet18": 11_173_962,
-    # Of the networks for ImageNet, as torchvision counts them, with 10 classes in place of 1000.
-    "resnet18-imagenet": 11_689_512 - 513 * 990,
-    "resnet50": 25_557_032 - 2049 * 990,
+    # With the 1000 classes of ImageNet, as torchvision counts them.
+    "resnet18-imagenet": 11_689_512,
+    "resnet50": 25_557_032,
     "vgg16bn": VGG_SIZE,
 }
 DEPTHS = {
@@ -42,19 +42,42 @@ DEPTHS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_number_of_weights_and_layers(name):
-    model = build(name, 3, 10)
+    with torch.device("meta"):  # only shapes are counted
+        model = build(name, 3, 1000 if name in ("resnet18-imagenet", "resnet50") else 10)
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))]
     assert len(layers) == DEPTHS[name]
 
 
 @pytest.mark.parametrize("name", ["resnet18-imagenet", "resnet50", "vgg16bn"])
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 64)])
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32), (3, 64)])
 def test_large_networks_take_images_of_any_size(name, channels, size):
     model = build(name, channels, 7, width=2)
     assert model(torch.randn(2, channels, size, size)).shape == (2, 7)
     model.eval()(torch.randn(1, channels, size, size)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def outputs_of(model, layers, size):
+    """(channels, height) of what the layers give for one image."""
+    shapes = []
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, inputs, output: shapes.append(tuple(output.shape[1:3])))
+    model.eval()(torch.randn(1, 3, size, size))
+    return shapes
+
+
+@pytest.mark.parametrize(("name", "factor"), [("resnet18-imagenet", 1), ("resnet50", 4)])
+def test_stem_for_imagenet_quarters_the_resolution(name, factor):
+    model = build(name, 3, 10, width=2)
+    assert outputs_of(model, [model.conv1, model.pool], 64) == [(2, 32), (2, 16)]
+    assert outputs_of(model, model.stages, 64) == [(2 * factor, 16), (4 * factor, 8), (8 * factor, 4), (16 * factor, 2)]
+
+
+def test_vgg_halves_the_resolution_after_each_of_four_stages():
+    model = build("vgg16bn", 3, 10, width=2)
+    pools = [layer for layer in model.features if isinstance(layer, nn.MaxPool2d)]
+    assert outputs_of(model, [*pools, model.features], 32) == [(2, 16), (4, 8), (8, 4), (16, 2), (16, 2)]
 
 
 def test_bottleneck_has_its_stride_in_the_middle():
@@ -155,13 +178,12 @@ def test_width_is_for_the_named_networks_only(tmp_path):
 
 @pytest.fixture
 def library(monkeypatch):
-    """Stands in for a library: knows two models, and remembers how it was called."""
+    """Stands in for a library: knows four models, and remembers how it was called."""
 
     def install(name, module_name, make):
         calls = []
         module = types.ModuleType(module_name)
-        module.__spec__ = types.SimpleNamespace()
-        module.list_models = lambda: ["resnet26", "vit_tiny"]
+        module.list_models = lambda: ["vit_tiny", "resnet26", "resnet50", "resnet50d"]
 
         def remembered(model, **options):
             calls.append((model, options))
@@ -175,24 +197,95 @@ def library(monkeypatch):
     return install
 
 
-def test_models_of_timm(library):
+# timm lists architectures only; a name with a tag is one that it takes.
+@pytest.mark.parametrize("name", ["vit_tiny", "resnet50.a1_in1k"])
+def test_models_of_timm(library, name):
     calls = library("timm", "timm", "create_model")
-    assert isinstance(build("timm:vit_tiny", 1, 10), nn.Linear)
-    assert calls == [("vit_tiny", {"pretrained": False, "in_chans": 1, "num_classes": 10})]
-    with pytest.raises(ExperimentError, match=r"timm has no such model; close to it: resnet26"):
-        build("timm:resnet62", 1, 10)
+    assert isinstance(build(f"timm:{name}", 1, 10), nn.Linear)
+    assert calls == [(name, {"pretrained": False, "in_chans": 1, "num_classes": 10})]
 
 
 def test_models_of_torchvision(library):
     calls = library("torchvision", "torchvision.models", "get_model")
-    assert isinstance(build("torchvision:resnet26", 3, 10), nn.Linear)
-    assert calls == [("resnet26", {"weights": None, "num_classes": 10})]
-    with pytest.raises(ExperimentError, match="images of 3 channels, and the data set has 1"):
-        build("torchvision:resnet26", 1, 10)
+    assert isinstance(build("torchvision:resnet26", 3, 7), nn.Linear)
+    assert calls == [("resnet26", {"weights": None, "num_classes": 7})]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_models_of_torchvision_take_three_channels(library, channels):
+    calls = library("torchvision", "torchvision.models", "get_model")
+    with pytest.raises(ExperimentError, match=f"images of 3 channels, and the data set has {channels}"):
+        build("torchvision:resnet26", channels, 10)
+    assert not calls
+
+
+@pytest.mark.parametrize(("name", "module", "make"), [("timm", "timm", "create_model"), ("torchvision", "torchvision.models", "get_model")])
+@pytest.mark.parametrize("asked", ["resnet5", "hub:resnet50", "%"])
+def test_an_unknown_model_of_a_library_is_answered_with_the_three_closest(library, name, module, make, asked):
+    calls = library(name, module, make)
+    with pytest.raises(ExperimentError, match=f"{name}:{asked}: {name} has no such model; close to it: ") as error:
+        build(f"{name}:{asked}", 3, 10)
+    close = str(error.value).rpartition("close to it: ")[2].split(", ")
+    assert len(set(close)) == 3
+    if asked == "resnet5":
+        assert close == ["resnet50", "resnet50d", "resnet26"]
+    assert not calls
+
+
+def test_the_prefix_of_a_library_wins_over_a_package_of_that_name(library, tmp_path, monkeypatch):
+    calls = library("timm", "timm", "create_model")
+    sys.modules["timm"].vit_tiny = lambda channels, classes: nn.Identity()
+    assert isinstance(build("timm:vit_tiny", 3, 10), nn.Linear)
+    assert len(calls) == 1
+    # Only the whole word before the colon is a prefix.
+    (tmp_path / "timm_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(build("timm_of_mine:small", 3, 10), nn.Sequential)
+    assert len(calls) == 1
+
+
+def test_width_is_not_for_models_of_a_library(library):
+    library("timm", "timm", "create_model")
+    with pytest.raises(ExperimentError, match="--width is for"):
+        build("timm:vit_tiny", 3, 10, width=8)
+
+
+def forget(monkeypatch, library):
+    """The next import of it looks for it again."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+class Absent:
+    """Finder that says of one package what Python says of one that is not installed."""
+
+    def __init__(self, package):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_a_library_that_is_not_there_is_one_line(monkeypatch, name):
-    monkeypatch.setattr("importlib.util.find_spec", lambda asked: None)
-    with pytest.raises(ExperimentError, match=f"needs {name}: pip install {name}"):
+    forget(monkeypatch, name)
+    monkeypatch.setattr(sys, "meta_path", [Absent(name), *sys.meta_path])
+    with pytest.raises(ExperimentError, match=f"needs {name}: pip install {name}$"):
         build(f"{name}:resnet26", 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('operator\\nmissing')", "RuntimeError: operator missing"),
+        ("import no_such_package_here", "ModuleNotFoundError: No module named 'no_such_package_here'"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, code, message):
+    forget(monkeypatch, "torchvision")
+    (tmp_path / "torchvision.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ExperimentError, match=f"--model torchvision:resnet26: cannot import torchvision: {message}$") as error:
+        build("torchvision:resnet26", 3, 10)
+    assert "\n" not in str(error.value)

@@ -41,18 +41,20 @@ def build(name: str, channels: int, classes: int, width: int | None = None) -> n
         width: channels of the first stage, for `MODELS` only.
 
     Raises:
-        ExperimentError: there is no such model, its library is not installed, or the function does not return a module.
+        ExperimentError: there is no such model, its library is not installed or cannot be imported, or what makes it fails or returns no
+            module.
     """
     if name in MODELS:
         return MODELS[name](channels, classes, width)
+    library, _, model_name = name.partition(":")
     where, colon, function = name.rpartition(":")
     if not colon:
         others = "timm:NAME, torchvision:NAME, FILE.py:function or package.module:function"
         raise ExperimentError(f"--model must be one of {', '.join(MODELS)}, {others}, got {name!r}")
     if width is not None:
         raise ExperimentError(f"--width is for {', '.join(MODELS)}, got --model {name}")
-    if where in LIBRARIES:
-        make = _of_library(where, function, channels, classes)
+    if library in LIBRARIES:  # before the user's own: a file or package of that name cannot take the prefix away
+        make = _of_library(library, model_name, channels, classes)
     else:
         make = lambda: getattr(_import(where), function)(channels, classes)  # noqa: E731
     try:
@@ -69,14 +71,19 @@ def build(name: str, channels: int, classes: int, width: int | None = None) -> n
 
 def _of_library(library: str, name: str, channels: int, classes: int) -> Callable[[], Any]:
     """What makes a model of timm or torchvision, without trained weights."""
-    if importlib.util.find_spec(library) is None:
-        raise ExperimentError(f"--model {library}:{name} needs {library}: pip install {library}")
-    module: Any = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+    try:
+        module: Any = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+    except Exception as error:  # a build for another torch raises anything from OSError to RuntimeError
+        if isinstance(error, ModuleNotFoundError) and error.name == library:
+            raise ExperimentError(f"--model {library}:{name} needs {library}: pip install {library}") from error
+        message = " ".join(str(error).split())
+        raise ExperimentError(f"--model {library}:{name}: cannot import {library}: {type(error).__name__}: {message}") from error
     known = list(module.list_models())
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 3)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise ExperimentError(f"--model {library}:{name}: {library} has no such model{hint}")
+    # timm lists architectures; a tag after a dot names trained weights of one, and create_model takes both.
+    listed = name.partition(".")[0] if library == "timm" else name
+    if listed not in known:
+        close = ", ".join(difflib.get_close_matches(listed, known, 3, cutoff=0))
+        raise ExperimentError(f"--model {library}:{name}: {library} has no such model; close to it: {close}")
     if library == "timm":
         return lambda: module.create_model(name, pretrained=False, in_chans=channels, num_classes=classes)
     if channels != 3:
