@@ -118,7 +118,7 @@ class Comparison:
         # Spawned: threads and CUDA do not survive a fork. No daemon: those may not have children, and images are loaded by some.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads))
+        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads, self.jobs == 1))
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child inherits: Ctrl-C is for this process alone
         try:
             process.start()

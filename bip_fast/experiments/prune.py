@@ -10,7 +10,7 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Job:
         shown: tells a person how far it is.
         snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
         score_start: whether to look at the test images before pruning as well.
+        alone: whether nothing else of ours uses the device meanwhile, so that what its counter of energy says is of this run.
         stop_on: signals at which `run` saves and stops.
     """
 
@@ -88,6 +89,7 @@ class Job:
         *,
         snapshots: Collection[int] = (),
         score_start: bool = True,
+        alone: bool = True,
         stop_on: Sequence[int] = STOP_SIGNALS,
     ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
@@ -110,7 +112,8 @@ class Job:
         self.optimizer = dense_optimizer(self.model, settings)
         self.snapshots = set(snapshots)
         self.decisions: list[dict[str, Any]] = []
-        self.energy = joules(device)
+        self.count_joules: Callable[[], float | None] = (lambda: joules(device)) if alone else lambda: None
+        self.energy = self.count_joules()
         self.saved = time.monotonic()
         self.signals: list[int] = []
         self.say_once = functools.cache(shown.say)  # every stage may have the same to say
@@ -263,11 +266,11 @@ class Job:
         self.saved = time.monotonic()
 
     def _meter(self) -> None:
-        """Add what the device has used since the last time, if it tells."""
-        now = joules(self.device)
-        if now is not None and self.energy is not None and now >= self.energy:
-            own = self.done["joules"]
-            own[self.stage.name] = own.get(self.stage.name, 0.0) + now - self.energy
+        """Add what the device has used since the last time; a stage of which any part was not counted has None."""
+        before, now = self.energy, self.count_joules()
+        so_far = self.done["joules"].get(self.stage.name, 0.0)
+        lost = before is None or now is None or now < before or so_far is None
+        self.done["joules"][self.stage.name] = None if lost else so_far + now - before
         self.energy = now
 
     def _score(self, name: str) -> None:

@@ -39,7 +39,8 @@ def _all_there(comparison: Comparison, cell: Cell) -> bool:
 def _row(cell: Cell, report: Any) -> Row:
     own, settings = report(cell), cell.settings
     line = [own, *(report(ancestor) for ancestor in cell.ancestors())]
-    totals = {name: [sum(r[name].values()) for r in line] for name in ("image_passes", "seconds", "joules")}
+    totals = {name: [sum(r[name].values()) for r in line] for name in ("image_passes", "seconds")}
+    joules = [used for r in line for used in r["joules"].values()]
     swept = dict(cell.swept)
     images = own["images"]["train"]
     dense = cell if settings.method == "dense" and not settings.epochs else cell.dense
@@ -68,7 +69,7 @@ def _row(cell: Cell, report: Any) -> Row:
         "epochs_total": sum(passes) / images,
         "seconds": round(totals["seconds"][0], 3),
         "seconds_total": round(sum(totals["seconds"]), 3),
-        "joules_total": round(sum(totals["joules"]), 1) if own["joules"] else None,
+        "joules_total": round(sum(joules), 1) if joules and None not in joules else None,
         "device": own["device"],
         "torch": own["versions"]["torch"],
         "bip_fast": own["versions"]["bip_fast"],

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,8 +67,8 @@ class _Telling(display.Display):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int) -> None:
-    """Take orders from ``pipe`` until it closes."""
+def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int, alone: bool) -> None:
+    """Take orders from ``pipe`` until it closes; ``alone``: no other process does."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     load = functools.lru_cache(maxsize=2)(data.load)
@@ -79,7 +79,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             return
         answer: tuple[str, str, str | None]
         try:
-            _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address))
+            _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address), alone)
             answer = ("done", order.address, None)
         except Stop:
             answer = ("stopped", order.address, None)
@@ -95,7 +95,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             return
 
 
-def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: display.Display) -> None:
+def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: display.Display, alone: bool) -> None:
     from .prune import Job
 
     folder = RunFolder(order.folder)
@@ -106,7 +106,8 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
             epoch = 0 if settings.rewind == "init" else settings.rewind
             settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
     settings.check()
-    job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, score_start=False, stop_on=[signal.SIGTERM])
+    options: dict[str, Any] = {"snapshots": order.snapshots, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
+    job = Job(settings, folder, loaded, device, shown, **options)
     try:
         if folder.begun and not folder.finished:
             job.resume()
