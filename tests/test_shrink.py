@@ -148,6 +148,7 @@ def test_modes_types_and_gradients_stay():
     assert small.a.weight.requires_grad
     assert small.a.weight.dtype == torch.float64
     assert small.a.out_channels == 7
+    assert small.b.weight.stride() == torch.empty(small.b.weight.shape).to(memory_format=torch.channels_last).stride()
     small(X.double()).sum().backward()
     assert small.a.weight.grad is not None
     assert set(small.state_dict()) == set(model.state_dict())

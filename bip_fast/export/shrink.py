@@ -81,7 +81,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         example_input: one input of the model, or a tuple of its arguments; on the model's device.
 
     Returns:
-        the new model, with the modes, dtypes and `requires_grad` of the old one.
+        the new model, with the modes, dtypes, memory formats and `requires_grad` of the old one.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
@@ -322,9 +322,21 @@ def _random_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
 
 
 def _restore(model: nn.Module, small: nn.Module) -> None:
-    """Modes and `requires_grad` as in the model."""
+    """Modes, `requires_grad` and memory formats as in the model."""
     for name, module in small.named_modules():
         module.training = model.get_submodule(name).training
-    learning = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     for name, p in small.named_parameters():
-        p.requires_grad_(learning.get(name, True))
+        if name in before:  # a bias may be new
+            p.requires_grad_(before[name].requires_grad)
+            if (format_ := _channels_last(before[name])) is not None:
+                p.data = torch.empty_like(p, memory_format=format_).copy_(p.detach())
+
+
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    """The format with channels last if that is what the strides of ``x`` are, which is more than that they could be."""
+    format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if format_ is None:
+        return None
+    last, first = (torch.empty(x.shape, device="meta", memory_format=f).stride() for f in (format_, torch.contiguous_format))
+    return format_ if x.stride() == last != first else None
