@@ -1,17 +1,13 @@
-"""Measured networks: figures against counts made by hand, sentences from figures, and the command `bip-fast measure`."""
+"""Measured networks: figures against counts made by hand, and sentences from figures."""
 
 import copy
 import json
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import OWN, one_line, prune
 from torch import nn
 
-from bip_fast import cli
-from bip_fast.experiments import data, models
 from bip_fast.export import measure as module
 from bip_fast.export.masks import save_masks
 from bip_fast.export.measure import Timing, Variant, measure
@@ -160,13 +156,12 @@ def test_it_runs_in_eval_mode_without_gradients_at_the_batch_sizes():
 
 
 def test_networks_are_compared_in_one_memory_format(monkeypatch):
-    small = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 10))
-    with_shrink(monkeypatch, lambda model, x: types.SimpleNamespace(model=small))
     formats = []
     conv = nn.Conv2d.forward
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: formats.append(self.weight.is_contiguous()) or conv(self, x))
     dense, model = network(), pruned().to(memory_format=torch.channels_last)
-    assert measure(model, X, dense=dense, **QUICK)["shrunk"].measured
+    with_shrink(monkeypatch, lambda model, x: types.SimpleNamespace(model=model))  # whose own trials are not of interest
+    measure(model, X, dense=dense, **QUICK)
     assert formats
     assert not any(formats)
     assert dense[0].weight.is_contiguous()
@@ -199,6 +194,7 @@ def test_inputs_may_be_many_and_bfloat16_is_counted():
         ({"batch_sizes": (1, 0)}, r"got \(1, 0\)"),
         ({"batch_sizes": (1.5,)}, "batch_sizes must be whole"),
         ({"seconds": 0}, "seconds must be more than 0, got 0"),
+        ({"runtime": "tensorrt"}, "runtime must be one of torch, onnxruntime, got 'tensorrt'"),
         ({"example_input": torch.tensor(1.0)}, "example_input must have a tensor whose first dimension"),
         ({"example_input": torch.ones(0, 3)}, "a batch of at least one"),
     ],
@@ -310,7 +306,7 @@ def test_sentences_say_what_the_figures_say(case):
 
 def test_the_table_is_aligned_and_json():
     masked = Variant("masked", {1: clear(0.9), 64: clear(1.5)}, 1234567, 1000, 0.5, 2_500_000, 4_000_000, 900, 0.987, sentence="Because.")
-    found = Measurement((DENSE, masked, Variant("2:4", sentence="Not measured: x.")), "CPU", 1, "float32", "2.13", {1: 5, 64: 7})
+    found = Measurement((DENSE, masked, Variant("2:4", sentence="Not measured: x.")), "CPU", 1, "float32", "torch 2.13", {1: 5, 64: 7})
     lines = str(found).splitlines()
     assert lines[0] == "CPU, 1 thread, torch 2.13, float32; medians of rounds in which all take turns"
     assert len({len(line) for line in lines[1:4]}) == 1
@@ -322,112 +318,3 @@ def test_the_table_is_aligned_and_json():
     assert told["variants"][1]["samples_per_second"]["64"] == pytest.approx(96)
     assert told["variants"][1]["speedup"] == {"1": 0.9, "64": 1.5}
     assert (told["variants"][2]["measured"], told["variants"][2]["flops"], told["rounds"]) == (False, None, {"1": 5, "64": 7})
-
-
-# --- the command ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of a tiny network on digits; tests read it and leave it as it is."""
-    if missing := cli.missing_extras():
-        pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}")
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    torch.set_num_threads(1)
-    assert prune(out) == 0
-    return out
-
-
-QUICKLY = ["--batch-sizes", "2", "--seconds", "0.01"]
-
-
-def test_a_run_folder_is_measured_with_its_own_figures(run, capsys):
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    assert cli.main(["measure", str(run), "--json", *QUICKLY]) == 0
-    captured = capsys.readouterr()
-    told, report = json.loads(captured.out), json.loads((run / "report.json").read_text())
-    dense, masked = told["variants"][:2]
-    assert dense["accuracy"] == pytest.approx(report["dense"]["accuracy"], abs=2 / 599)
-    assert masked["accuracy"] == pytest.approx(report["pruned"]["accuracy"], abs=2 / 599)
-    assert dense["parameters"] - masked["nonzeros"] >= report["total"] - report["kept"]
-    assert masked["file_bytes"] == (run / "model.safetensors").stat().st_size
-    assert list(masked["milliseconds"]) == ["2"]
-    assert told["note"] == "accuracy on 599 test images"
-    assert captured.err == ""
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
-
-
-def test_the_table_of_a_file_in_a_run_is_printed(run, capsys):
-    assert cli.main(["measure", str(run / "model.safetensors"), "--batch-sizes", "1,3", "--seconds", "0.01"]) == 0
-    captured = capsys.readouterr()
-    assert "batch 1" in captured.out
-    assert "batch 3" in captured.out
-    assert "masked  " in captured.out
-    assert "Not measured: 2:4 needs an NVIDIA GPU" in captured.out or torch.cuda.is_available()
-    assert captured.err == "note: accuracy on 599 test images\n"
-
-
-def test_a_file_of_any_model_is_measured(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    model = models.build("resnet20", 3, 100, width=2)
-    torch.save(model.state_dict(), "model.pt")
-    options = ["--model", "resnet20", "--width", "2", "--data", "cifar100", "--dense", "model.pt"]
-    assert cli.main(["measure", "model.pt", *options, *QUICKLY]) == 0
-    captured = capsys.readouterr()
-    assert "its weights have no zeros and the arithmetic is the same" in captured.out
-    assert one_line(captured.err) == "note: no accuracy: --data-dir names the folder with the files of cifar100\n"
-
-
-def test_a_run_that_holds_out_images_is_never_measured_on_test_images(run, tmp_path, capsys):
-    import shutil
-
-    shutil.copytree(run, tmp_path / "run")
-    config = tmp_path / "run" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "validate": True}))
-    assert cli.main(["measure", str(tmp_path / "run"), "--json", *QUICKLY]) == 0
-    held = len(data.hold_out(data.load("digits")).test_labels)
-    assert json.loads(capsys.readouterr().out)["note"] == f"accuracy on {held} validation images"
-
-
-BAD = {
-    "nowhere": "there is no nowhere",
-    ".": "there is no run in .",
-    "text.pt --model resnet20": "cannot read text.pt as weights",
-    "other.pt --model resnet20": "other.pt does not fit the model: conv1.weight is missing",
-    "other.pt": "other.pt is in no run folder, so --model must say",
-    "other.pt --model resnet7": "--model must be one of resnet20",
-    "other.pt --model resnet20 --data mnist": "--data must be one of digits",
-    "fits.pt --model own.py:large": "does not fit the model",
-    "large.pt --model own.py:large": "cannot measure large.pt: mat1 and mat2",
-    "fits.pt --model own.py:fits --data cifar10 --data-dir nowhere": "--data-dir must be a folder, got nowhere",
-    "fits.pt --model own.py:fits --data cifar10 --data-dir .": "data_batch_1 is missing",
-    "fits.pt --model own.py:fits --dense nowhere.pt": "there is no file nowhere.pt",
-    "fits.pt --model own.py:fits --batch-sizes 1,0": "argument --batch-sizes: must be whole numbers of at least 1",
-    "fits.pt --model own.py:fits --batch-sizes=": "argument --batch-sizes: must be whole numbers",
-    "fits.pt --model own.py:fits --seconds nan": "argument --seconds: must be a number of more than 0, got 'nan'",
-    "fits.pt --model own.py:fits --device tpu": "--device must be auto, cpu, cuda or cuda:N, got 'tpu'",
-    "unfinished": "unfinished has no model.safetensors: the run is not finished",
-    "unfinished --model resnet20": "unfinished is a run, which knows its model and data; leave --model out",
-    "damaged": "config.json is damaged",
-    "younger": "config.json is damaged, or of another version: ",
-    "": "the following arguments are required: RUN",
-}
-
-
-@pytest.mark.parametrize("options", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options):
-    monkeypatch.chdir(tmp_path)
-    Path("own.py").write_text(OWN + "def fits(channels, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n")
-    Path("text.pt").write_text("not weights")
-    torch.save({"a": torch.ones(2)}, "other.pt")
-    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), "fits.pt")
-    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).state_dict(), "large.pt")
-    for name, text in {"unfinished": "{}", "damaged": "{", "younger": '{"invented": 1}'}.items():
-        Path(name).mkdir()
-        Path(name, "config.json").write_text(text)
-    Path("younger", "model.safetensors").write_text("")
-    Path("damaged", "model.safetensors").write_text("")
-    assert cli.main(["measure", *options.split()]) == 2
-    captured = capsys.readouterr()
-    assert BAD[options] in one_line(captured.err)
-    assert captured.out == ""

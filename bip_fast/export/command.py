@@ -18,6 +18,7 @@ from ..experiments import ExperimentError, models
 from ..experiments.data import DATA, AnyData, load, prepared
 from ..experiments.run import RunFolder, load_into, read_state_dict
 from ..experiments.settings import Settings
+from .runtimes import RUNTIMES
 
 __all__ = ["add_options", "command"]
 
@@ -38,6 +39,7 @@ def add_options(commands: Any) -> None:
     measure.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
     measure.add_argument("--batch-sizes", type=_sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
     measure.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="spent on each batch size, about; default: %(default)s")
+    measure.add_argument("--runtime", choices=RUNTIMES, default="torch", help="what runs them; onnxruntime on a CPU; default: torch")
     measure.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
     measure.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -154,8 +156,9 @@ def command(options: dict[str, Any], device: torch.device) -> int:
         batches = data.test_batches()
         example = next(data.test_batches())[0][:1]
     try:
-        found = measure(model, example, dense=dense, batch_sizes=options["batch_sizes"], data=batches, seconds=options["seconds"])
-    except (ValueError, RuntimeError, MemoryError) as error:  # a model of the user's own, or not enough memory
+        timing = {name: options[name] for name in ("batch_sizes", "seconds", "runtime")}
+        found = measure(model, example, dense=dense, data=batches, **timing)
+    except (ValueError, RuntimeError, MemoryError, ImportError) as error:  # a model of the user's own, or not enough memory
         raise ExperimentError(f"cannot measure {what.weights}: {' '.join(str(error).split())[:200]}") from error
     part = "validation" if settings.validate else "test"
     if data is not None:

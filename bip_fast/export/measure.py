@@ -27,6 +27,7 @@ from ..benchmark import calls_in, synchronize
 from ..ops import launch_guard
 from ..report import layer_table, weights
 from .measurement import Measurement, Timing, Variant, sentence
+from .runtimes import check_runtime, prepared_call, version
 from .semi_structured import OLDEST, Converted, to_semi_structured
 from .shrink import shrink
 
@@ -46,6 +47,7 @@ def measure(
     device: torch.device | str | None = None,
     data: Iterable[tuple[Any, Tensor]] | None = None,
     seconds: float = 2.0,
+    runtime: str = "torch",
 ) -> Measurement:
     """Measure a pruned network as four: "dense", "masked" (as it is), "shrunk" (see `shrink`) and "2:4" (see `to_semi_structured`).
 
@@ -62,9 +64,11 @@ def measure(
         device: where; default: where the model is. Copies are made for another one.
         data: batches ``(x, y)`` for the accuracy, the share of largest logits that are at the label; ``x`` like ``example_input``.
         seconds: to spend on each batch size, about, after the warm-up.
+        runtime: what runs the networks while they are timed: "torch", or "onnxruntime" (on a CPU), where each is exported first.
 
     Raises:
-        ValueError: an argument is out of range, or the example has no batch.
+        ImportError: a package of the runtime is not installed.
+        ValueError: an argument is out of range, the example has no batch, or the runtime cannot run the model.
 
     Example:
         >>> print(measure(model, images[:1], dense=before, data=test_loader))
@@ -75,6 +79,7 @@ def measure(
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"seconds must be more than 0, got {seconds}")
     where = _device_of(model) if device is None else torch.device(device)
+    check_runtime(runtime, where)
     model, dense = _on(model, where), None if dense is None else _on(dense, where)
     inputs = _inputs(example_input, where)
     networks, rows = _variants(model, dense, inputs)
@@ -87,7 +92,7 @@ def measure(
         rounds: dict[int, int] = {}
         for size in sizes:
             batch = _batch(inputs, size)
-            taken = _race([lambda network=network, batch=batch: network(*batch) for network in networks.values()], where, seconds)  # type: ignore[misc]
+            taken = _race([prepared_call(runtime, network, batch) for network in networks.values()], where, seconds)
             rounds[size] = len(taken[0])
             for name, own in zip(networks, taken, strict=True):
                 times[name][size] = _timing(own, taken[0])
@@ -98,7 +103,7 @@ def measure(
     told = tuple(replace(row, sentence=sentence(rows["dense"], row)) for row in rows.values())
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type.upper()
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "no parameters")
-    return Measurement(told, name, torch.get_num_threads(), dtype, torch.__version__, rounds)
+    return Measurement(told, name, torch.get_num_threads(), dtype, version(runtime), rounds)
 
 
 # --- the networks --------------------------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ def _variants(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ...]
     shrunk = _shrunk(model, inputs)
     rows["shrunk"] = Variant("shrunk", note=shrunk if isinstance(shrunk, str) else "")
     if isinstance(shrunk, nn.Module):
-        networks["shrunk"] = _in_format_of(model, shrunk)
+        networks["shrunk"] = shrunk
     converted = _converted(model)
     if isinstance(converted, Converted):
         networks["2:4"] = converted.model

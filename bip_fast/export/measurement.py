@@ -88,7 +88,7 @@ class Measurement:
     device: str
     threads: int
     dtype: str
-    torch: str
+    runtime: str  # with its version
     rounds: dict[int, int]  # by batch size
 
     def __getitem__(self, name: str) -> Variant:
@@ -97,7 +97,7 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        about = {"device": self.device, "threads": self.threads, "dtype": self.dtype, "torch": self.torch}
+        about = {"device": self.device, "threads": self.threads, "dtype": self.dtype, "runtime": self.runtime}
         rounds = {str(size): count for size, count in self.rounds.items()}
         return {**about, "rounds": rounds, "variants": [row.as_dict() for row in self.variants]}
 
@@ -106,7 +106,7 @@ class Measurement:
         header = ("network", *times, "samples/s", "parameters", "non-zeros", "MFLOPs", "file", "packed", "accuracy")
         lines = aligned([header, *(self._cells(row) for row in self.variants if row.measured)])
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        about = f"{self.device}, {threads}, torch {self.torch}, {self.dtype}; medians of rounds in which all take turns"
+        about = f"{self.device}, {threads}, {self.runtime}, {self.dtype}; medians of rounds in which all take turns"
         width = max(len(row.name) for row in self.variants)
         return "\n".join([about, *lines, "", *(f"{row.name.ljust(width)}  {row.sentence}" for row in self.variants)])
 
