@@ -253,3 +253,14 @@ def assert_same_snapshot(given: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert given.keys() == expected.keys()
     for name in expected:
         assert_bits(given[name], expected[name], name)
+
+
+def params_of(shapes, device, dtype=torch.float32, channels_last=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in shapes:
+        x = (torch.randn(shape, generator=generator) * 0.3).to(dtype)
+        if channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        params.append(nn.Parameter(x.to(device)))
+    return params

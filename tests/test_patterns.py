@@ -2,26 +2,15 @@
 
 import pytest
 import torch
-from helpers import assert_bits, fill_gradients, flat_like
+from helpers import assert_bits, fill_gradients, flat_like, params_of
 from lockstep import MOVING, Lockstep
 from torch import nn
 
 from bip_fast import FastBiP, SparsitySchedule, reference
-from bip_fast.patterns import Layer, NofM, Refused, parse
+from bip_fast.patterns import parse
 
 STRUCTURED = ["filter", "channel", "block:1x1", "block:3x5", "block:4x4", "block:1x31", "block:2x33", "block:70x2", "block:130x40"]
 N_OF_M = ["1:2", "2:4", "1:4", "3:4", "4:8", "5:16", "16:32"]
-
-
-def params_of(shapes, device, dtype=torch.float32, channels_last=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    params = []
-    for shape in shapes:
-        x = (torch.randn(shape, generator=generator) * 0.3).to(dtype)
-        if channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        params.append(nn.Parameter(x.to(device)))
-    return params
 
 
 def locked(params, pattern, **options):
@@ -88,89 +77,6 @@ def test_unaligned_storage(backend, pattern, levels):
     flat = torch.randn(3 + 33 * 20 + 8 * 40, generator=backend.generator(0)).to(backend.device)
     params = [nn.Parameter(flat[3 : 3 + 660].view(33, 20)), nn.Parameter(flat[663:].view(8, 40))]
     locked(params, pattern, levels=levels).random_steps(6)
-
-
-# --- what is a unit, by the coordinates of the weight --------------------------------------------------------------------------------
-
-
-def assert_constant_along(mask, dims):
-    """Entries that differ only in ``dims`` are kept or dropped together."""
-    first = mask
-    for dim in dims:
-        first = first.narrow(dim, 0, 1)
-    assert torch.equal(mask, first.expand_as(mask))
-    assert 0 < int(mask.sum()) < mask.numel(), "a test of nothing"
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("pattern", ["filter", "channel"])
-def test_units_of_convolutions(backend, pattern, memory_format):
-    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 10, 3), nn.ConvTranspose2d(10, 8, 2), nn.Conv2d(8, 4, 1))
-    model = model.to(backend.device, memory_format=memory_format)
-    opt = FastBiP(model, sparsity=0.5, pattern=pattern, scope="layer")
-    for i in (1, 2):
-        outputs = 1 if i == 2 else 0  # a transposed convolution has its outputs in dimension 1
-        along = outputs if pattern == "filter" else 1 - outputs
-        mask = opt.mask_of(model[i].weight)
-        assert_constant_along(mask, [d for d in range(4) if d != along])
-        units = model[i].weight.shape[along]
-        assert int(mask.sum()) == mask.numel() * reference.kept(units, 0.5) // units
-
-
-def test_units_of_grouped_convolutions(backend):
-    """Channel c of a convolution with groups is read by the filters of its group only; depthwise ones have one filter for each channel."""
-    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
-    model = model.to(backend.device)
-    opt = FastBiP(model, sparsity=0.5, pattern="channel", scope="layer")
-    mask = opt.mask_of(model[1].weight).view(4, 2, 3, 9)  # group, filter, channel of the group, kernel
-    assert_constant_along(mask, [1, 3])
-    assert int(mask[:, 0, :, 0].sum()) == 6
-    assert_constant_along(opt.mask_of(model[2].weight).view(8, 9), [1])
-    transposed = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ConvTranspose2d(12, 8, 2, groups=4), nn.Conv2d(8, 4, 1)).to(backend.device)
-    opt = FastBiP(transposed, sparsity=0.5, pattern="filter", scope="layer")
-    mask = opt.mask_of(transposed[1].weight).view(4, 3, 2, 4)  # group, channel of the group, filter of the group, kernel
-    assert_constant_along(mask, [1, 3])
-    assert int(mask[:, 0, :, 0].sum()) == 4
-
-
-def test_blocks_by_coordinates(backend):
-    p = params_of([(10, 14)], backend.device)[0]
-    opt = FastBiP([p], sparsity=0.5, pattern="block:4x5")
-    mask = opt.mask_of(p)
-    kept = 0
-    for row in range(0, 10, 4):
-        for col in range(0, 14, 5):
-            block = mask[row : row + 4, col : col + 5]
-            assert bool(block.all()) or not bool(block.any())
-            kept += bool(block.all())
-    assert kept == reference.kept(9, 0.5)
-
-
-@pytest.mark.parametrize("pattern", ["filter", "channel", "block:3x4"])
-def test_the_first_mask_is_group_magnitude(backend, pattern):
-    params = params_of([(20, 9), (15, 6, 2, 2)], backend.device)
-    before = [p.detach().clone() for p in params]
-    opt = FastBiP(params, sparsity=0.6, pattern=pattern)
-    means, masks = [], []
-    for p, x in zip(params, before, strict=True):
-        blocks = parse(pattern).divide(p.shape, p.stride(), Layer())
-        members = reference.expand(torch.arange(blocks.units, device=p.device), blocks)
-        flat = flat_like(p, x).abs().double()
-        sums = torch.zeros(blocks.units, dtype=torch.float64, device=p.device).index_add(0, members, flat)
-        means.append(sums / torch.bincount(members))
-        masks.append(flat_like(p, opt.mask_of(p)).double())
-        masks[-1] = torch.zeros_like(means[-1]).index_add(0, members, masks[-1]) / torch.bincount(members)
-    means, kept = torch.cat(means), torch.cat(masks).bool()
-    assert int(kept.sum()) == reference.kept(len(means), 0.6)
-    assert means[kept].min() > means[~kept].max()
-
-
-def test_two_of_four_keeps_the_largest(backend):
-    x = torch.tensor([[0.1, -0.4, 0.3, 0.2, 0.5, 0.5, 0.5, 0.5]])
-    p = nn.Parameter(x.to(backend.device))
-    opt = FastBiP([p], pattern="2:4")
-    tie = sorted(range(4, 8), key=lambda i: i * 2654435761 % 2**32)[:2]
-    assert opt.mask_of(p)[0].nonzero().flatten().tolist() == sorted([1, 2, *tie])
 
 
 # --- what the engine does around it --------------------------------------------------------------------------------------------------
@@ -351,106 +257,3 @@ def test_many_units_fall_back(backend, monkeypatch):
     p = params_of([(1100, 1000)], backend.device)
     lockstep = locked(p, "block:1x1", sparsity=0.7)
     lockstep.random_steps(3)
-
-
-# --- options -------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pattern", ["filters", "4:2", "2:2", "0:4", "2:5", "2:64", "block:0x4", "block:4", "", None, 24])
-def test_unknown_patterns(pattern):
-    with pytest.raises(ValueError, match=r"pattern must be .*got"):
-        FastBiP(nn.Linear(8, 8), sparsity=0.5, pattern=pattern)
-
-
-def test_the_sparsity_of_n_of_m(backend):
-    assert FastBiP(nn.Linear(8, 8).to(backend.device), sparsity=0.5, pattern="2:4").report().sparsity == 0.5
-    with pytest.raises(ValueError, match=r"sparsity must be 0.5 or left out with pattern '2:4', got 0.9"):
-        FastBiP(nn.Linear(8, 8), sparsity=0.9, pattern="2:4")
-    opt = FastBiP(nn.Linear(8, 8).to(backend.device), pattern="1:4")
-    opt.param_groups[0]["pattern"] = "2:4"
-    with pytest.raises(ValueError, match="pattern of a parameter group cannot change"):
-        opt.step()
-
-
-def test_what_a_pattern_does_not_fit_stays_dense_with_the_reason(backend):
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(4, 4)
-    )
-    model[4].weight.requires_grad_(False)
-    opt = FastBiP(model.to(backend.device), pattern="2:4", exclude=["2"])
-    decisions = {row.name: row for row in opt.report().decisions}
-    assert decisions["0.weight"].pattern is None
-    assert "27 inputs per output are not a multiple of 4" in decisions["0.weight"].reason
-    assert "transposed" in decisions["1.weight"].reason
-    assert decisions["2.weight"].reason == "it is excluded"
-    assert decisions["3.weight"].reason == "its 6 inputs per output are not a multiple of 4"
-    assert decisions["4.weight"].reason == "it is frozen"
-    assert "dense: 2.weight (it is excluded)" in str(opt.report())
-    assert len(opt.report().as_dict()["decisions"]) == 6
-
-
-def test_the_ends_of_a_model_are_nobody_s(backend):
-    def model():
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)).to(backend.device)
-
-    reasons = {row.name: row.reason for row in FastBiP(model(), sparsity=0.5, pattern="filter").report().decisions if row.reason}
-    assert reasons == {"2.weight": "its filters are the outputs of the model"}
-    reasons = {row.name: row.reason for row in FastBiP(model(), sparsity=0.5, pattern="channel").report().decisions if row.reason}
-    assert reasons == {"0.weight": "its channels are the inputs of the model"}
-    with pytest.raises(ValueError, match=r"nothing to prune.*outputs of the model"):
-        FastBiP(nn.Linear(4, 4), sparsity=0.5, pattern="filter")
-
-
-def test_overrides(backend):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(16, 8), nn.Linear(8, 4)).to(backend.device)
-    opt = FastBiP(model, sparsity=0.9, overrides={"*": 0.5, "2": {"pattern": "2:4"}, "1.weight": {"density": 0.25}})
-    sparsity = {row.name: row.sparsity for row in opt.report()}
-    assert sparsity["2.weight"] == 0.5
-    assert sparsity["1.weight"] == 0.75
-    assert len(opt.param_groups) == 4  # the others, 1, 2, and what is dense
-    fill_gradients(model.parameters(), 0)
-    opt.step()
-    for wrong, message in [
-        ({"nope": 0.5}, "matches none"),
-        ({"1": 1.5}, "sparsity must be"),
-        ({"1": {"prune": False}}, "overrides"),
-        ({1: 0.5}, "names"),
-    ]:
-        with pytest.raises((ValueError, TypeError), match=message):
-            FastBiP(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), sparsity=0.5, overrides=wrong)
-
-
-@pytest.mark.parametrize(
-    ("coupled", "message"),
-    [
-        ([["nope.weight"]], "nope.weight"),
-        ([["0.weight", "1.weight"], ["1.weight"]], "once"),
-        ([["0.weight", "2.weight"]], "as many filters"),
-        ([["0.weight", "3.bias"]], "entries"),
-        (["0.weight"], "lists of names"),
-    ],
-)
-def test_wrong_couplings(coupled, message):
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4))
-    with pytest.raises((ValueError, TypeError), match=message):
-        FastBiP(model, sparsity=0.5, pattern="filter", coupled=coupled)
-
-
-def test_filters_coupled_with_a_dense_layer_stay(backend):
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4)).to(backend.device)
-    opt = FastBiP(model, sparsity=0.5, pattern="filter", coupled=[["0.weight", "1.weight"]], exclude=["1"])
-    reasons = {row.name: row.reason for row in opt.report().decisions}
-    assert reasons["0.weight"] == "its filters are coupled with those of 1.weight, which stays dense: it is excluded"
-    assert reasons["2.weight"] is None
-    model[1].weight.requires_grad_(False)
-    opt = FastBiP(model, sparsity=0.5, pattern="filter", coupled=[["0.weight", "1.weight"]])
-    reasons = {row.name: row.reason for row in opt.report().decisions}
-    assert reasons["0.weight"] == "its filters are coupled with those of a layer that is frozen"
-
-
-def test_refusals_of_memory_layouts():
-    with pytest.raises(Refused, match="outermost"):
-        parse("2:4").divide((8, 4), (1, 8), Layer())
-    with pytest.raises(Refused, match="no entries"):
-        parse("filter").divide((0, 4), (4, 1), Layer())
-    assert parse("2:4").divide((8, 4), (4, 1), Layer()) == NofM(2, 4)
