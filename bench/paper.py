@@ -1,6 +1,6 @@
 """The paper, the authors' code and this project: what each difference does to the accuracy, by the plain-torch reference.
 
-    python3 -m bench.paper --data-dir DIR          a part of Fashion-MNIST, JSON under bench/results/<device>, table; 15 minutes
+    python3 -m bench.paper --data-dir DIR          a part of Fashion-MNIST, JSON under bench/results/<device>, table; 6 minutes a seed
     python3 -m bench.paper --data digits           the same on digits, in two minutes
 
 Every variant starts from the same dense network, takes as many forward and backward passes, and differs from the paper's BiP in one thing
@@ -55,7 +55,7 @@ VARIANTS: dict[str, tuple[Variant, str]] = {
     "the paper: implicit term -m g^2 / gamma, two batches": (PAPER, "two"),
     "no implicit term": (Variant("none"), "two"),
     "the published implicit term, -1e-4 (theta g)^2": (Variant("published"), "two"),
-    "scores share storage with the weights: top-k of the magnitudes": (Variant(shared=True), "two"),
+    "that term, scores that are the weights: upper steps move these, masks go by size": (Variant("published", shared=True), "two"),
     "one batch for both levels, a backward for each": (PAPER, "same"),
     "one batch and one backward (joint)": (PAPER, "joint"),
     "joint, no implicit term": (Variant("none"), "joint"),

@@ -55,7 +55,8 @@ class Variant(NamedTuple):
 
     Args:
         implicit: "paper", ``-m*g^2/gamma``; "published", ``-1e-4*(theta*g)^2``, as in the authors' code; "none".
-        shared: scores are what the weights are, ``s = min(|theta|, 1)`` at every upper step, as where both share their storage.
+        shared: scores and weights share their storage, as in the authors' code: an upper step moves ``theta`` in place of ``s``, and then
+            ``s = min(|theta|, 1)``. Has no joint step.
     """
 
     implicit: str = "paper"
@@ -238,14 +239,14 @@ def _score_gradient(theta: Tensor, m: Tensor, g: Tensor, h: Hyper, variant: Vari
 
 
 def _upper_scores(state: State, g: Tensor, h: Hyper, variant: Variant) -> tuple[Tensor, Tensor]:
-    """A4, A5: implicit gradient ``h = (theta - m*g/gamma) * g``, then the projected step on ``s``."""
-    theta, _, s, u, m = state
-    if variant.shared:
-        return theta.abs().clamp(max=1), u
-    gradient = _score_gradient(theta, m, g, h, variant)
+    """A4, A5: implicit gradient ``h = (theta - m*g/gamma) * g``, then the projected step on ``s``; on ``theta`` if it is shared."""
+    s, u = state.s, state.u
+    gradient = _score_gradient(state.theta, state.m, g, h, variant)
     if h.mask_momentum > 0:
         u = h.mask_momentum * u + gradient
         gradient = u
+    if variant.shared:
+        return state.theta - h.mask_lr * gradient, u
     x = s - h.mask_lr * gradient
     zero, one = torch.zeros_like(x), torch.ones_like(x)
     # clip(x, 0, 1), except that a NaN becomes 0 and does not enter the order
@@ -264,12 +265,16 @@ def lower(state: State, g: Tensor, h: Hyper) -> State:
 
 def upper(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -> State:
     """Upper step: move the scores, project onto the masks of exactly ``k`` ones."""
-    s, u = _upper_scores(state, g, h, variant)
-    s, u = _keep_if_nonfinite(g, s, state.s), _keep_if_nonfinite(g, u, state.u)
-    return state._replace(s=s, u=u, m=topk_mask(s, k))
+    moved, u = _upper_scores(state, g, h, variant)
+    u = _keep_if_nonfinite(g, u, state.u)
+    theta = _keep_if_nonfinite(g, moved, state.theta) if variant.shared else state.theta
+    s = theta.abs().clamp(max=1) if variant.shared else _keep_if_nonfinite(g, moved, state.s)
+    return state._replace(theta=theta, s=s, u=u, m=topk_mask(s, k))
 
 
 def joint(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -> State:
     """Joint step: both levels from one gradient, every right-hand side at the old values."""
+    if variant.shared:
+        raise ValueError("variant must not be shared in a joint step, where both levels would move the same numbers")
     below, above = lower(state, g, h), upper(state, g, h, k, variant)
     return State(below.theta, below.v, above.s, above.u, above.m)

@@ -288,12 +288,17 @@ def test_variants_of_the_implicit_term(mask_momentum):
     assert torch.equal(reference.upper(state, g, h, 100).s, found["paper"]), "the paper's is the default"
 
 
-def test_shared_storage_is_magnitude_pruning_at_every_upper_step():
+def test_shared_storage_moves_the_weights_and_prunes_by_their_magnitude():
     state, g = random_state(300, seed=4)
-    variant = reference.Variant(shared=True)
+    variant, h = reference.Variant("published", shared=True), Hyper(lr=0.3, mask_lr=0.5)
+    g[7] = torch.inf
     for _ in range(5):
-        state = reference.lower(state, g, Hyper(lr=0.3))
-        state = reference.upper(state, g, Hyper(mask_lr=5.0), 60, variant)
-        assert torch.equal(state.m, reference.topk_mask(state.theta.abs().clamp(max=1), 60))
-    together = reference.joint(state, g, Hyper(), 60, variant)
-    assert torch.equal(together.m, state.m), "of the old weights"
+        state = reference.lower(state, g, h)
+        before = state.theta
+        state = reference.upper(state, g, h, 60, variant)
+        expected = before - 0.5 * (before * g - 1e-4 * (before * g).square())
+        assert torch.equal(state.theta, torch.where(g.isfinite(), expected, before))
+        assert torch.equal(state.s, state.theta.abs().clamp(max=1))
+        assert torch.equal(state.m, reference.topk_mask(state.s, 60))
+    with pytest.raises(ValueError, match="variant must not be shared in a joint step"):
+        reference.joint(state, g, h, 60, variant)
