@@ -144,13 +144,13 @@ class Arena:
             self.score_momentum = torch.zeros_like(self.scores)
 
     def start(self, slot: Slot) -> None:
-        """Start of BiP: theta is the parameter, momenta are 0, s = min(abs(theta), 1), for units as `start_units` says. The mask follows
-        from the first projection."""
+        """Start of BiP: theta is the parameter, momenta are 0, scores as `reference.start_scores` says, for units as `start_units` does.
+        The mask follows from the first projection."""
         theta = in_memory_order(slot.member.param).float()
         if slot.has_theta:
             self.theta[slot.start :][: slot.numel] = theta
         if slot.member.scored:
-            self.scores[slot.start :][: slot.numel] = theta.abs().clamp_(max=1)
+            self.scores[slot.start :][: slot.numel] = reference.start_scores(theta)
         if slot.member.masked:
             slot.member.param.detach().zero_()  # as the mask words are: the projection writes what it turns on
 

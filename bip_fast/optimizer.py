@@ -32,8 +32,8 @@ class FastBiP(torch.optim.Optimizer):
         lower step (A3)      v = momentum*v + m*g + weight_decay*theta;   theta = theta - lr*v
         upper step (A4, A5)  s = clip(s - mask_lr*(theta - m*g/gamma)*g, 0, 1);   m = top-k(s)
 
-    Making the optimizer prunes the model (``s = min(abs(theta), 1)``: magnitude pruning); after every `step` each pruned parameter equals
-    ``m*theta`` bit for bit, with exact zeros. Parameters that are not pruned take plain SGD in lower and joint steps. Entries whose
+    Making the optimizer prunes the model (``s = min(abs(theta), 1)``: magnitude pruning; a NaN is the smallest weight); after every `step`
+    each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. Parameters that are not pruned take plain SGD in lower and joint steps. Entries whose
     gradient is not finite stay as they are and are counted in `num_nonfinite`.
 
     Args:

@@ -28,6 +28,7 @@ __all__ = [
     "masked",
     "nm_mask",
     "start",
+    "start_scores",
     "topk_mask",
     "topk_of_sets",
     "unit_gradient",
@@ -188,7 +189,7 @@ def unit_sums(x: Tensor, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
 
 
 def unit_means(magnitudes: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
-    """The start scores of units, ``min(mean |theta|, 1)``: of the magnitudes of every tensor that the units are made of."""
+    """The start scores of units, those of mean ``|theta|``: of the magnitudes of every tensor that the units are made of."""
     total: Tensor | None = None
     count: Tensor | None = None
     for x, blocks in zip(magnitudes, parts, strict=True):
@@ -196,7 +197,7 @@ def unit_means(magnitudes: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
         count = unit_sums(torch.ones_like(x), blocks, count)
     assert total is not None
     assert count is not None
-    return (total / count).clamp(max=1)
+    return start_scores(total / count)
 
 
 def unit_gradient(theta: Tensor, m: Tensor, g: Tensor, gamma: float, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
@@ -217,9 +218,14 @@ def upper_units(s: Tensor, u: Tensor, gradient: Tensor, h: Hyper) -> tuple[Tenso
     return torch.where(known, torch.where(x > 0, torch.where(x < 1, x, one), zero), s), u
 
 
+def start_scores(theta: Tensor) -> Tensor:
+    """``s = min(|theta|, 1)``; 0 where theta is NaN, so that scores are always numbers in [0, 1]."""
+    return theta.abs().clamp(max=1).nan_to_num(nan=0)
+
+
 def start(theta: Tensor, k: int) -> State:
     """Start of BiP: ``s = min(|theta|, 1)``, so the first mask is magnitude pruning; momenta are 0."""
-    s = theta.abs().clamp(max=1)
+    s = start_scores(theta)
     return State(theta, torch.zeros_like(theta), s, torch.zeros_like(theta), topk_mask(s, k))
 
 
@@ -268,7 +274,7 @@ def upper(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -
     moved, u = _upper_scores(state, g, h, variant)
     u = _keep_if_nonfinite(g, u, state.u)
     theta = _keep_if_nonfinite(g, moved, state.theta) if variant.shared else state.theta
-    s = theta.abs().clamp(max=1) if variant.shared else _keep_if_nonfinite(g, moved, state.s)
+    s = start_scores(theta) if variant.shared else _keep_if_nonfinite(g, moved, state.s)
     return state._replace(theta=theta, s=s, u=u, m=topk_mask(s, k))
 
 

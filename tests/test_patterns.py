@@ -119,6 +119,31 @@ def test_nonfinite_gradients_leave_their_unit(backend, levels):
         assert lockstep.opt.num_nonfinite == count
 
 
+@pytest.mark.parametrize("levels", ["alternating", "joint"])
+@pytest.mark.parametrize("pattern", ["unstructured", "filter", "channel", "block:3x5", "2:4", "4:8"])
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_weights_that_are_not_finite(backend, pattern, levels, share):
+    """NaN is the smallest weight, infinity the largest; masks stay exact, also where nothing else is there to be kept."""
+    params = params_of([(20, 96), (1100, 8), (16, 8, 3, 3)], backend.device)
+    with torch.no_grad():
+        for p in params:
+            spoilt = torch.rand(p.shape, generator=backend.generator(1)).to(p.device)
+            p[spoilt <= share] = torch.nan
+            p[spoilt <= share / 3] = -torch.inf
+        params[0][3] = torch.nan
+    lockstep = locked(params, pattern, levels=levels, min_kept=2)
+    lockstep.random_steps(3)
+    for p in params:
+        assert lockstep.opt.scores_of(p).isfinite().all()
+
+
+def test_a_layer_of_nan_alone(backend):
+    conv = nn.Conv2d(3, 8, 3).to(backend.device)
+    nn.init.constant_(conv.weight, torch.nan)
+    opt = FastBiP([conv.weight], sparsity=0.5, pattern="filter")
+    assert int(opt.mask_of(conv.weight)[:, 0, 0, 0].sum()) == 4
+
+
 @pytest.mark.parametrize("pattern", ["filter", "2:4"])
 def test_no_gradient_and_skipped_steps(backend, pattern):
     params = params_of([(20, 12), (16, 8, 2, 2), (12, 32)], backend.device)
