@@ -144,6 +144,25 @@ def test_a_layer_of_nan_alone(backend):
     assert int(opt.mask_of(conv.weight)[:, 0, 0, 0].sum()) == 4
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "filter"])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_scores_without_a_value_are_never_kept_before_others(backend, pattern, share):
+    """Nothing leaves such scores; if they come from elsewhere, counts are exact all the same and nothing is written anywhere else."""
+    params = params_of([(1100, 3), (40, 5)], backend.device)
+    opt = FastBiP(params, sparsity=0.7, pattern=pattern, min_kept=3)
+    n = 1140 if pattern == "filter" else 3500
+    for p in params:
+        scores = opt.state[p]["scores"]
+        scores[(torch.rand(scores.shape, generator=backend.generator(2)) <= share).to(p.device)] = torch.nan
+    for _ in range(2):
+        with opt.upper():
+            opt.step()
+        scores = torch.cat([opt.state[p]["scores"].flatten() for p in params])
+        mask = torch.cat([opt.mask_of(p)[:, 0] if pattern == "filter" else opt.mask_of(p).flatten() for p in params])
+        assert int(mask.sum()) == reference.kept(n, 0.7)
+        assert int((mask & ~scores.isnan()).sum()) == min(reference.kept(n, 0.7), int((~scores.isnan()).sum()))
+
+
 @pytest.mark.parametrize("pattern", ["filter", "2:4"])
 def test_no_gradient_and_skipped_steps(backend, pattern):
     params = params_of([(20, 12), (16, 8, 2, 2), (12, 32)], backend.device)

@@ -179,7 +179,8 @@ BIP_HD void sum_items_body(Context& context, int64_t begin, int64_t end) {
 
 BIP_SIMD_VARIANTS(sum_items, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-// The largest key of a tile of units, without those that are needed already; 0 if there is none. First the score, then the tie.
+// The largest key of a tile of units, without those that are needed already or have no score (NaN); 0 if there is none. First the score, then
+// the tie.
 BIP_HD uint64_t best_key(const Tensor& units, int64_t tile) {
   const int64_t begin = tile * kTile;
   const int count = static_cast<int>(std::min(kTile, units.numel - begin));
@@ -232,6 +233,7 @@ void lift_needed(const Step& step, const UnitSet& set) {
   uint64_t* const end = set.best + (units.numel + kTile - 1) / kTile;
   for (int32_t i = 0; i < set.min_kept; ++i) {
     uint64_t* const best = std::max_element(set.best, end);
+    if (*best == 0) return;  // it is no unit's
     units.scores[static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(*best))) - units.index] = kNeeded;
     *best = best_key(units, best - set.best);
   }

@@ -12,7 +12,7 @@ namespace bip::cuda {
 constexpr uint32_t kPending = 160;  // a warp's candidates in shared memory; one turn adds at most kStride
 
 // A window as the scores that decide an entry alone: kept above `high`, dropped below `low`, and to be looked at as a whole key between.
-// For scores in [0, 1], which compare as their keys do.
+// For scores in [0, 1], which compare as their keys do; NaN is always looked at.
 struct UnitRange {
   float low, high;
 
@@ -24,7 +24,7 @@ struct UnitRange {
     high = window.hi == 0 || last < kZero ? -1.0f : key_score(last < kInfinity ? last : kInfinity);
   }
   __device__ __forceinline__ bool above(float score) const { return score > high; }
-  __device__ __forceinline__ bool near(float score) const { return score >= low && !(score > high); }
+  __device__ __forceinline__ bool near(float score) const { return !(score < low || score > high); }
 };
 
 // What a block's warps need of a group for its few candidates: in shared memory, because registers are scarcer.

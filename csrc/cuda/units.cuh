@@ -167,7 +167,7 @@ __device__ __forceinline__ uint64_t max_of_warp(uint64_t x) {
   return x;
 }
 
-// Key of a unit; 0 when it is above all others already.
+// Key of a unit; 0 when it is above all others already, or has no score (NaN).
 __device__ __forceinline__ uint64_t key_of(const Tensor& units, int64_t unit, float score) {
   return score < kNeeded ? full_key(score_key(score), static_cast<uint32_t>(units.index + unit)) : 0;
 }
@@ -206,6 +206,7 @@ __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
     uint64_t best = 0;
     for (int64_t tile = lane_id(); tile < tiles; tile += kWarp) best = set.best[tile] > best ? set.best[tile] : best;
     best = max_of_warp(best);
+    if (best == 0) return;  // it is no unit's
     const int64_t unit = static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(best))) - units.index, tile = unit / kTile;
     if (lane_id() == 0) units.scores[unit] = kNeeded;
     __syncwarp();
