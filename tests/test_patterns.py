@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_bits, fill_gradients, flat_like, params_of
+from helpers import ADVERSARIAL, assert_bits, fill_gradients, flat_like, params_of
 from lockstep import MOVING, Lockstep
 from torch import nn
 
@@ -161,6 +161,21 @@ def test_scores_without_a_value_are_never_kept_before_others(backend, pattern, s
         mask = torch.cat([opt.mask_of(p)[:, 0] if pattern == "filter" else opt.mask_of(p).flatten() for p in params])
         assert int(mask.sum()) == reference.kept(n, 0.7)
         assert int((mask & ~scores.isnan()).sum()) == min(reference.kept(n, 0.7), int((~scores.isnan()).sum()))
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "16:32"])
+@pytest.mark.parametrize("kind", ["all nan", "nan of many kinds", "nan and minus inf", "minus zero", "infinities", "negative", "any bits"])
+def test_n_of_m_whatever_the_scores(backend, pattern, kind):
+    """Both ways through the kernels: without gradients, and with some that leave every score as it is."""
+    p = params_of([(40, 32)], backend.device)[0]
+    opt, (n, m) = FastBiP([p], pattern=pattern), parse(pattern).sizes
+    for gradient in (None, torch.full_like(p, torch.inf)):
+        scores = ADVERSARIAL[kind](1280).roll(5 if gradient is None else 70)
+        opt.state[p]["scores"].copy_(scores.view(40, 32))
+        p.grad = gradient
+        with opt.upper():
+            opt.step()
+        assert torch.equal(opt.mask_of(p).cpu().flatten(), reference.nm_mask(scores, n, m)), gradient
 
 
 @pytest.mark.parametrize("pattern", ["filter", "2:4"])

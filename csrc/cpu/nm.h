@@ -14,10 +14,10 @@ template <int kOf>
 BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, uint32_t old) {
   int64_t keys[kBlock], worst_kept[kBlock], best_other[kBlock];
   for (uint32_t i = 0; i < kBlock; ++i) {
-    // Scores are not negative, so that whole keys without their first bit compare as signed numbers do, which vector units prefer.
-    keys[i] = static_cast<int64_t>(order_key(scores[i], index + i) & 0x7fffffffffffffffull);
+    // With their first bit turned keys compare as signed numbers do, which vector units prefer.
+    keys[i] = static_cast<int64_t>(order_key(scores[i], index + i) ^ 0x8000000000000000ull);
     worst_kept[i] = old & kBit[i] ? keys[i] : INT64_MAX;
-    best_other[i] = old & kBit[i] ? -1 : keys[i];
+    best_other[i] = old & kBit[i] ? INT64_MIN : keys[i];
   }
   for (int half = kBlock / 2; half >= kBlock / kOf; half /= 2)
     for (int i = 0; i < half; ++i) {

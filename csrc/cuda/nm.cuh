@@ -1,42 +1,49 @@
 // N:M masks while streaming: an entry is kept when fewer than N of its M have a larger key. A lane has four neighbours of a warp's 128; groups
-// of up to four are decided by one lane, larger ones by 2, 4 or 8 lanes that show each other their scores.
+// of up to four are decided by one lane, larger ones by 2, 4 or 8 lanes that show each other their keys.
 #pragma once
 
 #include "judge.cuh"
 
 namespace bip::cuda {
 
-// Whether one entry beats another; scores in [0, 1] compare as their keys do.
-__device__ __forceinline__ bool beats(float other, uint32_t other_tie, float own, uint32_t own_tie) {
+// Whether one entry beats another, by the two halves of their keys.
+__device__ __forceinline__ bool beats(uint32_t other, uint32_t other_tie, uint32_t own, uint32_t own_tie) {
   return other > own || (other == own && other_tie > own_tie);
+}
+
+__device__ __forceinline__ Quad<uint32_t> score_keys(const Quad<float>& s) {
+  Quad<uint32_t> keys;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) keys.x[j] = score_key(s.x[j]);
+  return keys;
 }
 
 // Bit j: fewer than `keep` entries of its group beat entry j of the lane's quad.
 template <int kOf>
-__device__ __forceinline__ unsigned keep_in_lane(const Quad<float>& s, uint32_t index, int keep) {
+__device__ __forceinline__ unsigned keep_in_lane(const Quad<uint32_t>& keys, uint32_t index, int keep) {
   unsigned kept = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     int larger = 0;
 #pragma unroll
     for (int d = 1; d < kOf; ++d)
-      larger += beats(s.x[j ^ d], tie_key(index + static_cast<uint32_t>(j ^ d)), s.x[j], tie_key(index + static_cast<uint32_t>(j)));
+      larger += beats(keys.x[j ^ d], tie_key(index + static_cast<uint32_t>(j ^ d)), keys.x[j], tie_key(index + static_cast<uint32_t>(j)));
     kept |= larger < keep ? 1u << j : 0u;
   }
   return kept;
 }
 
 // The same for groups of several lanes. Whole warp. A call, because it is rare and needs registers.
-__device__ __noinline__ inline unsigned keep_across_lanes(Quad<float> s, uint32_t index, int keep, int of) {
+__device__ __noinline__ inline unsigned keep_across_lanes(Quad<uint32_t> keys, uint32_t index, int keep, int of) {
   int larger[kQuad] = {};
   for (int lanes = 0; lanes < of / kQuad; ++lanes) {
     const uint32_t first = (index ^ static_cast<uint32_t>(lanes * kQuad));  // an index in its tensor, where groups begin at their multiples
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      const float other = __shfl_xor_sync(kAllLanes, s.x[i], lanes);
+      const uint32_t other = __shfl_xor_sync(kAllLanes, keys.x[i], lanes);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j)
-        larger[j] += beats(other, tie_key(first + static_cast<uint32_t>(i)), s.x[j], tie_key(index + static_cast<uint32_t>(j)));
+        larger[j] += beats(other, tie_key(first + static_cast<uint32_t>(i)), keys.x[j], tie_key(index + static_cast<uint32_t>(j)));
     }
   }
   unsigned kept = 0;
@@ -50,9 +57,10 @@ template <bool kVector>
 __device__ __forceinline__ uint32_t keep_quad(const Tile& tile, int place, const Quad<float>& s, uint32_t old_word) {
   const int keep = tile.tensor.keep, of = tile.tensor.of;
   const uint32_t index = static_cast<uint32_t>(tile.first + place);
-  unsigned kept = of == 4   ? keep_in_lane<4>(s, index, keep)
-                  : of == 2 ? keep_in_lane<2>(s, index, keep)
-                            : keep_across_lanes(s, index, keep, of);
+  const Quad<uint32_t> keys = score_keys(s);
+  unsigned kept = of == 4   ? keep_in_lane<4>(keys, index, keep)
+                  : of == 2 ? keep_in_lane<2>(keys, index, keep)
+                            : keep_across_lanes(keys, index, keep, of);
   if (!kVector) {
     const int exist = tile.entries - place;
     kept &= exist >= kQuad ? 0xfu : exist > 0 ? (1u << exist) - 1u : 0u;
