@@ -221,8 +221,9 @@ __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
   }
 }
 
-// One warp per tile of units. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add); the warp
-// whose add completes the set reads from all of these adds, and its fence orders what they published before what it reads next.
+// One warp per tile of units. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add); in the
+// warp whose add completes the set, lane 0 reads from all of these adds, its fence orders what they published before what it does next, and
+// the warp barrier behind that before what the other lanes read. A shuffle alone orders no memory.
 __device__ inline void score_units(const Step& step) {
   for (int64_t number = step.unit_tile_begin + global_warp(); number < step.unit_tile_end; number += num_warps()) {
     const Tile tile(step, static_cast<int>(number));
@@ -238,6 +239,7 @@ __device__ inline void score_units(const Step& step) {
       __threadfence();
     }
     before = __shfl_sync(kAllLanes, before, 0);
+    __syncwarp();
     if (before + 1 != ceil_div(tile.tensor.numel, kTile)) continue;
     if (lane_id() == 0) *set.seen = 0;  // nobody else comes
     lift_needed(set, tile.tensor);
