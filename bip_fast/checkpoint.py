@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from .arena import Arena, Slot, in_memory_order
 from .options import check_group
+from .patterns import NofM
 from .phases import Phases
 from .reference import Blocks
 from .units import unpack_mask
@@ -93,13 +94,19 @@ def _check_values(slot: Slot, state: dict[str, Tensor]) -> None:
     if u is not None and (not slot.member.pruned or u.shape != state["scores"].shape):
         shape = tuple(state["scores"].shape) if slot.member.pruned else "none"
         raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {slot.member.label}, got {tuple(u.shape)}")
-    if isinstance(slot.member.division, Blocks):
-        _check_units(slot, unpack_mask(state["mask"].cpu(), slot.numel).view(slot.shape), slot.member.division)
+    if slot.member.division is not None:
+        _check_division(slot, unpack_mask(state["mask"].cpu(), slot.numel).view(slot.shape), slot.member.division)
 
 
-def _check_units(slot: Slot, mask: torch.Tensor, blocks: Blocks) -> None:
-    """ValueError for a mask that keeps parts of units."""
+def _check_division(slot: Slot, mask: Tensor, division: Blocks | NofM) -> None:
+    """ValueError for a mask that keeps parts of units, or another number of neighbours than its pattern says."""
     flat = in_memory_order(torch.empty_strided(slot.shape, slot.stride, dtype=torch.bool).copy_(mask))
-    units = flat.view(blocks.rows, blocks.cols)[:: blocks.block_rows, :: blocks.block_cols]
-    if not torch.equal(reference.expand(units.flatten(), blocks), flat):
-        raise ValueError(f"state_dict must hold whole units, got a mask of {slot.member.label} with parts of some (another memory layout?)")
+    if isinstance(division, NofM):
+        right = bool((flat.view(-1, division.of).sum(1) == division.keep).all())
+        expected, found = f"{division.keep} of every {division.of} neighbours", "other numbers in places"
+    else:
+        units = flat.view(division.rows, division.cols)[:: division.block_rows, :: division.block_cols]
+        right = torch.equal(reference.expand(units.flatten(), division), flat)
+        expected, found = "whole units", "parts of some"
+    if not right:
+        raise ValueError(f"state_dict must hold {expected}, got a mask of {slot.member.label} with {found} (another memory layout?)")

@@ -31,6 +31,22 @@ def test_a_state_does_not_depend_on_anyones_layout(backend):
             assert_bits(q.detach(), p.detach())
 
 
+@pytest.mark.parametrize(("pattern", "expected"), [("2:4", "2 of every 4 neighbours"), ("block:2x4", "whole units")])
+def test_what_lies_side_by_side_depends_on_the_layout(backend, pattern, expected):
+    """N:M and blocks are of neighbours in memory: a state of another memory format is refused, one of the same is not."""
+    layouts = torch.contiguous_format, torch.channels_last
+    one, other = (torch.nn.Conv2d(16, 8, 3).to(backend.device, memory_format=layout) for layout in layouts)
+    sparsity = None if pattern == "2:4" else 0.5
+    state = FastBiP([one.weight], sparsity=sparsity, pattern=pattern).state_dict()
+    opt = FastBiP([other.weight], sparsity=sparsity, pattern=pattern)
+    before = opt.mask_of(other.weight)
+    with pytest.raises(ValueError, match=rf"must hold {expected}, got a mask of .* \(another memory layout\?\)"):
+        opt.load_state_dict(state)
+    assert torch.equal(opt.mask_of(other.weight), before)
+    opt.load_state_dict(opt.state_dict())
+    FastBiP([one.weight], sparsity=sparsity, pattern=pattern).load_state_dict(state)
+
+
 def pruned_in_order(model):
     pruned = pruned_of(model)
     return [p for p in model.parameters() if p in pruned]
