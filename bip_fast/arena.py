@@ -121,10 +121,10 @@ class Arena:
 
     def scores_of(self, slot: Slot) -> Tensor:
         """A new tensor shaped like the parameter, with its strides: the score of every entry, or of its unit."""
-        scores = self.state_of(slot)["scores"]
         if isinstance(slot.member.division, Blocks):
+            scores = self.units.state_of(slot.member.unit_set)["scores"]
             return reference.expand(scores, slot.member.division).as_strided(slot.shape, slot.stride)
-        return scores.clone()
+        return self.state_of(slot)["scores"].clone()
 
     def saved_state_of(self, slot: Slot) -> dict[str, Tensor]:
         """`state_of`, but the mask words are in index order (row-major), so that they do not depend on anyone's layout."""

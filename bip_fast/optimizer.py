@@ -33,8 +33,8 @@ class FastBiP(torch.optim.Optimizer):
         upper step (A4, A5)  s = clip(s - mask_lr*(theta - m*g/gamma)*g, 0, 1);   m = top-k(s)
 
     Making the optimizer prunes the model (``s = min(abs(theta), 1)``: magnitude pruning; a NaN is the smallest weight); after every `step`
-    each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. Parameters that are not pruned take plain SGD in lower and joint steps. Entries whose
-    gradient is not finite stay as they are and are counted in `num_nonfinite`.
+    each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. Parameters that are not pruned take plain SGD in lower and joint
+    steps. Entries whose gradient is not finite stay as they are and are counted in `num_nonfinite`.
 
     Args:
         params: a Module (its Conv and Linear weights are pruned, all its other trainable parameters learn), or ``parameters()``,
@@ -243,7 +243,7 @@ class FastBiP(torch.optim.Optimizer):
         if not isinstance(p, Tensor):
             raise TypeError(f"p must be a parameter, got {type(p).__name__}")
         slot = self._arena_of("look at a parameter").slot_of.get(p)
-        if slot is None or not slot.member.pruned:
+        if slot is None or not slot.member.masked:
             what = slot.member.label if slot else f"a parameter of shape {tuple(p.shape)}, which this optimizer does not have"
             raise ValueError(f"p must be a parameter that is pruned, got {what}")
         return slot
@@ -254,7 +254,10 @@ class FastBiP(torch.optim.Optimizer):
         return [slot.member.param for slot in self._arena_of("list parameters").pruned]
 
     def mask_of(self, p: Tensor) -> Tensor:
-        """Copy of the mask ``m`` of a pruned parameter: bool, with the shape and strides of ``p``. ValueError if it is not pruned."""
+        """Copy of the mask ``m`` of a pruned parameter: bool, with the shape and strides of ``p``. ValueError if it is not pruned.
+
+        This and the next two take vectors too that are masked with the filters of a layer.
+        """
         return self._arena_of("look at a mask").mask_of(self._slot(p))
 
     def weight_of(self, p: Tensor) -> Tensor:
@@ -304,6 +307,8 @@ class FastBiP(torch.optim.Optimizer):
             raise RuntimeError("cannot set scores: masks are frozen since freeze_masks()")
         for p, own in scores.items():
             slot = self._slot(p)
+            if not slot.member.pruned:
+                raise ValueError(f"scores must be of parameters that have their own, got {slot.member.label}, which goes with others")
             if not isinstance(own, Tensor) or own.shape != p.shape:
                 found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
                 raise ValueError(f"scores of {slot.member.label} must have the shape {tuple(p.shape)}, got {found}")

@@ -46,3 +46,16 @@ def train(model, optimizer, steps, after=lambda: None):
         model(torch.randn(6, 3, 4, 4).to(dtype)).square().sum().backward()
         after()
         optimizer.step()
+
+
+def with_filters(seed=0):
+    """Layers whose filters take a batch-norm and biases along; behind SiLU a constant of a dead filter would be felt."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.SiLU(), nn.Flatten(), nn.Linear(96, 4)
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2:
+                p.copy_(torch.rand(p.shape) + (0.5 if name != "1.bias" else -1))
+    return model

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from masked_network import Network, dead, pruned, train
+from masked_network import Network, dead, pruned, train, with_filters
 from torch import nn
 
 from bip_fast import FastBiP
@@ -47,6 +47,22 @@ def check_gradients(model, masks):
         grad = model.get_parameter(name).grad
         assert not grad[~mask].any()
         assert grad[mask].any()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["masks of the optimizer", "zeros of the model"])
+def test_vectors_of_dead_filters_stay_zero(given):
+    model = with_filters()
+    opt = FastBiP(model, sparsity=0.5, pattern="filter", scope="layer", coupled=[["0.weight", "1.weight", "1.bias"]])
+    masks = masks_of(opt)
+    opt.finalize()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    attach_masks(model, optimizer, masks if given else None)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(6, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+    assert not dead(model, masks).any()
+    assert len(dead(model, {name: mask for name, mask in masks.items() if mask.dim() < 2})) == 4 + 4 + 4 + 3
 
 
 def test_without_masks_the_same_training_revives_weights():

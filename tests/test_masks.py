@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from masked_network import dead, pruned
+from masked_network import dead, pruned, with_filters
 from torch import nn
 
 from bip_fast import FastBiP
@@ -40,6 +40,48 @@ def test_masks_of_an_optimizer_are_its_own():
     assert list(masks) == ["0.weight"]
     assert torch.equal(masks["0.weight"], opt.mask_of(model[0].weight))
     assert int(masks["0.weight"].sum()) == 32
+
+
+FILTERS = {"pattern": "filter", "scope": "layer", "coupled": [["0.weight", "1.weight", "1.bias"]]}
+VECTORS = {"0.bias": 8, "1.weight": 8, "1.bias": 8, "3.bias": 6}
+
+
+def test_vectors_that_go_with_filters_have_masks(tmp_path):
+    model = with_filters()
+    dense = copy.deepcopy(model)
+    opt = FastBiP(model, sparsity=0.5, **FILTERS)
+    masks = masks_of(opt)
+    assert {name: mask.numel() for name, mask in masks.items() if mask.dim() < 2} == VECTORS
+    for name in VECTORS:
+        p = model.get_parameter(name)
+        assert torch.equal(masks[name], opt.mask_of(p))
+        assert torch.equal(opt.weight_of(p), dense.get_parameter(name))
+        assert opt.scores_of(p)[masks[name]].min() >= opt.scores_of(p)[~masks[name]].max()
+        with pytest.raises(ValueError, match=f"got {name}, which goes with others"):
+            opt.set_scores({p: torch.ones_like(p)})
+    save_masks(tmp_path / "m", opt)
+    opt.finalize()
+    apply_masks(dense, load_masks(tmp_path / "m"))
+    x = torch.randn(5, 3, 4, 4)
+    assert torch.equal(dense.eval()(x), model.eval()(x))
+    from_model = masks_of(model)
+    assert from_model.keys() == masks.keys()
+    assert all(torch.equal(mask, masks[name]) for name, mask in from_model.items())
+
+
+def test_zeros_of_vectors_that_belong_to_no_filter_are_free():
+    model = with_filters()
+    assert set(masks_of(FastBiP(model, sparsity=0.5))) == {"0.weight", "3.weight", "6.weight"}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1)
+        model[0].weight[3] = model[0].bias[4] = 0  # a filter, and a bias of another
+        model[1].weight.fill_(0)  # as some batch-norms start
+        model[1].bias.fill_(0)
+    assert set(masks_of(model)) == {"0.weight"}
+    with torch.no_grad():
+        model[0].bias[3] = 0
+    assert masks_of(model)["0.bias"].tolist() == [True] * 3 + [False] + [True] * 4, "not the entry whose filter lives"
 
 
 def test_masks_of_an_optimizer_belong_to_their_names():

@@ -1,8 +1,9 @@
 """Masks apart from weights: a file of one bit per weight, masks onto a dense checkpoint, and zeros that outlive any torch optimizer.
 
-A mask file is a safetensors file: for each pruned weight a uint8 tensor under its name, bit i%8 of byte i/8 being entry i of the weight in
-index order (row-major, whatever its memory format), 1 where the weight is kept; bits past the end are 0. These are the bytes of the int32
-mask words in a state_dict of `FastBiP`. The metadata hold "format", "version" and, as JSON, shape and CRC-32 of every mask.
+A mask file is a safetensors file: for each pruned weight, and each vector that is masked with filters, a uint8 tensor under its name, bit
+i%8 of byte i/8 being entry i in index order (row-major, whatever its memory format), 1 where it is kept; bits past the end are 0. These are
+the bytes of the int32 mask words in a state_dict of `FastBiP`. The metadata hold "format", "version" and, as JSON, shape and CRC-32 of
+every mask.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ..experiments.run import write_beside
 from ..optimizer import FastBiP
@@ -39,8 +42,9 @@ def masks_of(source: nn.Module | Mapping[str, Tensor] | FastBiP) -> dict[str, Te
 
     Args:
         source: a Module: where its Conv and Linear weights are not 0; weights without a zero are not pruned and left out, a tied one is
-            listed under its first name. A `FastBiP` that runs: its own masks, which know a kept weight that happens to be 0. Or a mapping
-            from names to bool tensors, returned as it is after a check.
+            listed under its first name. Of biases, what is 0 where the filter is; of a batch-norm, weight and bias where both are 0, if
+            these are exactly the zero filters of a layer. A `FastBiP` that runs: its own masks, which know a kept weight that happens to
+            be 0, and every vector that goes with filters. Or a mapping from names to bool tensors, returned as it is after a check.
 
     Raises:
         TypeError: it is none of these, or a mask is not a bool tensor.
@@ -48,7 +52,7 @@ def masks_of(source: nn.Module | Mapping[str, Tensor] | FastBiP) -> dict[str, Te
         RuntimeError: the optimizer was finalized.
     """
     if isinstance(source, nn.Module):
-        masks = {name: x.detach() != 0 for name, x in weights(source) if _looked_at(name, x)}
+        masks = {name: x.detach() != 0 for name, x in weights(source) if _looked_at(name, x)} | _masks_of_vectors(source)
         masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
         nothing = "a model without zeros in its Conv and Linear weights"
     elif isinstance(source, FastBiP):
@@ -72,17 +76,35 @@ def _looked_at(name: str, x: Tensor) -> bool:
     return True
 
 
+def _zero_filters(layer: nn.Module) -> Tensor:
+    """Bool, for every output: all weights that make it are 0."""
+    zero = layer.weight.detach() == 0  # type: ignore[operator]
+    if getattr(layer, "transposed", False):
+        zero = zero.unflatten(0, (int(layer.groups), -1)).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
+    return zero.flatten(1).all(1)
+
+
+def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
+    """Masks of what goes with zero filters. A model does not say which batch-norm follows which layer, and one may start at 0 (the last of
+    a residual block), so that such a one must have the zeros of a layer, entry by entry."""
+    layers = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear)) and m.weight.numel()]
+    filters = [(layer, zero) for layer in layers if bool((zero := _zero_filters(layer)).any())]
+    dead = {layer.bias: zero & (layer.bias.detach() == 0) for layer, zero in filters if layer.bias is not None}
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.affine:
+            own = (norm.weight.detach() == 0) & (norm.bias.detach() == 0)
+            if any(own.equal(zero) for _, zero in filters):
+                dead |= {norm.weight: own, norm.bias: own}
+    return {name: ~dead[p] for name, p in model.named_parameters() if p in dead}
+
+
 def _masks_of_optimizer(optimizer: FastBiP) -> dict[str, Tensor]:
-    masks = []
-    for p in dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]):
-        try:
-            masks.append(optimizer.mask_of(p))
-        except ValueError:  # dense
-            continue
-    names = [row.name for row in optimizer.report()]  # its pruned parameters, in the same order
-    if nameless := next((name for name in names if NAMELESS.match(name)), None):
+    arena = optimizer._arena_of("look at masks")
+    params = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+    masks = {arena.slot_of[p].member.label: optimizer.mask_of(p) for p in params if arena.slot_of[p].member.masked}
+    if nameless := next((name for name in masks if NAMELESS.match(name)), None):
         raise ValueError(f"masks need names, but FastBiP was made from parameters without them (it has {nameless!r}); pass the model")
-    return dict(zip(names, masks, strict=True))
+    return masks
 
 
 # --- files ---------------------------------------------------------------------------------------------------------------------------
@@ -268,7 +290,8 @@ def attach_masks(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapp
     Args:
         model: holds the weights; masked ones are zeroed in place at once.
         optimizer: has them in its groups (others in them learn as ever; a group may be added later). A copy of it has no masks.
-        masks: bool tensors by name; default: where Conv and Linear weights are not 0 now (see `masks_of`).
+        masks: bool tensors by name; default: where Conv and Linear weights, and the vectors that go with zero filters, are not 0 now (see
+            `masks_of`).
 
     Returns:
         The handle: `AttachedMasks.remove`, or use it as a context manager.
