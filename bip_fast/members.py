@@ -93,10 +93,9 @@ def _divided(group: Mapping[str, Any], p: Tensor, known: Known) -> Blocks | NofM
     if p.dim() < 2:
         raise Refused("it has fewer than two dimensions")
     pattern = parse(group["pattern"])
-    if known.ends and pattern.kind == "filter" and p is known.ends[1]:
-        raise Refused("its filters are the outputs of the model")
-    if known.ends and pattern.kind == "channel" and p is known.ends[0]:
-        raise Refused("its channels are the inputs of the model")
+    ends = {"filter": known.outputs, "channel": known.inputs}.get(pattern.kind, {})
+    if p in ends:
+        raise Refused(ends[p])
     return pattern.divide(p.shape, p.stride(), known.layers.get(p, Layer()))
 
 

@@ -52,8 +52,9 @@ class FastBiP(torch.optim.Optimizer):
         pattern: what is kept or dropped as one: "unstructured", single weights; "filter", output channels, with the bias of a layer;
             "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`bip_fast.patterns`). A unit of
             several weights has one score, at the start the mean of abs(theta), and moves by the sum of its weights' gradients. What a
-            pattern does not fit stays dense, with the reason in `report`; so do the outputs of a Module ("filter": its last weight) and
-            its inputs ("channel": its first).
+            pattern does not fit stays dense, with the reason in `report`; so does, being taken for the outputs of a Module, its last layer
+            ("filter"), and for its inputs its first ("channel"), in the order in which they were made. A model that returns the outputs of
+            several layers needs ``exclude`` for the others, or ``coupled``.
         scope: "global": all units of the same sparsity compete; "layer": every tensor keeps its own fraction; "erk": every tensor has a
             budget of its own, larger for small layers (Erdos-Renyi-Kernel), and all of the same sparsity keep that together.
         min_kept: filters, channels or blocks that every layer keeps, even if that is more than the sparsity allows.
@@ -63,7 +64,8 @@ class FastBiP(torch.optim.Optimizer):
         overrides: sparsity, or a dict of options, by name: ``{"layer1.*": 0.5, "head": {"pattern": "2:4"}}``. The last that matches counts;
             such weights get parameter groups of their own.
         coupled: lists of names of parameters whose filters are one: weights that add up in a residual join, and vectors (batch-norm,
-            biases) that are masked with them. `bip_fast.export.coupling` finds them.
+            biases) that are masked with them. With the word "<outputs>" in it a list is of filters that the model returns, which stay; one
+            such list, and the last layer is one like the others. `bip_fast.export.coupling` finds all of them.
 
     All but the last five are keys of parameter groups too, and ``prune=False`` makes a group dense; so do frozen parameters stay.
     Hyper-parameters may change at any time, by schedulers or by hand; a new sparsity (density is turned into it once) or scope counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from .patterns import Layer
 
-__all__ = ["Given", "Known", "frozen_of", "param_groups_of", "split_names"]
+__all__ = ["OUTPUTS", "Given", "Known", "frozen_of", "param_groups_of", "split_names"]
 
+OUTPUTS = "<outputs>"  # in a list of coupled filters: the model returns them
 NO_LAYER = "it is not the weight of a Conv or Linear layer"
 
 
@@ -27,7 +28,8 @@ class Known:
         names: labels for errors and reports.
         dense: why a parameter stays dense although its group may be pruned.
         layers: of the weights of a Module.
-        ends: the first and the last weight of a Module that could be pruned: its inputs and outputs are nobody's to remove.
+        inputs, outputs: weights whose channels, or filters, are nobody's to remove, and why: of a Module the first and the last, unless
+            somebody knows better.
         coupled: weights whose filters are kept or dropped together, and the vectors that belong to these filters.
         left_out: (name, shape, reason) of parameters of a Module that the optimizer does not have.
     """
@@ -35,13 +37,14 @@ class Known:
     names: dict[Tensor, str] = field(default_factory=dict)
     dense: dict[Tensor, str] = field(default_factory=dict)
     layers: dict[Tensor, Layer] = field(default_factory=dict)
-    ends: tuple[Tensor, ...] = ()
+    inputs: dict[Tensor, str] = field(default_factory=dict)
+    outputs: dict[Tensor, str] = field(default_factory=dict)
     coupled: list[list[Tensor]] = field(default_factory=list)
     left_out: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
 
     def with_group(self, names: Mapping[Tensor, str], params: Iterable[Any]) -> Known:
         """The same, and what another parameter group says."""
-        return Known(self.names | dict(names), self.dense | frozen_of(params), self.layers, self.ends, self.coupled, self.left_out)
+        return replace(self, names=self.names | dict(names), dense=self.dense | frozen_of(params))
 
 
 class Given(NamedTuple):
@@ -81,7 +84,8 @@ def _module_groups(model: nn.Module) -> Given:
     if computed:
         warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
     known = Known(names=learning, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if _is_matrix(p)})
-    known.ends = (next(iter(weights)), next(reversed(weights))) if weights else ()
+    known.inputs = dict.fromkeys(list(weights)[:1], "it is the first layer of the model")
+    known.outputs = dict.fromkeys(list(weights)[-1:], "it is the last layer of the model")
     known.coupled = [[p, layer.bias] for p, layer in weights.items() if p in learning and layer.bias is not None and layer.bias in learning]
     known.left_out = [
         (name, tuple(p.shape), "it is frozen") for name, p in model.named_parameters() if not p.requires_grad and _is_matrix(p)
@@ -167,19 +171,27 @@ def _overridden(given: Given, overrides: Mapping[str, Any], prunable: list[Tenso
 
 
 def _coupled(given: Given, coupled: Iterable[Iterable[str]]) -> list[list[Tensor]]:
-    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone."""
+    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone. If there are lists of
+    what the model returns, that is known then, and the last layer is one like the others."""
     by_name = dict(given.aliases)
     lists, seen = [], set()
+    outputs: list[Tensor] = []
     for names in coupled:
         if isinstance(names, str):
             raise TypeError(f"coupled must hold lists of names, got the string {names!r}")
-        for name in names:
+        own = list(names)
+        returned = OUTPUTS in own
+        own = [name for name in own if name != OUTPUTS]
+        for name in own:
             if name not in by_name:
                 raise ValueError(f"coupled must hold names of parameters, got {name!r}, which is none")
             if by_name[name] in seen:
                 raise ValueError(f"coupled must name a parameter once, got {name!r} again")
             seen.add(by_name[name])
-        lists.append([by_name[name] for name in names])
+        lists.append([by_name[name] for name in own])
+        outputs += lists[-1] if returned else []
+    if outputs:
+        given.known.outputs = dict.fromkeys(outputs, "its filters are outputs of the model")
     biases = {pair[0]: pair[1] for pair in given.known.coupled}
     for members in lists:
         members += [biases[p] for p in members if p in biases and biases[p] not in seen]
@@ -195,7 +207,7 @@ def param_groups_of(
         params: Module (its Conv and Linear weights are pruned), parameters, ``(name, parameter)`` pairs, or groups of either.
         exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
         overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
-        coupled: lists of names of parameters whose filters are kept or dropped together.
+        coupled: lists of names of parameters whose filters are kept or dropped together, or stay with `OUTPUTS`.
 
     Raises:
         TypeError: not one of these.

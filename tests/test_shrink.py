@@ -354,7 +354,7 @@ def test_coupled_filters_of_a_residual_network():
     assert {"conv1.weight", "stages.0.0.conv2.weight", "stages.0.1.conv2.weight"} <= set(stage)
     assert {"bn1.weight", "bn1.bias", "stages.0.0.bn2.weight", "stages.0.1.bn2.bias"} <= set(stage)
     assert by_first["stages.2.1.conv1.weight"] == {"stages.2.1.conv1.weight", "stages.2.1.bn1.weight", "stages.2.1.bn1.bias"}
-    assert not any("fc.weight" in names for names in lists)
+    assert by_first["fc.weight"] == {"fc.weight", "fc.bias", "<outputs>"}
     flat = [name for names in lists for name in names]
     assert len(flat) == len(set(flat))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
+from ..prunable import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
 
 __all__ = ["coupled_filters"]
@@ -16,7 +20,9 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
 
     Each has the weights of the layers that make them (several where their outputs are added, and depthwise convolutions behind them), and
     the vectors that go with them: biases, and the weights and biases of batch-norms, whose constants would otherwise outlive their filter.
-    Channels that are outputs of the model, and those that a slice or a padding mixes with others, are left out.
+    Lists of channels that the model returns end with the word "<outputs>", and `FastBiP` lets them be: those of all layers that are the
+    last on a way to a tensor that is returned, whether others read them too or not. Channels that a slice or a padding mixes with others
+    are left out.
 
     Args:
         model: not changed.
@@ -29,10 +35,48 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
     Example:
         >>> opt = FastBiP(model, sparsity=0.5, pattern="filter", coupled=coupled_filters(model, x))
     """
-    twin, graph = traced_copy(model, as_inputs(example_input))
-    own = dict(model.named_parameters())
-    lists = [_names(channels) for channels in channels_of(graph, twin) if channels.refused is None]
-    return [kept for names in lists if (kept := [name for name in names if name in own])]
+    inputs = as_inputs(example_input)
+    twin, graph = traced_copy(model, inputs)
+    last = _last_layers(twin, inputs)
+    lists, known = [], set()
+    for channels in channels_of(graph, twin):
+        layers = channels.makers.keys() | channels.passes.keys()
+        if channels.refused is None:
+            lists.append(_names(channels) + [OUTPUTS] * bool(layers & last))
+            known |= layers
+    lists += [[f"{name}.weight", f"{name}.bias", OUTPUTS] for name in sorted(last - known)]
+    own = {name: p.dim() for name, p in model.named_parameters()} | {OUTPUTS: 0}
+    lists = [[name for name in names if name in own] for names in lists]
+    return [names for names in lists if any(own[name] > 1 for name in names)]  # a parametrization hides weights
+
+
+def _last_layers(twin: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
+    """Names of the Conv and Linear layers behind which there is no other on some way to a tensor that the model returns."""
+    layers = ((name, layer) for name, layer in twin.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
+    name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in layers}
+    for weight in twin.parameters():
+        weight.requires_grad_(weight.is_floating_point())
+    with torch.enable_grad():
+        returned = [x.grad_fn for x in tree_leaves(twin(*inputs)) if isinstance(x, Tensor)]
+    last: set[str] = set()
+    seen: set[Any] = set()
+    while returned:
+        node = returned.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        sources = [source for source, _ in node.next_functions]
+        own = {name_of[p] for p in map(_parameter, sources) if p in name_of}
+        last |= own
+        returned += [] if own else sources
+    return last
+
+
+def _parameter(node: Any) -> Tensor | None:
+    """The parameter that a node of autograd's graph hands on, transposed or as it is."""
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return getattr(node, "variable", None)
 
 
 def _names(channels: Channels) -> list[str]:
