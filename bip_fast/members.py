@@ -124,20 +124,33 @@ def roster_of(param_groups: Sequence[Mapping[str, Any]], known: Known) -> Roster
             members[p] = Member(p, label, False, row)
             reasons[p] = str(refused)
     _check_apart(list(members.values()))
-    _join_units(members, reasons, param_groups, known)
+    _check_effect(members, param_groups, known)
+    frozen = _join_units(members, reasons, param_groups, known)
     decisions = [
         Decision(m.label, tuple(p.shape), str(param_groups[m.row]["pattern"]) if m.pruned else None, reasons.get(p))
         for p, m in members.items()
         if p.dim() >= 2
     ]
     left_out = [Decision(name, shape, None, reason) for name, shape, reason in known.left_out]
+    left_out += [Decision(known.names[p], tuple(p.shape), None, "it is frozen, and outlives the filters it belongs to") for p in frozen]
     return Roster(list(members.values()), (*decisions, *left_out))
 
 
-def _join_units(members: dict[Tensor, Member], reasons: dict[Tensor, str], param_groups: Sequence[Mapping[str, Any]], known: Known) -> None:
-    """Number the sets of units, coupled tensors in one, and take in the vectors that follow."""
-    count = 0
+def _check_effect(members: Mapping[Tensor, Member], param_groups: Sequence[Mapping[str, Any]], known: Known) -> None:
+    """ValueError when a list couples weights that are pruned, and none of them by filters."""
     for tensors in known.coupled:
+        pruned = [members[p] for p in tensors if p in members and members[p].pruned]
+        if pruned and all(param_groups[m.row]["pattern"] != "filter" for m in pruned):
+            found = param_groups[pruned[0].row]["pattern"]
+            raise ValueError(f'coupled must hold weights of pattern "filter", got {pruned[0].label} of pattern {found!r}')
+
+
+def _join_units(
+    members: dict[Tensor, Member], reasons: dict[Tensor, str], param_groups: Sequence[Mapping[str, Any]], known: Known
+) -> list[Tensor]:
+    """Number the sets of units, coupled tensors in one, and take in the vectors that follow. Returns those that cannot: they are frozen."""
+    count, frozen = 0, []
+    for tensors in [*known.coupled, *known.biases]:
         weights = [members[p] for p in tensors if p in members and p.dim() >= 2]
         structured = [m for m in weights if m.pruned and param_groups[m.row]["pattern"] == "filter"]
         if not structured:
@@ -155,7 +168,9 @@ def _join_units(members: dict[Tensor, Member], reasons: dict[Tensor, str], param
         for m in weights:
             members[m.param] = m._replace(unit_set=count)
         for p in tensors:
-            if p in members and p.dim() < 2:
+            if p.dim() < 2 and (p not in members or p in known.dense):
+                frozen.append(p)
+            elif p.dim() < 2:
                 if p.numel() != units:
                     raise ValueError(f"coupled has {members[p].label} of {p.numel()} entries beside {weights[0].label} of {units} filters")
                 members[p] = members[p]._replace(division=Blocks(1, units, 1, 1), unit_set=count)
@@ -164,6 +179,7 @@ def _join_units(members: dict[Tensor, Member], reasons: dict[Tensor, str], param
         if m.pruned and isinstance(m.division, Blocks) and m.unit_set < 0:
             members[p] = m._replace(unit_set=count)
             count += 1
+    return frozen
 
 
 def _units_of(member: Member) -> int:

@@ -65,7 +65,7 @@ class FastBiP(torch.optim.Optimizer):
             such weights get parameter groups of their own.
         coupled: lists of names of parameters whose filters are one: weights that add up in a residual join, and vectors (batch-norm,
             biases) that are masked with them. With the word "<outputs>" in it a list is of filters that the model returns, which stay; one
-            such list, and the last layer is one like the others. `bip_fast.export.coupling` finds all of them.
+            such list, and the last layer is one like the others. `bip_fast.export.coupling` finds all of them. For ``pattern="filter"``.
 
     All but the last five are keys of parameter groups too, and ``prune=False`` makes a group dense; so do frozen parameters stay.
     Hyper-parameters may change at any time, by schedulers or by hand; a new sparsity (density is turned into it once) or scope counts

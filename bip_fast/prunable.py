@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class Known:
         layers: of the weights of a Module.
         inputs, outputs: weights whose channels, or filters, are nobody's to remove, and why: of a Module the first and the last, unless
             somebody knows better.
-        coupled: weights whose filters are kept or dropped together, and the vectors that belong to these filters.
+        coupled: weights whose filters are kept or dropped together, and the vectors that belong to these filters, as the user says.
+        biases: weights and their layer's bias, of all others.
         left_out: (name, shape, reason) of parameters of a Module that the optimizer does not have.
     """
 
@@ -40,6 +42,7 @@ class Known:
     inputs: dict[Tensor, str] = field(default_factory=dict)
     outputs: dict[Tensor, str] = field(default_factory=dict)
     coupled: list[list[Tensor]] = field(default_factory=list)
+    biases: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     left_out: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
 
     def with_group(self, names: Mapping[Tensor, str], params: Iterable[Any]) -> Known:
@@ -83,10 +86,13 @@ def _module_groups(model: nn.Module) -> Given:
         raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
     if computed:
         warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
-    known = Known(names=learning, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if _is_matrix(p)})
+    vectors = {p: name for name, p in model.named_parameters() if not p.requires_grad and not is_lazy(p) and p.dim() < 2}
+    known = Known(
+        names=learning | vectors, layers={p: _layer_of(weights[p]) for p in pruned}, dense={p: NO_LAYER for p in dense if _is_matrix(p)}
+    )
     known.inputs = dict.fromkeys(list(weights)[:1], "it is the first layer of the model")
     known.outputs = dict.fromkeys(list(weights)[-1:], "it is the last layer of the model")
-    known.coupled = [[p, layer.bias] for p, layer in weights.items() if p in learning and layer.bias is not None and layer.bias in learning]
+    known.biases = [(p, layer.bias) for p, layer in weights.items() if p in learning and layer.bias in known.names]
     known.left_out = [
         (name, tuple(p.shape), "it is frozen") for name, p in model.named_parameters() if not p.requires_grad and _is_matrix(p)
     ]
@@ -171,11 +177,12 @@ def _overridden(given: Given, overrides: Mapping[str, Any], prunable: list[Tenso
 
 
 def _coupled(given: Given, coupled: Iterable[Iterable[str]]) -> list[list[Tensor]]:
-    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone. If there are lists of
-    what the model returns, that is known then, and the last layer is one like the others."""
+    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone. Lists of what the
+    model returns couple nothing, but where there are some, the last layer is one like the others."""
     by_name = dict(given.aliases)
-    lists, seen = [], set()
-    outputs: list[Tensor] = []
+    lists: list[list[Tensor]] = []
+    outputs: list[list[Tensor]] = []
+    seen: set[Tensor] = set()
     for names in coupled:
         if isinstance(names, str):
             raise TypeError(f"coupled must hold lists of names, got the string {names!r}")
@@ -188,14 +195,15 @@ def _coupled(given: Given, coupled: Iterable[Iterable[str]]) -> list[list[Tensor
             if by_name[name] in seen:
                 raise ValueError(f"coupled must name a parameter once, got {name!r} again")
             seen.add(by_name[name])
-        lists.append([by_name[name] for name in own])
-        outputs += lists[-1] if returned else []
+        members = [by_name[name] for name in own]
+        if all(not is_lazy(p) and p.dim() < 2 for p in members):
+            raise ValueError(f"coupled must have a weight in every list, got {own}")
+        (outputs if returned else lists).append(members)
     if outputs:
-        given.known.outputs = dict.fromkeys(outputs, "its filters are outputs of the model")
-    biases = {pair[0]: pair[1] for pair in given.known.coupled}
-    for members in lists:
-        members += [biases[p] for p in members if p in biases and biases[p] not in seen]
-    return lists + [pair for pair in given.known.coupled if pair[0] not in seen and pair[1] not in seen]
+        given.known.outputs = dict.fromkeys(chain.from_iterable(outputs), "its filters are outputs of the model")
+    biases = dict(given.known.biases)
+    given.known.biases = [pair for pair in given.known.biases if seen.isdisjoint(pair)]
+    return [members + [biases[p] for p in members if p in biases and biases[p] not in seen] for members in lists]
 
 
 def param_groups_of(
@@ -207,7 +215,7 @@ def param_groups_of(
         params: Module (its Conv and Linear weights are pruned), parameters, ``(name, parameter)`` pairs, or groups of either.
         exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
         overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
-        coupled: lists of names of parameters whose filters are kept or dropped together, or stay with `OUTPUTS`.
+        coupled: lists of names of parameters whose filters are kept or dropped together, or with `OUTPUTS` stay.
 
     Raises:
         TypeError: not one of these.

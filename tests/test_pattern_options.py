@@ -80,12 +80,59 @@ def test_overrides(backend):
         ([["0.weight", "2.weight"]], "as many filters"),
         ([["0.weight", "3.bias"]], "entries"),
         (["0.weight"], "lists of names"),
+        ([["0.bias"]], "coupled must have a weight in every list, got .*0.bias"),
+        ([[]], "a weight in every list"),
     ],
 )
 def test_wrong_couplings(coupled, message):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4))
     with pytest.raises((ValueError, TypeError), match=message):
         FastBiP(model, sparsity=0.5, pattern="filter", coupled=coupled)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.5}, {"sparsity": 0.5, "pattern": "channel"}, {"pattern": "2:4"}, {"sparsity": 0.5, "pattern": "block:2x2"}]
+)
+def test_couplings_without_effect_are_refused(options):
+    """Whatever is to be dropped together must be filters; what stays dense has its own reason."""
+
+    def model():
+        return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+
+    pattern = options.get("pattern", "unstructured")
+    with pytest.raises(ValueError, match=rf'coupled must hold weights of pattern "filter", got 1\.weight of pattern .{pattern}.'):
+        FastBiP(model(), coupled=[["1.weight", "2.weight"]], **options)
+    with pytest.raises(ValueError, match=r'must hold weights of pattern "filter", got 0\.weight'):
+        FastBiP(model(), sparsity=0.5, pattern="filter", overrides={"0": {"pattern": "unstructured"}}, coupled=[["0.weight", "0.bias"]])
+    FastBiP(model(), coupled=[["1.weight", "2.weight"]], exclude=["1", "2"], **options)
+
+
+def test_frozen_vectors_are_not_masked_and_listed(backend):
+    def made():
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).to(backend.device)
+        model[0].bias.requires_grad_(False)
+        model[1].weight.requires_grad_(False)
+        return model
+
+    coupled = [["0.weight", "1.weight", "1.bias"]]
+    for what in (lambda model: model, lambda model: list(model.named_parameters())):
+        model = made()
+        opt = FastBiP(what(model), sparsity=0.5, pattern="filter", coupled=coupled, exclude=["2.weight"])
+        reasons = {row.name: row.reason for row in opt.report().decisions}
+        listed = {"1.weight", "0.bias"} if what(model) is model else {"1.weight"}  # a list does not know whose bias it is
+        assert {name for name, reason in reasons.items() if reason == "it is frozen, and outlives the filters it belongs to"} == listed
+        assert bool((model[0].bias != 0).all())
+        assert bool((model[1].weight == 1).all())
+        assert int((opt.mask_of(model[1].bias)).sum()) == 4
+    assert FastBiP(made(), sparsity=0.5).report().decisions[-1].name == "2.weight", "without filters nobody asks"
+
+
+def test_a_bias_that_is_computed_goes_its_own_way():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    opt = FastBiP(model, sparsity=0.5, pattern="filter")
+    assert bool((model[0].bias != 0).all())
+    assert {row.name: row.reason for row in opt.report().decisions}["0.weight"] is None
 
 
 def test_filters_coupled_with_a_dense_layer_stay(backend):
