@@ -39,7 +39,8 @@ class FastBiP(torch.optim.Optimizer):
     Args:
         params: a Module (its Conv and Linear weights are pruned, all its other trainable parameters learn), or ``parameters()``,
             ``named_parameters()`` or parameter groups (what has two or more dimensions is pruned). float32, bfloat16 or float16, on one
-            device. Tied parameters count once.
+            device. Tied parameters count once. Only a Module knows the layer of a weight: of a list, dimension 0 is taken for the outputs and
+            dimension 1 for the inputs of one group, so pass the Module where "filter" or "channel" prune transposed or grouped convolutions.
         sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept.
         density: ``1 - sparsity``, instead of it.
         lr: step size of theta.
