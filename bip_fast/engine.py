@@ -14,7 +14,7 @@ from .ops import StepPlan, backend
 from .options import GROUP_KEYS, check_group, hyper_table
 from .patterns import NofM
 from .prunable import Known
-from .report import Selection
+from .report import Report, Row, Selection, Units, layer_row
 
 __all__ = ["Engine"]
 
@@ -169,6 +169,23 @@ class Engine:
             counts = {key: counters[key].item() for key in Selection._fields if key in (counters.dtype.names or ())}
             rows.append(Selection(name=self.arena.label_of(group), numel=group.numel, kept=group.kept, **counts))
         return tuple(rows)
+
+    def report(self) -> Report:
+        """The layers, and how their masks came about; waits for the device."""
+        rows: list[Row] = []
+        units: dict[int, Units] = {}
+        for slot in self.arena.pruned:
+            row = layer_row(slot.member.label, slot.member.param)._replace(pattern=str(self._groups[slot.member.row]["pattern"]))
+            if not slot.member.scored:
+                number = slot.member.unit_set
+                units[number] = Units(str(row.pattern), *self.arena.units.kept(number))
+                row = row._replace(units=units[number][1:])
+            rows.append(row)
+        totals: dict[str, Units] = {}
+        for pattern, kept, total in units.values():
+            before = totals.get(pattern, Units(pattern, 0, 0))
+            totals[pattern] = Units(pattern, before.kept + kept, before.total + total)
+        return Report(tuple(rows), self.selections(), self.decisions, tuple(totals.values()))
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""

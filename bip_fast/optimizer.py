@@ -18,7 +18,7 @@ from .ops import StepPlan
 from .options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
 from .phases import Phases
 from .prunable import Known, param_groups_of, split_names
-from .report import Report, layer_table
+from .report import Report
 
 __all__ = ["FastBiP"]
 
@@ -39,9 +39,12 @@ class FastBiP(torch.optim.Optimizer):
     Args:
         params: a Module (its Conv and Linear weights are pruned, all its other trainable parameters learn), or ``parameters()``,
             ``named_parameters()`` or parameter groups (what has two or more dimensions is pruned). float32, bfloat16 or float16, on one
-            device. Tied parameters count once. Only a Module knows the layer of a weight: of a list, dimension 0 is taken for the outputs and
-            dimension 1 for the inputs of one group, so pass the Module where "filter" or "channel" prune transposed or grouped convolutions.
-        sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept.
+            device. Tied parameters count once. Only a Module knows the layer of a weight: of a list, dimension 0 is taken for the outputs
+            and dimension 1 for the inputs of one group; pass the Module where "filter" or "channel" shall prune transposed or grouped
+            convolutions.
+        sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept. With a pattern of filters, channels or
+            blocks it is the fraction of these units, coupled ones counted once; that of the weights then differs where units are of
+            different sizes. `report` has both.
         density: ``1 - sparsity``, instead of it.
         lr: step size of theta.
         mask_lr: step size of the scores.
@@ -280,14 +283,14 @@ class FastBiP(torch.optim.Optimizer):
         return int(self._arena_of("count").num_nonfinite)
 
     def report(self) -> Report:
-        """Table of the pruned parameters (name, shape, kept of total, sparsity), how their selection went, what stays dense and why.
+        """Table of the pruned parameters (name, shape, kept of total, sparsity; pattern and units where they differ from layer to layer, or
+        from weights), how their selection went, what stays dense and why.
 
         After `finalize`, the table of that moment. Waits for the device.
         """
         if self._finished is not None:
             return self._finished
-        engine = self._running("report")
-        return layer_table([(slot.member.label, slot.member.param) for slot in engine.arena.pruned], engine.selections(), engine.decisions)
+        return self._running("report").report()
 
     # --- scores from elsewhere -------------------------------------------------------------------------------------------------------
 

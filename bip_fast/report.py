@@ -17,18 +17,19 @@ from torch.nn.modules.conv import _ConvNd
 
 from .tables import aligned
 
-__all__ = ["Decision", "Report", "Row", "Selection", "layer_table", "report", "weights"]
-
-HEADER = ("layer", "shape", "kept", "of", "sparsity")
+__all__ = ["Decision", "Report", "Row", "Selection", "Units", "layer_row", "layer_table", "report", "weights"]
 
 
 class Row(NamedTuple):
-    """One layer: ``kept`` of ``total`` weights are not zero."""
+    """One layer: ``kept`` of ``total`` weights are not zero. If the report is of an optimizer: its ``pattern``, and where that is of
+    filters, channels or blocks, how many ``units`` are kept, of how many."""
 
     name: str
     shape: tuple[int, ...]
     kept: int
     total: int
+    pattern: str | None = None
+    units: tuple[int, int] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -36,7 +37,26 @@ class Row(NamedTuple):
         return 1 - self.kept / self.total if self.total else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "shape": list(self.shape), "kept": self.kept, "total": self.total, "sparsity": self.sparsity}
+        row = {"name": self.name, "shape": list(self.shape), "kept": self.kept, "total": self.total, "sparsity": self.sparsity}
+        pattern = {"pattern": self.pattern} if self.pattern else {}
+        return row | pattern | ({"units": list(self.units)} if self.units else {})
+
+
+class Units(NamedTuple):
+    """Filters, channels or blocks of all layers with one pattern, those that are coupled counted once. What ``sparsity`` asked for is
+    theirs; that of the weights may be another, because units are of different sizes."""
+
+    pattern: str
+    kept: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of units that are dropped."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "sparsity": self.sparsity}
 
 
 class Decision(NamedTuple):
@@ -86,13 +106,14 @@ class Selection(NamedTuple):
 class Report:
     """Rows in the order of the model. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON.
 
-    If the report is of an optimizer, ``selections`` has a row for every group of weights that compete, and ``decisions`` one for every
-    parameter that might have been pruned.
+    If the report is of an optimizer, ``selections`` has a row for every group of weights that compete, ``decisions`` one for every
+    parameter that might have been pruned, and ``units`` one for every pattern of filters, channels or blocks.
     """
 
     rows: tuple[Row, ...]
     selections: tuple[Selection, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    units: tuple[Units, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -117,14 +138,32 @@ class Report:
         table = {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
         selections = {"selections": [row.as_dict() for row in self.selections]} if self.selections else {}
         decisions = {"decisions": [row.as_dict() for row in self.decisions]} if self.decisions else {}
-        return table | selections | decisions
+        units = {"units": [row.as_dict() for row in self.units]} if self.units else {}
+        return table | units | selections | decisions
 
     def __str__(self) -> str:
-        cells = [_cells(row.name, "x".join(map(str, row.shape)), row) for row in self.rows]
-        cells.append(_cells("all layers", "", Row("", (), self.kept, self.total)))
-        lines = aligned([HEADER, *cells], left=2)
+        several = len({row.pattern for row in self.rows}) > 1
+        counted = any(row.units for row in self.rows)
+
+        def cells(row: Row) -> tuple[str, ...]:
+            pattern = (row.pattern or "",) if several else ()
+            units = (tuple(f"{count:,}" for count in row.units) if row.units else ("", "")) if counted else ()
+            shape = "x".join(map(str, row.shape))
+            return row.name, shape, *pattern, *units, f"{row.kept:,}", f"{row.total:,}", f"{100 * row.sparsity:.2f} %"
+
+        header = ("layer", "shape", *("pattern",) * several, *("units", "of") * counted, "kept", "of", "sparsity")
+        lines = aligned([header, *map(cells, self.rows), cells(Row("all layers", (), self.kept, self.total))], left=2 + several)
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *self._selection_lines(), *self.decision_lines()])
+        below = [*self._unit_lines(), *self._selection_lines(), *self.decision_lines()]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *below])
+
+    def _unit_lines(self) -> list[str]:
+        lines = []
+        for own in self.units:
+            coupled = sum(row.units[1] for row in self.rows if row.units and row.pattern == own.pattern) > own.total
+            line = f"{own.pattern}: {own.kept:,} of {own.total:,} units kept, sparsity {100 * own.sparsity:.2f} %"
+            lines.append(line + ", coupled ones counted once" * coupled)
+        return lines
 
     def _selection_lines(self) -> list[str]:
         if not any(row.steps for row in self.selections):
@@ -147,10 +186,6 @@ class Report:
         return lines + [f"dense: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
 
 
-def _cells(name: str, shape: str, row: Row) -> tuple[str, ...]:
-    return name, shape, f"{row.kept:,}", f"{row.total:,}", f"{100 * row.sparsity:.2f} %"
-
-
 def _nonzero(x: Tensor) -> int:
     if x.layout != torch.strided or x.device.type == "meta" or x.is_quantized:
         raise ValueError(f"cannot count zeros in a tensor of {x.layout}, {x.dtype} on {x.device}")
@@ -158,11 +193,14 @@ def _nonzero(x: Tensor) -> int:
     return int(torch.count_nonzero(x.float() if x.element_size() == 1 else x))  # torch cannot count in 8-bit floats
 
 
-def layer_table(
-    tensors: Iterable[tuple[str, Tensor]], selections: tuple[Selection, ...] = (), decisions: tuple[Decision, ...] = ()
-) -> Report:
-    """Report of named weights of any shape, on any device."""
-    return Report(tuple(Row(name, tuple(x.shape), _nonzero(x), x.numel()) for name, x in tensors), selections, decisions)
+def layer_row(name: str, x: Tensor) -> Row:
+    """A weight of any shape, on any device."""
+    return Row(name, tuple(x.shape), _nonzero(x), x.numel())
+
+
+def layer_table(tensors: Iterable[tuple[str, Tensor]]) -> Report:
+    """Report of named weights."""
+    return Report(tuple(layer_row(name, x) for name, x in tensors))
 
 
 def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:

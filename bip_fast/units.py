@@ -84,6 +84,10 @@ class Units:
             state["score_momentum"] = self._score_momentum[unit_set.start :][: unit_set.numel]
         return state
 
+    def kept(self, number: int) -> tuple[int, int]:
+        """How many units of a set are kept, and of how many. Waits for the device."""
+        return int(unpack_mask(self.state_of(number)["mask"], self.sets[number].numel).sum()), self.sets[number].numel
+
     def start(self, number: int, magnitudes: Sequence[Tensor]) -> None:
         """Start scores of a set from ``abs(theta)`` of its tensors that count, in memory order."""
         parts = [part.blocks for part in self.sets[number].parts if part.counts]

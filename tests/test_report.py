@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bip_fast import FastBiP
 from bip_fast.report import Report, Row, layer_table, report
 
 
@@ -92,3 +93,44 @@ def test_the_dictionary_is_plain_json(model):
 def test_an_empty_weight_is_dense():
     assert Row("a", (0, 3), 0, 0).sparsity == 0
     assert report({"a": torch.empty(0, 3)}).sparsity == 0
+
+
+# --- of an optimizer -----------------------------------------------------------------------------------------------------------------
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 3), nn.Linear(16, 4))
+
+
+def test_units_are_counted_beside_weights():
+    """Coupled ones once: 24 filters compete, though the layers have 32; and large filters go where small ones stay."""
+    opt = FastBiP(layers(), sparsity=0.5, pattern="filter", coupled=[["0.weight", "1.weight"]])
+    table = opt.report()
+    assert [row.units[1] for row in table] == [8, 8, 16]
+    assert table.rows[0].units == table.rows[1].units
+    assert [(row.pattern, row.kept, row.total, row.sparsity) for row in table.units] == [("filter", 12, 24, 0.5)]
+    assert table.rows[0].units[0] + table.rows[2].units[0] == 12
+    assert table.sparsity != 0.5
+    for row in table:
+        assert row.kept * row.units[1] == row.total * row.units[0]
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["layer", "shape", "units", "of", "kept", "of", "sparsity"]
+    assert lines[2].split()[2:4] == [str(table.rows[0].units[0]), "8"]
+    assert "filter: 12 of 24 units kept, sparsity 50.00 %, coupled ones counted once" in lines
+    found = json.loads(json.dumps(table.as_dict()))
+    assert found["units"] == [{"pattern": "filter", "kept": 12, "total": 24, "sparsity": 0.5}]
+    assert found["layers"][0]["units"] == list(table.rows[0].units)
+    opt.finalize()
+    assert opt.report() == table
+
+
+def test_patterns_have_a_column_where_they_differ():
+    opt = FastBiP(layers(), sparsity=0.5, pattern="block:2x2", overrides={"1": {"pattern": "2:4"}, "3": {"pattern": "unstructured"}})
+    lines = str(opt.report()).splitlines()
+    assert lines[0].split() == ["layer", "shape", "pattern", "units", "of", "kept", "of", "sparsity"]
+    assert [line.split()[2] for line in lines[2:6]] == ["block:2x2", "block:2x2", "2:4", "unstructured"]
+    assert lines[4].split() == ["1.weight", "8x8x1x1", "2:4", "32", "64", "50.00", "%"]
+    assert len({len(line) for line in lines[:8]}) == 1
+    assert lines[8] == "block:2x2: 180 of 360 units kept, sparsity 50.00 %"
+    assert str(FastBiP(layers(), sparsity=0.5).report()).splitlines()[0].split() == ["layer", "shape", "kept", "of", "sparsity"]
