@@ -19,7 +19,7 @@ class SparsitySchedule:
     The cubic curve is that of gradual magnitude pruning (Zhu and Gupta 2017): ``s_t = s_end + (s_start - s_end) * (1 - t)^3``, which prunes
     most while there is much to choose from. The number of kept weights is changed where the kernels read it: no new plan, no new capture of
     a CUDA graph. It counts from the next upper or joint step. Groups of scope "global" compete with each other while their sparsities are
-    equal, so also at a common ``start``.
+    equal, so those with different ends (as with ``overrides``) do at their common ``start``: leaving it takes one new plan and capture.
 
     Args:
         optimizer: whose ``sparsity``, in every group that has one, is the end of the way.
@@ -61,7 +61,8 @@ class SparsitySchedule:
         to_go = CURVES[self.kind](share)
         for group, end in zip(self.optimizer.param_groups, self._ends, strict=False):  # groups added later keep what they have
             if end is not None and group["prune"]:
-                group["sparsity"] = end + (self.start - end) * to_go
+                # at the start exactly that: groups compete where their sparsities are equal to the last bit
+                group["sparsity"] = self.start if to_go == 1 else end + (self.start - end) * to_go
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, for a checkpoint."""

@@ -51,6 +51,22 @@ def test_masks_follow_on_one_plan(backend, scope, levels):
     assert run.opt.report().selections[0].steps > 5
 
 
+def test_groups_with_different_ends_part_once(backend):
+    """They compete at the common start, and not behind it: one new plan there, and no other."""
+    params = make_params([600, 700], device=backend.device)
+    groups = [{"params": params[:1], "sparsity": 0.9}, {"params": params[1:], "sparsity": 0.5}]
+    run = Lockstep(params, lambda: FastBiP(groups, levels="joint"))
+    schedule = SparsitySchedule(run.opt, start=0.3, steps=5, begin=2)
+    plans = []
+    for i in range(9):
+        run.random_steps(1, seed=i)
+        plans.append(run.opt._engine.plan)
+        schedule.step()
+    # made for the ends; together at the start; apart from the first step behind it
+    assert [plan is plans[0] for plan in plans] == [True] * 3 + [False] * 6
+    assert all(plan is plans[3] for plan in plans[3:])
+
+
 def test_up_and_down_again(backend):
     params = make_params([3000, 500], device=backend.device)
     run = Lockstep(params, lambda: FastBiP(params, sparsity=0.95, levels="joint", mask_lr=0.01))
