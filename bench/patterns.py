@@ -100,7 +100,7 @@ def table(results: dict[str, Any]) -> str:
     """Markdown: a line for each pattern."""
     networks = list(dict.fromkeys(row["network"] for row in results["rows"]))
     lines = [
-        "| upper step, " + " | ".join(f"{name} | times unstructured" for name in networks) + " |",
+        "| upper step | " + " | ".join(f"{name} | times unstructured" for name in networks) + " |",
         "|---|" + "---|---|" * len(networks),
     ]
     for pattern in PATTERNS:

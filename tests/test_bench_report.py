@@ -1,6 +1,8 @@
 """Result files, tables, targets and pictures made from benchmark runs. The rows are made up, so every figure can be checked by hand."""
 
 import json
+import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,25 @@ def test_cases_are_boundary_lists(bench):
         assert {case.n for case in cases} == set(workload.DEFAULT_SIZES[kind])
         assert {case.state for case in cases} == set(workload.STATES)
         assert {case.density for case in cases} == {0.5, 0.1, 0.01, 0.005}
+
+
+def cells(line):
+    return len(re.findall(r"(?<!\\)\|", line)) - 1
+
+
+def committed_tables():
+    root = Path(__file__).parents[1] / "bench" / "results"
+    return sorted(str(path.relative_to(root)) for path in root.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("file", committed_tables())
+def test_every_line_of_a_table_has_as_many_cells(bench, file):
+    path = bench.readme.RESULTS / file
+    texts = [make(bench.report.read(path), path.parent) for source, make in bench.readme.TABLES.values() if source == path.name]
+    assert texts, f"{file} is shown nowhere"
+    for text in texts:
+        for is_table, lines in groupby(text.splitlines(), lambda line: line.startswith("|")):
+            if is_table:
+                header, delimiter, *rows = lines
+                assert set(delimiter) <= set("|-: ")
+                assert {cells(row) for row in rows} | {cells(delimiter)} == {cells(header)}
