@@ -292,6 +292,16 @@ SENTENCES = {
         "Faster only at batch 64 (1.00x at batch 1, 1.80x at batch 64): 50 % of the FLOPs are gone (2.00x fewer), but the rest runs at a "
         "lower FLOP rate (50 % at batch 1 of the dense one's): small layers wait for memory and launches.",
     ),
+    "fewer FLOPs and slower": (
+        {"times": {1: clear(0.9), 64: clear(1.17)}, "flops": 830, "sparsity": 0.0},
+        "Faster only at batch 64 (0.90x at batch 1, 1.17x at batch 64): 17 % of the FLOPs are gone (1.20x fewer), but the rest runs at a "
+        "lower FLOP rate (75 % at batch 1 of the dense one's): small layers wait for memory and launches.",
+    ),
+    "fewer FLOPs and the same time": (
+        {"times": {1: clear(1.0)}, "flops": 830, "sparsity": 0.0},
+        "Not faster (1.00x at batch 1): 17 % of the FLOPs are gone (1.20x fewer), but the rest runs at a lower FLOP rate (83 % at batch 1 "
+        "of the dense one's): small layers wait for memory and launches.",
+    ),
     "not measured": ({"note": "there is no GPU"}, "Not measured: there is no GPU."),
     "2:4": ({"times": {1: clear(1.4)}, "note": "5 of 8 layers are"}, "1.40x faster at batch 1: 5 of 8 layers are."),
 }

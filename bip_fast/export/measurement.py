@@ -13,7 +13,7 @@ from ..tables import aligned
 __all__ = ["Measurement", "Timing", "Variant", "sentence"]
 
 NEAR = 0.05  # ratios that differ less from 1 are no difference
-SLOW = 0.7  # share of the dense network's FLOP rate below which arithmetic is not what takes the time
+SLOW = 0.7  # share of the dense network's FLOP rate below which that is said also of a faster one: arithmetic is not what takes the time
 
 
 class Timing(NamedTuple):
@@ -169,8 +169,9 @@ def _cause(dense: Variant, own: Variant) -> str:
 def _fewer_flops(ratio: float, times: dict[int, Timing]) -> str:
     """``ratio``: FLOPs of the dense network over own ones; speedup / ratio is then the own FLOP rate over the dense one's."""
     gone = f"{100 * (1 - 1 / ratio):.3g} % of the FLOPs are gone ({ratio:.2f}x fewer)"
-    slow = {size: t.speedup / ratio for size, t in times.items() if t.speedup / ratio < SLOW}
+    rates = {size: t.speedup / ratio for size, t in times.items()}
+    slow = {size: rate for size, rate in rates.items() if rate < SLOW or (rate < 0.995 and not times[size].faster)}
     if not slow:
         return gone
-    rates = " and ".join(f"{100 * rate:.0f} % at batch {size}" for size, rate in slow.items())
-    return f"{gone}, but the rest runs at a lower FLOP rate ({rates} of the dense one's): small layers wait for memory and launches"
+    told = " and ".join(f"{100 * rate:.0f} % at batch {size}" for size, rate in slow.items())
+    return f"{gone}, but the rest runs at a lower FLOP rate ({told} of the dense one's): small layers wait for memory and launches"
