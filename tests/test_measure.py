@@ -115,6 +115,38 @@ def test_accuracy_is_the_share_of_right_answers_in_one_pass_over_the_data():
     assert measure(model, X, **QUICK)["masked"].accuracy is None
 
 
+def test_every_pixel_may_have_a_label():
+    model = nn.Sequential(nn.Conv2d(3, 5, 1))
+    labels = torch.randint(0, 5, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    found = measure(model, X, data=[(X, labels)], **QUICK)
+    with torch.no_grad():
+        assert found["masked"].accuracy == float((model(X).argmax(1) == labels).float().mean())
+
+
+class Returns(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(4, 3), answer
+
+    def forward(self, x):
+        return self.answer(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("answer", "labels", "message"),
+    [
+        (lambda y: y, (2, 1), r"data must have labels of shape \(2,\), got labels \(2, 1\) for an output \(2, 3\)"),
+        (lambda y: y, (3,), r"got labels \(3,\)"),
+        (lambda y: y[:, 0], (2,), r"data must have an output of \(batch, classes, ...\), got labels \(2,\) for an output \(2,\)"),
+        (lambda y: (y, y), (2,), "data needs a model that returns one tensor of logits, got tuple"),
+        (lambda y: {"logits": y}, (2,), "got dict"),
+    ],
+)
+def test_labels_that_do_not_fit_the_output_are_refused(answer, labels, message):
+    with pytest.raises(ValueError, match=message):
+        measure(Returns(answer), torch.randn(2, 4), data=[(torch.randn(2, 4), torch.zeros(labels, dtype=torch.int64))], **QUICK)
+
+
 def test_without_a_dense_network_its_stand_in_has_no_zeros_and_no_accuracy():
     model = pruned()
     before = copy.deepcopy(model.state_dict())

@@ -62,7 +62,8 @@ def measure(
             stands in, which has no accuracy.
         batch_sizes: at which to measure.
         device: where; default: where the model is. Copies are made for another one.
-        data: batches ``(x, y)`` for the accuracy, the share of largest logits that are at the label; ``x`` like ``example_input``.
+        data: batches ``(x, y)`` for the accuracy, the share of labels at which the logit is largest; ``x`` like ``example_input``, ``y`` of
+            the shape of the output without its dimension 1, that of the classes.
         seconds: to spend on each batch size, about, after the warm-up.
         runtime: what runs the networks while they are timed: "torch", or "onnxruntime" (on a CPU), where each is exported first.
 
@@ -231,14 +232,24 @@ def _file_bytes(network: nn.Module) -> int | None:
         return path.stat().st_size
 
 
+def _answers(logits: Any, labels: Tensor) -> Tensor:
+    """The class of the largest logit, wherever there is a label."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"data needs a model that returns one tensor of logits, got {type(logits).__name__}")
+    if logits.dim() < 2 or labels.shape != (places := logits.shape[:1] + logits.shape[2:]):
+        expected = "an output of (batch, classes, ...)" if logits.dim() < 2 else f"labels of shape {tuple(places)}"
+        raise ValueError(f"data must have {expected}, got labels {tuple(labels.shape)} for an output {tuple(logits.shape)}")
+    return logits.argmax(1)
+
+
 def _accuracies(networks: dict[str, nn.Module], data: Iterable[tuple[Any, Tensor]] | None, device: torch.device) -> dict[str, float | None]:
     """Share of right answers of every network, in one pass over the data."""
     right, count = dict.fromkeys(networks, 0), 0
     for x, y in data or ():
         inputs, labels = _inputs(x, device), y.to(device)
-        count += len(labels)
+        count += labels.numel()
         for name, network in networks.items():
-            right[name] += int((network(*inputs).argmax(1) == labels).sum())
+            right[name] += int((_answers(network(*inputs), labels) == labels).sum())
     return {name: right[name] / count if count else None for name in networks}
 
 
