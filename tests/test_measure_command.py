@@ -76,6 +76,23 @@ def test_a_run_that_holds_out_images_is_never_measured_on_test_images(run, tmp_p
     assert json.loads(capsys.readouterr().out)["note"] == f"accuracy on {held} validation images"
 
 
+RETURNS = """
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x):
+        return self.answer(super().forward(x))
+def of(answer):
+    def make(channels, classes):
+        net = Net(nn.Flatten(), nn.Linear(64, classes))
+        net.answer = answer
+        return net
+    return make
+def fail(y):
+    raise AssertionError("64 inputs\\nare too many")
+pair, named, asserts = of(lambda y: (y, y)), of(lambda y: {"logits": y}), of(fail)
+looks_up, indexes = of(lambda y: {}["y"]), of(lambda y: [][1])
+"""
+
 BAD = {
     "nowhere": "there is no nowhere",
     ".": "there is no run in .",
@@ -86,6 +103,12 @@ BAD = {
     "other.pt --model resnet20 --data mnist": "--data must be one of digits",
     "fits.pt --model own.py:large": "does not fit the model",
     "large.pt --model own.py:large": "cannot measure large.pt: mat1 and mat2",
+    "fits.pt --model returns.py:pair": "cannot measure fits.pt: data needs a model that returns one tensor of logits, got tuple",
+    "fits.pt --model returns.py:named": "cannot measure fits.pt: data needs a model that returns one tensor of logits, got dict",
+    "fits.pt --model returns.py:asserts": "cannot measure fits.pt: AssertionError: 64 inputs",
+    "fits.pt --model returns.py:looks_up": "cannot measure fits.pt: KeyError: 'y'",
+    "fits.pt --model returns.py:indexes": "cannot measure fits.pt: IndexError: list index out of range",
+    "fits.pt --model own.py:fits --batch-sizes 99999999999999999": "cannot measure fits.pt: not enough memory",
     "fits.pt --model own.py:fits --data cifar10 --data-dir nowhere": "--data-dir must be a folder, got nowhere",
     "fits.pt --model own.py:fits --data cifar10 --data-dir .": "data_batch_1 is missing",
     "fits.pt --model own.py:fits --dense nowhere.pt": "there is no file nowhere.pt",
@@ -106,6 +129,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN + "def fits(channels, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n")
+    Path("returns.py").write_text(RETURNS)
     Path("text.pt").write_text("not weights")
     torch.save({"a": torch.ones(2)}, "other.pt")
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), "fits.pt")
@@ -115,7 +139,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
         Path(name, "config.json").write_text(text)
     Path("younger", "model.safetensors").write_text("")
     Path("damaged", "model.safetensors").write_text("")
-    assert cli.main(["measure", *options.split()]) == 2
+    assert cli.main(["measure", *options.split(), *([] if "--seconds" in options else ["--seconds", "0.01"])]) == 2
     captured = capsys.readouterr()
     assert BAD[options] in one_line(captured.err)
     assert captured.out == ""

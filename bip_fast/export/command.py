@@ -18,6 +18,7 @@ from ..experiments import ExperimentError, models
 from ..experiments.data import DATA, AnyData, load, prepared
 from ..experiments.run import RunFolder, load_into, read_state_dict
 from ..experiments.settings import Settings
+from .errors import one_line
 from .runtimes import RUNTIMES
 
 __all__ = ["add_options", "command"]
@@ -158,8 +159,10 @@ def command(options: dict[str, Any], device: torch.device) -> int:
     try:
         timing = {name: options[name] for name in ("batch_sizes", "seconds", "runtime")}
         found = measure(model, example, dense=dense, data=batches, **timing)
-    except (ValueError, RuntimeError, MemoryError, ImportError) as error:  # a model of the user's own, or not enough memory
-        raise ExperimentError(f"cannot measure {what.weights}: {' '.join(str(error).split())[:200]}") from error
+    except ExperimentError:
+        raise
+    except Exception as error:  # a model of the user's own may raise anything
+        raise ExperimentError(f"cannot measure {what.weights}: {one_line(error)}") from error
     part = "validation" if settings.validate else "test"
     if data is not None:
         note = f"accuracy on {len(data.test_labels):,} {part} images{f'; {note}' if note else ''}"

@@ -1,0 +1,19 @@
+"""An error of somebody else's code, such as a model's, told in one line."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["MEMORY", "one_line"]
+
+MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What it says; with its type where that is needed to make sense of it."""
+    text = " ".join(str(error).split())[:most]
+    if isinstance(error, MEMORY):
+        return f"not enough memory: {text}" if text else "not enough memory"
+    if text and isinstance(error, (ValueError, RuntimeError, ImportError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
