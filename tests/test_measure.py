@@ -226,6 +226,8 @@ def test_inputs_may_be_many_and_bfloat16_is_counted():
         ({"batch_sizes": (1, 0)}, r"got \(1, 0\)"),
         ({"batch_sizes": (1.5,)}, "batch_sizes must be whole"),
         ({"seconds": 0}, "seconds must be more than 0, got 0"),
+        ({"device": "meta"}, "device must be one that this machine and this torch have, got meta: "),
+        ({"device": "cuda:99"}, "device must be one that this machine and this torch have, got cuda:99: "),
         ({"runtime": "tensorrt"}, "runtime must be one of torch, onnxruntime, got 'tensorrt'"),
         ({"example_input": torch.tensor(1.0)}, "example_input must have a tensor whose first dimension"),
         ({"example_input": torch.ones(0, 3)}, "a batch of at least one"),
@@ -256,7 +258,7 @@ def test_variants_that_cannot_be_are_rows_with_the_reason(monkeypatch):
 
     with_shrink(monkeypatch, fails)
     said = measure(pruned(), X, **QUICK)["shrunk"].sentence
-    assert said.startswith("Not measured: the network cannot be shrunk (KeyError: ")
+    assert said.startswith("Not measured: the network cannot be shrunk: KeyError: ")
     assert "\n" not in said
 
 

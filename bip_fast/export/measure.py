@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..benchmark import calls_in, synchronize
 from ..ops import launch_guard
 from ..report import layer_table, weights
+from .errors import one_line
 from .measurement import Measurement, Timing, Variant, sentence
 from .runtimes import check_runtime, prepared_call, version
 from .semi_structured import OLDEST, Converted, to_semi_structured
@@ -69,7 +70,8 @@ def measure(
 
     Raises:
         ImportError: a package of the runtime is not installed.
-        ValueError: an argument is out of range, the example has no batch, or the runtime cannot run the model.
+        ValueError: an argument is out of range, the example has no batch, the device cannot be used, the runtime cannot run the model, or
+            labels do not fit its output.
 
     Example:
         >>> print(measure(model, images[:1], dense=before, data=test_loader))
@@ -79,7 +81,7 @@ def measure(
         raise ValueError(f"batch_sizes must be whole numbers of at least 1, got {batch_sizes}")
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"seconds must be more than 0, got {seconds}")
-    where = _device_of(model) if device is None else torch.device(device)
+    where = _device_of(model) if device is None else _usable(device)
     check_runtime(runtime, where)
     model, dense = _on(model, where), None if dense is None else _on(dense, where)
     inputs = _inputs(example_input, where)
@@ -160,7 +162,7 @@ def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
     except ImportError as error:  # it needs an optional package
         return str(error).rstrip(".")
     except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
-        return f"the network cannot be shrunk ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"the network cannot be shrunk: {one_line(error)}"
     if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters()):
         return "no filter or channel can be removed, as none that may go is all zero"
     return small
@@ -291,6 +293,14 @@ def _timing(own: list[float], dense: list[float]) -> Timing:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next((x.device for part in (model.parameters(), model.buffers()) for x in part), torch.device("cpu"))
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        torch.zeros(1, device=device).cpu()
+        return torch.device(device)
+    except Exception as error:  # each kind of device has its own way to say that it is not there
+        raise ValueError(f"device must be one that this machine and this torch have, got {device}: {one_line(error)}") from error
 
 
 def _on(model: nn.Module, device: torch.device) -> nn.Module:
