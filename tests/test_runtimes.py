@@ -103,6 +103,13 @@ class Odd(nn.Module):
         return self.fc(x) * (2.0 if torch.compiler.is_exporting() else 1.0)
 
 
+class Masked(Odd):
+    """The same, and one of the logits is masked."""
+
+    def forward(self, x):
+        return super().forward(x).masked_fill(torch.tensor([False, True, False, False]), -1e9)
+
+
 class Decides(nn.Module):
     def __init__(self):
         super().__init__()
@@ -115,6 +122,7 @@ class Decides(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (Masked(), "it computes something else there"),
         (Odd(), "it computes something else there"),
         (Decides(), "ONNX Runtime cannot run the model: "),
         (nn.Linear(4, 4).bfloat16(), "NOT_IMPLEMENTED"),

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .errors import one_line
+from .same import near
+
 __all__ = ["RUNTIMES", "check_runtime", "prepared_call", "version"]
 
 RUNTIMES = ("torch", "onnxruntime")
 NEEDED = ("onnxruntime", "onnx", "onnxscript")
-TOLERANCE = 1e-3  # of the largest output: other kernels add in another order
+TOLERANCE = 1e-3  # see `near`: other kernels add in another order
 
 
 def check_runtime(runtime: str, device: torch.device) -> None:
@@ -70,20 +73,10 @@ def prepared_call(runtime: str, network: nn.Module, inputs: tuple[Any, ...]) -> 
             feed = dict(zip((x.name for x in session.get_inputs()), given, strict=True))
             found = [torch.from_numpy(x) for x in session.run(None, feed)]
     except Exception as error:  # whatever exporter and runtime meet in the model
-        message = " ".join(str(error).split())[:300]
-        raise ValueError(f"ONNX Runtime cannot run the model: {type(error).__name__}: {message}") from error
-    if len(found) != len(expected) or not all(map(_near, found, expected)):
+        raise ValueError(f"ONNX Runtime cannot run the model: {one_line(error, 300)}") from error
+    if len(found) != len(expected) or not all(near(a, b, TOLERANCE) for a, b in zip(found, expected, strict=True)):
         raise ValueError("ONNX Runtime cannot run the model: it computes something else there")
     return lambda: session.run(None, feed)
-
-
-def _near(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    if not expected.is_floating_point() or not expected.numel():
-        return torch.equal(found, expected)
-    scale = float(expected.abs().nan_to_num().max()) or 1.0
-    return torch.allclose(found.to(expected.dtype), expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
 
 
 @contextmanager

@@ -18,10 +18,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .channels import Channels, Reader, as_inputs, channels_of, depthwise, graph_of, traced_copy, weight_of, zero_inputs, zero_outputs
+from .same import same
 
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
 
-# Sums of fewer terms round differently: relative to the largest output.
+# Sums of fewer terms round differently: see `near`.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 CHANGES = "removing them changes what the model computes"
 
@@ -73,8 +74,8 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
 
     Channels are removed through residual joins, concatenations, flattening, batch-norm and depthwise convolutions, as far as
     Torch-Pruning's dependency graph follows them. A layer keeps at least one channel. In eval mode the result computes what the model
-    computed, checked on ``example_input`` and on random inputs of its shape to 1e-4 of the largest output (float32; sums of fewer terms
-    round differently); what would change it stays, and is listed with the reason.
+    computed, checked on ``example_input`` and on random inputs of its shape to 1e-4 (float32; see `same.near`, sums of fewer terms round
+    differently); what would change it stays, and is listed with the reason.
 
     Args:
         model: holds exact zeros, as after `FastBiP.finalize`; not changed.
@@ -280,28 +281,10 @@ def _attempt(
     try:
         small = _removed_from(model, inputs, removals)
         with torch.no_grad():
-            same = all(_equal(tree_leaves(small(*probe)), leaves) for probe, leaves in zip(probes, expected, strict=True))
+            equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
     except Exception:  # shapes that do not fit any more, in whatever way the model or the graph says so
         return None
-    return small if same else None
-
-
-def _equal(given: Sequence[Any], expected: Sequence[Any]) -> bool:
-    if len(given) != len(expected):
-        return False
-    for a, b in zip(given, expected, strict=True):
-        if not isinstance(b, Tensor):
-            if a != b:
-                return False
-        elif a.shape != b.shape:
-            return False
-        elif b.is_floating_point() and b.numel():
-            scale = float(b.abs().nan_to_num().max()) or 1.0
-            if not torch.allclose(a, b, rtol=0, atol=TOLERANCE.get(b.dtype, 1e-4) * scale, equal_nan=True):
-                return False
-        elif not torch.equal(a, b):
-            return False
-    return True
+    return small if equal else None
 
 
 def _random_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
