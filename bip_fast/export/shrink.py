@@ -7,7 +7,6 @@ layers that read it, where that is exact. Whatever the graph says, the result is
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,16 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from .channels import Channels, Reader, as_inputs, channels_of, depthwise, graph_of, traced_copy, weight_of, zero_inputs, zero_outputs
-from .same import same
+from .channels import Channels, Reader, as_inputs, channels_of, depthwise, traced_copy, weight_of, zero_inputs, zero_outputs
+from .removal import Removal, checked, restore
 
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
-
-# Sums of fewer terms round differently: see `near`.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-CHANGES = "removing them changes what the model computes"
 
 
 class Removed(NamedTuple):
@@ -60,15 +55,6 @@ class Shrunk:
         return "\n".join(lines + [f"{row.name}: {row.channels} pruned channels stay: {row.reason}" for row in self.kept])
 
 
-@dataclass
-class _Removal:
-    """Channels of one set that go, and what is folded into whom first: (reader, its input, number)."""
-
-    channels: Channels
-    places: list[int]
-    folds: list[tuple[str, int, float]]
-
-
 def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     """A smaller copy of a pruned model.
 
@@ -102,8 +88,9 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     for name, layer in twin.named_modules():
         if isinstance(layer, (_ConvNd, nn.Linear)) and name not in known and (count := int(zero_outputs(layer).sum())):
             kept.append(Kept(name, count, "they are outputs of the model, or go where the graph does not follow"))
-    small, done = _checked(model, inputs, removals, probes, kept)
-    _restore(model, small)
+    small, done, refused = checked(model, inputs, removals, probes)
+    kept += [Kept(removal.channels.root, len(removal.places), reason) for removal, reason in refused]
+    restore(model, small)
     layers = dict(small.named_modules())
     removed = [
         Removed(name, removal.channels.count, _outputs(layers[name]))
@@ -117,7 +104,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
 # --- what can go ---------------------------------------------------------------------------------------------------------------------
 
 
-def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]], kept: list[Kept]) -> _Removal | None:
+def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]], kept: list[Kept]) -> Removal | None:
     """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot."""
     zero = {name: zero_outputs(layer).cpu() for name, layer in channels.makers.items()}
     if channels.refused:
@@ -158,7 +145,7 @@ def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any,
         gone = places.pop()
         mine = {(reader.name, i) for reader in channels.readers for i in reader.inputs.get(gone, ())}
         folds = [fold for fold in folds if fold[:2] not in mine]
-    return _Removal(channels, places, folds) if places else None
+    return Removal(channels, places, folds) if places else None
 
 
 def _not_foldable(reader: Reader, number: float) -> str | None:
@@ -220,73 +207,6 @@ def _inputs(layer: nn.Module) -> int:
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
 
 
-# --- removing, and checking ----------------------------------------------------------------------------------------------------------
-
-
-def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[_Removal]) -> nn.Module:
-    """A copy of the model, in eval mode, without these channels."""
-    small = copy.deepcopy(model).eval()
-    graph = graph_of(small, inputs)
-    layers = dict(small.named_modules())
-    with torch.no_grad():
-        for removal in removals:
-            for name, i, number in removal.folds:
-                _fold(layers[name], i, number)
-    for removal in removals:
-        root = layers[removal.channels.root]
-        graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, removal.places).prune(record_history=False)
-    return small
-
-
-def _fold(layer: nn.Module, i: int, number: float) -> None:
-    """Add what input i contributes when it is ``number`` everywhere to the bias."""
-    weight = weight_of(layer)
-    contribution = (weight[:, i].flatten(1).sum(1) if weight.dim() > 2 else weight[:, i]) * number
-    bias = layer._parameters["bias"]
-    if bias is None:
-        bias = nn.Parameter(torch.zeros_like(contribution), requires_grad=weight.requires_grad)
-        layer._parameters["bias"] = bias
-    bias.add_(contribution)
-
-
-def _checked(
-    model: nn.Module, inputs: tuple[Any, ...], removals: list[_Removal], probes: Sequence[tuple[Any, ...]], kept: list[Kept]
-) -> tuple[nn.Module, list[_Removal]]:
-    """The model without all channels that can go, each set tried by itself where all together change what it computes."""
-    with torch.no_grad():
-        reference = copy.deepcopy(model).eval()
-        expected = [tree_leaves(reference(*probe)) for probe in probes]
-    small = _attempt(model, inputs, removals, probes, expected)
-    if small is not None:
-        return small, removals
-    done: list[_Removal] = []
-    small = copy.deepcopy(model).eval()
-    for removal in removals:
-        tried = _attempt(model, inputs, [*done, removal], probes, expected)
-        if tried is None:
-            kept.append(Kept(removal.channels.root, len(removal.places), CHANGES))
-        else:
-            small, done = tried, [*done, removal]
-    return small, done
-
-
-def _attempt(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    removals: Sequence[_Removal],
-    probes: Sequence[tuple[Any, ...]],
-    expected: Sequence[list[Any]],
-) -> nn.Module | None:
-    """The model without these channels if it computes the same, else None."""
-    try:
-        small = _removed_from(model, inputs, removals)
-        with torch.no_grad():
-            equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
-    except Exception:  # shapes that do not fit any more, in whatever way the model or the graph says so
-        return None
-    return small if equal else None
-
-
 def _random_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     """Arguments of the same shapes, types and ranges."""
     generator = torch.Generator().manual_seed(seed)
@@ -302,24 +222,3 @@ def _random_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
         return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
 
     return tuple(tree_map(draw, x) for x in inputs)
-
-
-def _restore(model: nn.Module, small: nn.Module) -> None:
-    """Modes, `requires_grad` and memory formats as in the model."""
-    for name, module in small.named_modules():
-        module.training = model.get_submodule(name).training
-    before = dict(model.named_parameters())
-    for name, p in small.named_parameters():
-        if name in before:  # a bias may be new
-            p.requires_grad_(before[name].requires_grad)
-            if (format_ := _channels_last(before[name])) is not None:
-                p.data = torch.empty_like(p, memory_format=format_).copy_(p.detach())
-
-
-def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """The format with channels last if that is what the strides of ``x`` are, which is more than that they could be."""
-    format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if format_ is None:
-        return None
-    last, first = (torch.empty(x.shape, device="meta", memory_format=f).stride() for f in (format_, torch.contiguous_format))
-    return format_ if x.stride() == last != first else None

@@ -1,0 +1,114 @@
+"""Take channels out of a copy of a network, and keep it only if it computes what the network computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .channels import Channels, graph_of, weight_of
+from .same import same
+
+__all__ = ["Removal", "checked", "restore"]
+
+# Sums of fewer terms round differently: see `near`.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+CHANGES = "removing them changes what the model computes"
+
+
+@dataclass
+class Removal:
+    """Channels of one set that go, and what is folded into whom first: (reader, its input, number)."""
+
+    channels: Channels
+    places: list[int]
+    folds: list[tuple[str, int, float]]
+
+
+def checked(
+    model: nn.Module, inputs: tuple[Any, ...], removals: list[Removal], probes: Sequence[tuple[Any, ...]]
+) -> tuple[nn.Module, list[Removal], list[tuple[Removal, str]]]:
+    """The model without all channels that can go, each set tried by itself where all together change what it computes.
+
+    Returns:
+        a copy in eval mode, what was removed from it, and what was not, with the reason.
+    """
+    with torch.no_grad():
+        reference = copy.deepcopy(model).eval()
+        expected = [tree_leaves(reference(*probe)) for probe in probes]
+    small = _attempt(model, inputs, removals, probes, expected)
+    if small is not None:
+        return small, removals, []
+    small, done, refused = reference, [], []
+    for removal in removals:
+        tried = _attempt(model, inputs, [*done, removal], probes, expected)
+        if tried is None:
+            refused.append((removal, CHANGES))
+        else:
+            small, done = tried, [*done, removal]
+    return small, done, refused
+
+
+def _attempt(
+    model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal], probes: Sequence[tuple[Any, ...]], expected: Sequence[list[Any]]
+) -> nn.Module | None:
+    """The model without these channels if it computes the same, else None."""
+    try:
+        small = _removed_from(model, inputs, removals)
+        with torch.no_grad():
+            equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
+    except Exception:  # shapes that do not fit any more, in whatever way the model or the graph says so
+        return None
+    return small if equal else None
+
+
+def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal]) -> nn.Module:
+    """A copy of the model, in eval mode, without these channels."""
+    small = copy.deepcopy(model).eval()
+    graph = graph_of(small, inputs)
+    layers = dict(small.named_modules())
+    with torch.no_grad():
+        for removal in removals:
+            for name, i, number in removal.folds:
+                _fold(layers[name], i, number)
+    for removal in removals:
+        root = layers[removal.channels.root]
+        graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, removal.places).prune(record_history=False)
+    return small
+
+
+def _fold(layer: nn.Module, i: int, number: float) -> None:
+    """Add what input i contributes when it is ``number`` everywhere to the bias."""
+    weight = weight_of(layer)
+    contribution = (weight[:, i].flatten(1).sum(1) if weight.dim() > 2 else weight[:, i]) * number
+    bias = layer._parameters["bias"]
+    if bias is None:
+        bias = nn.Parameter(torch.zeros_like(contribution), requires_grad=weight.requires_grad)
+        layer._parameters["bias"] = bias
+    bias.add_(contribution)
+
+
+def restore(model: nn.Module, small: nn.Module) -> None:
+    """Modes, `requires_grad` and memory formats as in the model."""
+    for name, module in small.named_modules():
+        module.training = model.get_submodule(name).training
+    before = dict(model.named_parameters())
+    for name, p in small.named_parameters():
+        if name in before:  # a bias may be new
+            p.requires_grad_(before[name].requires_grad)
+            if (format_ := _channels_last(before[name])) is not None:
+                p.data = torch.empty_like(p, memory_format=format_).copy_(p.detach())
+
+
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    """The format with channels last if that is what the strides of ``x`` are, which is more than that they could be."""
+    format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if format_ is None:
+        return None
+    last, first = (torch.empty(x.shape, device="meta", memory_format=f).stride() for f in (format_, torch.contiguous_format))
+    return format_ if x.stride() == last != first else None
