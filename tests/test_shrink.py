@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from pruned_networks import assert_same, drop, lively
 from torch import nn
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
@@ -14,38 +15,7 @@ pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pi
 from bip_fast import FastBiP
 from bip_fast.experiments.models import build
 from bip_fast.export.coupling import coupled_filters
-from bip_fast.export.same import near
 from bip_fast.export.shrink import shrink
-
-
-def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch-norms as after training, so that their constants are not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for x in (module.weight, module.bias, module.running_mean):
-                    x.copy_(torch.randn(x.shape, generator=generator) * 0.5 + 0.1)
-                module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-    return model.eval()
-
-
-@torch.no_grad()
-def drop(layer: nn.Module, channels: list[int], *norms: nn.Module) -> None:
-    """Prune filters, and their entries in the bias and in batch-norms."""
-    weight = layer.weight.transpose(0, 1) if getattr(layer, "transposed", False) else layer.weight
-    weight[channels] = 0
-    for owner in (layer, *norms):
-        for x in (owner.bias, None if owner is layer else owner.weight):
-            if x is not None:
-                x[channels] = 0
-
-
-def assert_same(model: nn.Module, small: nn.Module, *inputs: torch.Tensor) -> None:
-    with torch.no_grad():
-        expected, given = model(*inputs), small(*inputs)
-    assert given.shape == expected.shape
-    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 class Plain(nn.Module):
@@ -342,66 +312,6 @@ def test_a_module_that_is_used_twice():
     result = shrink(model, torch.randn(3, 6))
     assert result.model.b.out_features == 5
     assert_same(model, result.model, torch.randn(7, 6))
-
-
-# --- the check -----------------------------------------------------------------------------------------------------------------------
-
-
-class Normed(nn.Module):
-    """A norm over channels that nobody reads: without them it computes something else, which no graph shows. One logit is masked."""
-
-    def __init__(self, fill: float) -> None:
-        super().__init__()
-        self.a, self.norm, self.h = nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4)
-        self.fill = fill
-
-    def forward(self, x):
-        return self.h(self.norm(self.a(x))).masked_fill(torch.tensor([False, False, True, False]), self.fill)
-
-
-LOWEST = torch.finfo(torch.float32).min
-
-
-@pytest.mark.parametrize("fill", [0.0, -1e4, -1e9, LOWEST, -torch.inf, torch.nan])
-def test_a_masked_logit_hides_nothing(fill):
-    model = Normed(fill).eval()
-    with torch.no_grad():
-        model.h.weight[:, 4:] = 0
-    result = shrink(model, torch.randn(3, 6))
-    assert result.model.a.out_features == 8
-    assert "changes what the model computes" in result.kept[0].reason
-
-
-def noisy(x: torch.Tensor, share: float) -> torch.Tensor:
-    return x + share * torch.randn(x.shape, generator=torch.Generator().manual_seed(5)) * x.abs().mean()
-
-
-OUTPUT = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
-FILLED = OUTPUT.masked_fill(OUTPUT < 0.5, LOWEST)  # most of it
-EDGES = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, LOWEST, 1e-40])
-
-
-@pytest.mark.parametrize(
-    ("found", "expected", "equal"),
-    [
-        (noisy(OUTPUT, 1e-6), OUTPUT, True),
-        (noisy(OUTPUT, 1e-3), OUTPUT, False),
-        (torch.where(FILLED == OUTPUT, noisy(OUTPUT, 1e-6), FILLED), FILLED, True),
-        (torch.where(FILLED == OUTPUT, noisy(OUTPUT, 1e-3), FILLED), FILLED, False),
-        (noisy(OUTPUT, 1e-3) - 1e4 * (OUTPUT > 1), OUTPUT - 1e4 * (OUTPUT > 1), False),
-        (EDGES, EDGES.clone(), True),
-        (EDGES, EDGES.nan_to_num(nan=0), False),
-        (EDGES, EDGES.nan_to_num(nan=torch.nan), False),
-        (torch.zeros(2), torch.full((2,), 1e-30), False),
-        (torch.ones(0), torch.ones(0), True),
-        (torch.ones(2), torch.ones(2, 1), False),
-        (torch.tensor([1, 2]), torch.tensor([1, 3]), False),
-        (OUTPUT.to(torch.complex64), noisy(OUTPUT, 1e-6).to(torch.complex64), True),
-        (noisy(OUTPUT, 2e-3).bfloat16(), OUTPUT.bfloat16(), False),
-    ],
-)
-def test_near(found, expected, equal):
-    assert near(found, expected, 1e-4) is equal
 
 
 # --- with FastBiP --------------------------------------------------------------------------------------------------------------------

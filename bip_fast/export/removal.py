@@ -44,7 +44,9 @@ def checked(
     small = _attempt(model, inputs, removals, probes, expected)
     if small is not None:
         return small, removals, []
-    small, done, refused = reference, [], []
+    small = reference
+    done: list[Removal] = []
+    refused: list[tuple[Removal, str]] = []
     for removal in removals:
         tried = _attempt(model, inputs, [*done, removal], probes, expected)
         if tried is None:

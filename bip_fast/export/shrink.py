@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
 
 from .channels import Channels, Reader, as_inputs, channels_of, depthwise, traced_copy, weight_of, zero_inputs, zero_outputs
+from .probes import Probes, probes_of
 from .removal import Removal, checked, restore
 
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
+
+
+ONLY_HERE = "that what reaches their readers is the same everywhere was seen on example_input only"
 
 
 class Removed(NamedTuple):
@@ -40,19 +43,21 @@ class Kept(NamedTuple):
 
 @dataclass
 class Shrunk:
-    """Result of `shrink`; ``print`` shows what was removed and what could not be."""
+    """Result of `shrink`; ``print`` shows what was removed and what could not be. ``note``: what the check does not show, "" if nothing."""
 
     model: nn.Module
     removed: list[Removed] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """All but the model, for JSON."""
-        return {"removed": [row._asdict() for row in self.removed], "kept": [row._asdict() for row in self.kept]}
+        return {"removed": [row._asdict() for row in self.removed], "kept": [row._asdict() for row in self.kept], "note": self.note}
 
     def __str__(self) -> str:
         lines = [f"{row.name}: {row.before} -> {row.after} channels" for row in self.removed] or ["nothing removed"]
-        return "\n".join(lines + [f"{row.name}: {row.channels} pruned channels stay: {row.reason}" for row in self.kept])
+        lines += [f"{row.name}: {row.channels} pruned channels stay: {row.reason}" for row in self.kept]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def shrink(model: nn.Module, example_input: Any) -> Shrunk:
@@ -60,7 +65,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
 
     Channels are removed through residual joins, concatenations, flattening, batch-norm and depthwise convolutions, as far as
     Torch-Pruning's dependency graph follows them. A layer keeps at least one channel. In eval mode the result computes what the model
-    computed, checked on ``example_input`` and on random inputs of its shape to 1e-4 (float32; see `same.near`, sums of fewer terms round
+    computed, checked on ``example_input`` and on random inputs that it takes to 1e-4 (float32; see `same.near`, sums of fewer terms round
     differently); what would change it stays, and is listed with the reason.
 
     Args:
@@ -80,7 +85,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     """
     inputs = as_inputs(example_input)
     twin, graph = traced_copy(model, inputs)
-    probes = [inputs, _random_like(inputs, 1), _random_like(inputs, 2)]
+    probes = probes_of(twin, inputs)
     sets = channels_of(graph, twin)
     kept: list[Kept] = []
     removals = [removal for channels in sets if (removal := _removal_of(channels, twin, probes, kept)) is not None]
@@ -88,7 +93,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     for name, layer in twin.named_modules():
         if isinstance(layer, (_ConvNd, nn.Linear)) and name not in known and (count := int(zero_outputs(layer).sum())):
             kept.append(Kept(name, count, "they are outputs of the model, or go where the graph does not follow"))
-    small, done, refused = checked(model, inputs, removals, probes)
+    small, done, refused = checked(model, inputs, removals, probes.inputs)
     kept += [Kept(removal.channels.root, len(removal.places), reason) for removal, reason in refused]
     restore(model, small)
     layers = dict(small.named_modules())
@@ -98,13 +103,13 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
         for name, layer in (removal.channels.makers | removal.channels.passes).items()
         if isinstance(layer, (_ConvNd, nn.Linear))
     ]
-    return Shrunk(small, removed, kept)
+    return Shrunk(small, removed, kept, probes.doubt)
 
 
 # --- what can go ---------------------------------------------------------------------------------------------------------------------
 
 
-def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]], kept: list[Kept]) -> Removal | None:
+def _removal_of(channels: Channels, twin: nn.Module, probes: Probes, kept: list[Kept]) -> Removal | None:
     """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot."""
     zero = {name: zero_outputs(layer).cpu() for name, layer in channels.makers.items()}
     if channels.refused:
@@ -127,13 +132,14 @@ def _removal_of(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any,
     places: list[int] = []
     folds: list[tuple[str, int, float]] = []
     reasons: dict[str, int] = {}
-    arriving = _arriving(channels, twin, probes) if bool((constant & ~unread).any()) else {}
+    arriving = _arriving(channels, twin, probes.inputs) if bool((constant & ~unread).any()) else {}
     for channel in range(channels.count):
         if unread[channel]:
             places.append(channel)
         elif constant[channel]:
             numbers = [(reader, i, arriving[reader.name][i]) for reader in channels.readers for i in reader.inputs.get(channel, ())]
-            why = next((why for reader, _, number in numbers if (why := _not_foldable(reader, number))), None)
+            whys = (why for reader, _, number in numbers if (why := ONLY_HERE if probes.doubt else _not_foldable(reader, number)))
+            why = next(whys, None)
             if why is None:
                 places.append(channel)
                 folds += [(reader.name, i, number) for reader, i, number in numbers if number]
@@ -205,20 +211,3 @@ def _outputs(layer: nn.Module) -> int:
 
 def _inputs(layer: nn.Module) -> int:
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
-
-
-def _random_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Arguments of the same shapes, types and ranges."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.numel() or x.is_complex():
-            return x
-        if x.is_floating_point():
-            return torch.randn(x.shape, generator=generator).to(x)
-        if x.dtype == torch.bool:
-            return x
-        low, high = int(x.min()), int(x.max())
-        return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
-
-    return tuple(tree_map(draw, x) for x in inputs)
