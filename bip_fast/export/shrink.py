@@ -163,11 +163,15 @@ def _not_foldable(reader: Reader, number: float) -> str | None:
         return None
     if isinstance(layer, _ConvNd) and layer.transposed:
         return f"a constant from a bias or batch-norm reaches {reader.name}, a transposed convolution"
-    if isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and (layer.padding == "same" or any(layer.padding)):
-        if all(size == 1 for size in layer.kernel_size) and layer.padding == "same":
-            return None
+    if isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and _pads(layer):
         return f"a constant from a bias or batch-norm reaches {reader.name}, whose zero padding makes its border differ"
     return None
+
+
+def _pads(layer: _ConvNd) -> bool:
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
+    return any(layer.padding)
 
 
 def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]]) -> dict[str, list[float]]:
