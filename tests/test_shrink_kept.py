@@ -23,3 +23,39 @@ def test_constants_are_folded_where_nothing_is_padded(padding, kernel, left):
     result = shrink(model, X)
     assert result.model[0].out_channels == left
     assert_same(model, result.model, X)
+
+
+class Viewed(nn.Module):
+    """Knows the width that it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x.view(len(x), 8, 64).view(len(x), 8, 8, 8))
+
+
+def test_what_the_model_raises_without_channels_is_the_reason():
+    model = Viewed().eval()
+    drop(model.a, [0, 1])
+    result = shrink(model, X)
+    assert [(row.name, row.channels) for row in result.kept] == [("a", 2)]
+    assert "without them the model fails: shape '[3, 8, 64]' is invalid" in result.kept[0].reason
+    assert_same(model, result.model, X)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("width", [7, 8])
+def test_too_little_memory_is_no_reason(error, width):
+    class Large(nn.Sequential):
+        def forward(self, x):
+            if self[0].out_channels <= width:
+                raise error("too large")
+            return super().forward(x)
+
+    model = Large(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
+    drop(model[0], [0, 1])
+    with pytest.raises(error, match="too large"):
+        shrink(model, X)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from .errors import MEMORY, one_line
+
 __all__ = ["Channels", "Reader", "as_inputs", "channels_of", "depthwise", "torch_pruning"]
 
 
@@ -93,11 +95,10 @@ def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     try:
         with _traceable(model):
             return graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*x), verbose=False)
+    except MEMORY:
+        raise
     except Exception as error:  # the model's own code, or whatever the tracing meets in it
-        message = " ".join(str(error).split())
-        raise ValueError(
-            f"example_input must be what the model takes, and the model traceable, got {type(error).__name__}: {message}"
-        ) from error
+        raise ValueError(f"example_input must be what the model takes, and the model traceable, got: {one_line(error)}") from error
 
 
 def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
@@ -112,6 +113,8 @@ def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
         count = pruner.get_out_channels(layer)
         try:
             group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(count)))
+        except MEMORY:
+            raise
         except Exception:  # it meets an operation that it cannot index through; these channels are not known then
             continue
         channels = _channels(group, graph, names, names[layer], count)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .channels import Channels, graph_of, weight_of
+from .errors import MEMORY, one_line
 from .same import same
 
 __all__ = ["Removal", "checked", "restore"]
@@ -41,16 +42,16 @@ def checked(
     with torch.no_grad():
         reference = copy.deepcopy(model).eval()
         expected = [tree_leaves(reference(*probe)) for probe in probes]
-    small = _attempt(model, inputs, removals, probes, expected)
-    if small is not None:
-        return small, removals, []
+    whole = _attempt(model, inputs, removals, probes, expected)
+    if not isinstance(whole, str):
+        return whole, removals, []
     small = reference
     done: list[Removal] = []
     refused: list[tuple[Removal, str]] = []
     for removal in removals:
         tried = _attempt(model, inputs, [*done, removal], probes, expected)
-        if tried is None:
-            refused.append((removal, CHANGES))
+        if isinstance(tried, str):
+            refused.append((removal, tried))
         else:
             small, done = tried, [*done, removal]
     return small, done, refused
@@ -58,15 +59,17 @@ def checked(
 
 def _attempt(
     model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal], probes: Sequence[tuple[Any, ...]], expected: Sequence[list[Any]]
-) -> nn.Module | None:
-    """The model without these channels if it computes the same, else None."""
+) -> nn.Module | str:
+    """The model without these channels if it computes the same, else why not."""
     try:
         small = _removed_from(model, inputs, removals)
         with torch.no_grad():
             equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
-    except Exception:  # shapes that do not fit any more, in whatever way the model or the graph says so
-        return None
-    return small if equal else None
+    except MEMORY:
+        raise
+    except Exception as error:  # shapes that do not fit any more, in whatever way the model or the graph says so
+        return f"without them the model fails: {one_line(error)}"
+    return small if equal else CHANGES
 
 
 def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal]) -> nn.Module:
