@@ -9,6 +9,7 @@ from torch import nn
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 
+from bip_fast.export.coupling import coupled_filters
 from bip_fast.export.shrink import shrink
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -59,3 +60,16 @@ def test_too_little_memory_is_no_reason(error, width):
     drop(model[0], [0, 1])
     with pytest.raises(error, match="too large"):
         shrink(model, X)
+
+
+@pytest.mark.parametrize("slopes", [1, 8])
+def test_parametric_relus_let_channels_go(slopes):
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(slopes), nn.Conv2d(8, 4, 3, padding=1))).eval()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.rand(slopes))
+    assert ["0.weight", "0.bias", "1.weight", "1.bias"] in coupled_filters(model, X)
+    drop(model[0], [0, 5], model[1])
+    result = shrink(model, X)
+    assert result.model[0].out_channels == 6
+    assert not result.kept
+    assert_same(model, result.model, X)

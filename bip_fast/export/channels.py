@@ -151,6 +151,9 @@ def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str,
         elif isinstance(layer, _BatchNorm) or depthwise(layer):
             channels.passes[name] = layer
             _check_aligned(channels, name, places, layer.num_features if isinstance(layer, _BatchNorm) else layer.out_channels)
+        elif isinstance(layer, nn.PReLU):  # it makes 0 of 0
+            if layer.num_parameters > 1:
+                _check_aligned(channels, name, places, layer.num_parameters)
         elif any(True for _ in layer.parameters(recurse=False)):
             channels.refused = f"{name}, a {type(layer).__name__}, goes over these channels"
     return channels
