@@ -73,3 +73,30 @@ def test_parametric_relus_let_channels_go(slopes):
     assert result.model[0].out_channels == 6
     assert not result.kept
     assert_same(model, result.model, X)
+
+
+class Joined(nn.Module):
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.a, self.b, self.h, self.join = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4), join
+
+    def forward(self, x):
+        return self.h(self.join(self.a(x), self.b(x)))
+
+
+@pytest.mark.parametrize(
+    ("join", "word"),
+    [
+        (torch.add, "added to"),
+        (torch.sub, "added to"),
+        (torch.mul, "multiplied with"),
+        (lambda a, b: a * torch.sigmoid(b) + b * 2, "added to and multiplied with"),
+        (torch.maximum, "joined with"),
+    ],
+)
+def test_what_joins_channels_is_told(join, word):
+    model = Joined(join).eval()
+    drop(model.a, [0, 1])
+    result = shrink(model, torch.randn(5, 6))
+    assert [(row.name, row.channels) for row in result.kept] == [("a", 2)]
+    assert result.kept[0].reason == f"they are {word} those of b, which are not pruned"

@@ -59,6 +59,7 @@ class Channels:
         makers: names of layers whose output i is channel i, or is added to it.
         passes: names of batch-norms and depthwise convolutions whose channel i is channel i.
         readers: layers that read them.
+        joins: names of operations that make one number of two of them, such as "Add" and "Mul".
         refused: why they cannot be removed, if the graph already says so.
     """
 
@@ -67,6 +68,7 @@ class Channels:
     makers: dict[str, nn.Module] = field(default_factory=dict)
     passes: dict[str, nn.Module] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
+    joins: set[str] = field(default_factory=set)
     refused: str | None = None
 
 
@@ -135,6 +137,8 @@ def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str,
         if layer not in names:
             if isinstance(layer, nn.Parameter):
                 channels.refused = f"a parameter of shape {tuple(layer.shape)} goes with these channels"
+            elif len(item.dep.target.inputs) > 1 and (operation := getattr(layer, "_grad_fn", "")):  # an elementwise operation of two
+                channels.joins.add(operation.split("Backward")[0])
             continue
         name = names[layer]
         if isinstance(layer, (_ConvNd, nn.Linear)) and not depthwise(layer):

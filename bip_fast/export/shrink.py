@@ -22,6 +22,7 @@ from .removal import Removal, checked, restore
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
 
 
+JOINS = {"Add": "added to", "Sub": "added to", "Mul": "multiplied with", "Div": "multiplied with"}
 ONLY_HERE = "that what reaches their readers is the same everywhere was seen on example_input only"
 
 
@@ -128,7 +129,7 @@ def _removal_of(channels: Channels, twin: nn.Module, probes: Probes, kept: list[
         alone = int((own & ~constant & ~unread).sum())
         if alone:
             others = ", ".join(other for other in channels.makers if other != name)
-            kept.append(Kept(name, alone, f"they are added to those of {others}, which are not pruned"))
+            kept.append(Kept(name, alone, f"they are {_joined(channels)} those of {others}, which are not pruned"))
     places: list[int] = []
     folds: list[tuple[str, int, float]] = []
     reasons: dict[str, int] = {}
@@ -152,6 +153,12 @@ def _removal_of(channels: Channels, twin: nn.Module, probes: Probes, kept: list[
         mine = {(reader.name, i) for reader in channels.readers for i in reader.inputs.get(gone, ())}
         folds = [fold for fold in folds if fold[:2] not in mine]
     return Removal(channels, places, folds) if places else None
+
+
+def _joined(channels: Channels) -> str:
+    """What happens to the outputs of several layers that are one channel."""
+    words = {JOINS.get(operation, "joined with") for operation in channels.joins} or {"joined with"}
+    return " and ".join(sorted(words))
 
 
 def _not_foldable(reader: Reader, number: float) -> str | None:
