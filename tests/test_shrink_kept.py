@@ -100,3 +100,92 @@ def test_what_joins_channels_is_told(join, word):
     result = shrink(model, torch.randn(5, 6))
     assert [(row.name, row.channels) for row in result.kept] == [("a", 2)]
     assert result.kept[0].reason == f"they are {word} those of b, which are not pruned"
+
+
+def told(result):
+    return {(row.name, "inputs" if row.inputs else "outputs"): row.channels for row in result.kept}
+
+
+def test_unread_inputs_behind_a_norm_are_listed():
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        model[2].weight[:, ::2] = 0
+    result = shrink(model, torch.randn(5, 8))
+    assert told(result) == {("2", "inputs"): 8}
+    assert str(result).splitlines()[1] == "2: 8 pruned input channels stay: 1, a LayerNorm, goes over these channels"
+    assert result.as_dict()["kept"][0]["inputs"] is True
+
+
+class Convnext(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.up, self.down, self.head = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.down(torch.relu(self.up(self.norm(self.depthwise(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
+def test_dead_depthwise_filters_before_a_norm_are_listed():
+    model = Convnext().eval()
+    drop(model.depthwise, [1, 2, 3])
+    drop(model.down, [0])
+    drop(model.up, [5])
+    result = shrink(model, X)
+    assert result.model.up.out_features == 15
+    assert told(result) == {("depthwise", "outputs"): 3, ("down", "outputs"): 1}
+    assert all("LayerNorm" in row.reason for row in result.kept)
+
+
+def test_dead_depthwise_filters_go_where_they_leave_a_constant_and_are_listed_otherwise():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
+    ).eval()
+    with torch.no_grad():
+        model[1].weight[:2] = 0  # what a bias makes of them comes out of the second one as a constant
+    result = shrink(model, X)
+    assert result.model[0].out_channels == 6
+    assert not result.kept
+    assert_same(model, result.model, X)
+    model[4] = nn.Conv2d(8, 4, 3, padding=1)
+    result = shrink(model, X)
+    assert told(result) == {("1", "outputs"): 2}
+    assert "padding" in result.kept[0].reason
+
+
+def test_inputs_that_another_layer_reads_are_listed():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.c(x + self.b(x))
+
+    model = Residual().eval()
+    with torch.no_grad():
+        model.a.weight[:, 0] = 0
+        model.b.weight[:, :5] = 0
+        model.c.weight[:, 4:6] = 0
+    result = shrink(model, torch.randn(5, 6))
+    assert result.model.a.out_features == 7
+    assert told(result) == {("a", "inputs"): 1, ("b", "inputs"): 4, ("c", "inputs"): 1}
+    assert {row.reason for row in result.kept if row.name == "b"} == {"they are read by c too"}
+    assert "inputs of the model" in next(row.reason for row in result.kept if row.name == "a")
+    assert_same(model, result.model, torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_channels_of_grouped_convolutions_are_counted_in_all_groups(kind):
+    """Input 1 of 8, of the first group, and outputs 0 and 7 of 12, of one group each."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8, 12, 3, groups=2), nn.Conv2d(12, 4, 1)).eval()
+    weight = model[1].weight.detach()
+    parts = [weight[:6, 1], weight[0], weight[7]] if kind is nn.Conv2d else [weight[1], weight[:4, 0], weight[4:, 1]]
+    for part in parts:
+        part.zero_()
+    result = shrink(model, X)
+    assert told(result) == {("1", "inputs"): 1, ("1", "outputs"): 2}
+    assert all("grouped" in row.reason for row in result.kept)

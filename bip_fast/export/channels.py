@@ -146,11 +146,10 @@ def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str,
                 channels.refused = f"{name} is a grouped convolution"
             if graph.is_out_channel_pruning_fn(handler):
                 channels.makers[name] = layer
-                _check_aligned(channels, name, places, layer.weight.shape[1 if getattr(layer, "transposed", False) else 0])
+                _check_aligned(channels, name, places, len(zero_outputs(layer)))
             else:
                 channels.readers.append(Reader(name, layer, places))
-                inputs = len(zero_inputs(layer)) * getattr(layer, "groups", 1)
-                if max(place for own in places.values() for place in own) >= inputs:
+                if max(place for own in places.values() for place in own) >= len(zero_inputs(layer)):
                     channels.refused = f"{name} reads them in another order than the graph follows"
         elif isinstance(layer, _BatchNorm) or depthwise(layer):
             channels.passes[name] = layer
@@ -184,9 +183,17 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 def zero_outputs(layer: nn.Module) -> Tensor:
     """Bool, for every output channel: all weights that make it are 0."""
-    return (weight_of(layer) == 0).transpose(0, 1 if getattr(layer, "transposed", False) else 0).flatten(1).all(1)
+    return _zero(layer).all(1).flatten()
 
 
 def zero_inputs(layer: nn.Module) -> Tensor:
     """Bool, for every input channel: all weights that read it are 0."""
-    return (weight_of(layer) == 0).transpose(0, 0 if getattr(layer, "transposed", False) else 1).flatten(1).all(1)
+    return _zero(layer).all(2).flatten()
+
+
+def _zero(layer: nn.Module) -> Tensor:
+    """Bool (groups, inputs, outputs), each a group's own: no weight from this input to this output."""
+    weight, groups = weight_of(layer), getattr(layer, "groups", 1)
+    zero = (weight == 0).flatten(2).all(2) if weight.dim() > 2 else weight == 0
+    own = zero.reshape(groups, len(zero) // groups, zero.shape[1])
+    return own if getattr(layer, "transposed", False) else own.transpose(1, 2)

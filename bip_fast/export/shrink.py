@@ -7,6 +7,7 @@ layers that read it, where that is exact. Whatever the graph says, the result is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,11 +36,12 @@ class Removed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Channels of a layer that are pruned and still there."""
+    """Channels of a layer that are pruned and still there: its outputs, or its inputs."""
 
     name: str
     channels: int
     reason: str
+    inputs: bool = False
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Shrunk:
 
     def __str__(self) -> str:
         lines = [f"{row.name}: {row.before} -> {row.after} channels" for row in self.removed] or ["nothing removed"]
-        lines += [f"{row.name}: {row.channels} pruned channels stay: {row.reason}" for row in self.kept]
+        lines += [f"{row.name}: {row.channels} pruned {'input ' * row.inputs}channels stay: {row.reason}" for row in self.kept]
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
@@ -90,10 +92,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     sets = channels_of(graph, twin)
     kept: list[Kept] = []
     removals = [removal for channels in sets if (removal := _removal_of(channels, twin, probes, kept)) is not None]
-    known = {name for channels in sets for name in channels.makers | channels.passes}
-    for name, layer in twin.named_modules():
-        if isinstance(layer, (_ConvNd, nn.Linear)) and name not in known and (count := int(zero_outputs(layer).sum())):
-            kept.append(Kept(name, count, "they are outputs of the model, or go where the graph does not follow"))
+    kept += _outside(sets, twin)
     small, done, refused = checked(model, inputs, removals, probes.inputs)
     kept += [Kept(removal.channels.root, len(removal.places), reason) for removal, reason in refused]
     restore(model, small)
@@ -110,49 +109,97 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
 # --- what can go ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Zeros(NamedTuple):
+    """Bool by layer, for every channel of a set: its filter in this layer that makes or filters it is all zero; this layer reads it."""
+
+    makers: dict[str, Tensor]
+    between: dict[str, Tensor]
+    readers: dict[str, Tensor]
+
+
+def _zeros_of(channels: Channels) -> _Zeros:
+    makers = {name: zero_outputs(layer).cpu() for name, layer in channels.makers.items()}
+    between = {name: zero_outputs(layer).cpu() for name, layer in channels.passes.items() if depthwise(layer)}
+    readers = {reader.name: torch.zeros(channels.count, dtype=torch.bool) for reader in channels.readers}
+    for reader in channels.readers:  # one layer may be several, if it is called several times
+        read = (~zero_inputs(reader.layer)).tolist()
+        readers[reader.name] |= torch.tensor([any(read[i] for i in reader.inputs.get(c, ())) for c in range(channels.count)])
+    return _Zeros(makers, between, readers)
+
+
 def _removal_of(channels: Channels, twin: nn.Module, probes: Probes, kept: list[Kept]) -> Removal | None:
     """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot."""
-    zero = {name: zero_outputs(layer).cpu() for name, layer in channels.makers.items()}
     if channels.refused:
-        kept += [Kept(name, int(own.sum()), channels.refused) for name, own in zero.items() if own.any()]
+        kept += _all_of(channels, channels.refused)
         return None
-    silent = torch.stack(list(zero.values()))
-    between = [layer for layer in channels.passes.values() if depthwise(layer)]
-    constant = silent.all(0)
-    if between:
-        constant |= torch.stack([zero_outputs(layer).cpu() for layer in between]).all(0)
-    unread = torch.ones(channels.count, dtype=torch.bool)
-    for reader in channels.readers:
-        idle = zero_inputs(reader.layer)
-        unread &= torch.tensor([all(bool(idle[i]) for i in reader.inputs.get(c, ())) for c in range(channels.count)])
-    for name, own in zero.items():
-        alone = int((own & ~constant & ~unread).sum())
-        if alone:
-            others = ", ".join(other for other in channels.makers if other != name)
-            kept.append(Kept(name, alone, f"they are {_joined(channels)} those of {others}, which are not pruned"))
+    zeros = _zeros_of(channels)
+    unread = ~torch.stack(list(zeros.readers.values())).any(0)
+    silent = torch.stack(list(zeros.makers.values())).all(0)
+    constant = torch.stack([silent, *zeros.between.values()]).any(0) & ~unread
     places: list[int] = []
     folds: list[tuple[str, int, float]] = []
-    reasons: dict[str, int] = {}
-    arriving = _arriving(channels, twin, probes.inputs) if bool((constant & ~unread).any()) else {}
+    reasons: Counter[tuple[str, str]] = Counter()
+    arriving = _arriving(channels, twin, probes.inputs) if constant.any() else {}
     for channel in range(channels.count):
-        if unread[channel]:
-            places.append(channel)
-        elif constant[channel]:
+        numbers = []
+        if constant[channel]:
             numbers = [(reader, i, arriving[reader.name][i]) for reader in channels.readers for i in reader.inputs.get(channel, ())]
             whys = (why for reader, _, number in numbers if (why := ONLY_HERE if probes.doubt else _not_foldable(reader, number)))
-            why = next(whys, None)
-            if why is None:
-                places.append(channel)
-                folds += [(reader.name, i, number) for reader, i, number in numbers if number]
-            else:
-                reasons[why] = reasons.get(why, 0) + 1
-    kept += [Kept(channels.root, count, reason) for reason, count in reasons.items()]
+            if why := next(whys, ""):
+                pruned = channels.root if silent[channel] else next(name for name, own in zeros.between.items() if own[channel])
+                reasons[pruned, why] += 1
+                continue
+        elif not unread[channel]:
+            continue
+        places.append(channel)
+        folds += [(reader.name, i, number) for reader, i, number in numbers if number]
+    kept += [Kept(name, count, why) for (name, why), count in reasons.items()]
+    going = torch.zeros(channels.count, dtype=torch.bool)
+    going[places] = True
+    kept += _partly(channels, zeros, going | constant)
     if len(places) == channels.count:
         kept.append(Kept(channels.root, 1, "a layer keeps at least one channel"))
         gone = places.pop()
         mine = {(reader.name, i) for reader in channels.readers for i in reader.inputs.get(gone, ())}
         folds = [fold for fold in folds if fold[:2] not in mine]
     return Removal(channels, places, folds) if places else None
+
+
+def _all_of(channels: Channels, why: str) -> list[Kept]:
+    """All that is pruned in a set."""
+    layers = channels.makers | {name: layer for name, layer in channels.passes.items() if depthwise(layer)}
+    made = [Kept(name, int(zero_outputs(layer).sum()), why) for name, layer in layers.items()]
+    readers = {reader.name: reader.layer for reader in channels.readers}
+    return [row for row in made + [Kept(name, int(zero_inputs(layer).sum()), why, True) for name, layer in readers.items()] if row.channels]
+
+
+def _partly(channels: Channels, zeros: _Zeros, told: Tensor) -> list[Kept]:
+    """Channels that are pruned in some of the layers of a set only, but for those of which something is ``told`` already."""
+    kept = []
+    for name, own in zeros.makers.items():
+        if count := int((own & ~told).sum()):
+            others = ", ".join(other for other in channels.makers if other != name)
+            kept.append(Kept(name, count, f"they are {_joined(channels)} those of {others}, which are not pruned"))
+    for name, own in zeros.readers.items():
+        if count := int((idle := ~own & ~told).sum()):
+            others = ", ".join(other for other, its in zeros.readers.items() if (its & idle).any())
+            kept.append(Kept(name, count, f"they are read by {others} too", inputs=True))
+    return kept
+
+
+def _outside(sets: Sequence[Channels], twin: nn.Module) -> list[Kept]:
+    """What is pruned in layers that are in no set."""
+    makers = {name for channels in sets for name in channels.makers | channels.passes}
+    readers = {reader.name for channels in sets for reader in channels.readers}
+    kept = []
+    for name, layer in twin.named_modules():
+        if not isinstance(layer, (_ConvNd, nn.Linear)):
+            continue
+        if name not in makers and (count := int(zero_outputs(layer).sum())):
+            kept.append(Kept(name, count, "they are outputs of the model, or go where the graph does not follow"))
+        if name not in readers and not depthwise(layer) and (count := int(zero_inputs(layer).sum())):
+            kept.append(Kept(name, count, "they are inputs of the model, or come from where the graph does not follow", inputs=True))
+    return kept
 
 
 def _joined(channels: Channels) -> str:
