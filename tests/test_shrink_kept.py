@@ -189,3 +189,62 @@ def test_channels_of_grouped_convolutions_are_counted_in_all_groups(kind):
     result = shrink(model, X)
     assert told(result) == {("1", "inputs"): 1, ("1", "outputs"): 2}
     assert all("grouped" in row.reason for row in result.kept)
+
+
+class Tied(nn.Module):
+    def __init__(self, layer) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = layer(6, 12), layer(12, 12), layer(12, 12), layer(12, 4)
+        self.c.weight = self.b.weight
+        self.view = nn.Identity()
+
+    def forward(self, x):
+        x = torch.relu(self.a(self.view(x)))
+        return self.d(torch.relu(self.c(torch.relu(self.b(x)))))
+
+
+class Fixed(nn.Module):
+    """Behind it the number of channels must be what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.f = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        return self.f(self.e(x).view(len(x), 8, *x.shape[2:]))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, lambda *sizes: nn.Conv2d(*sizes, 1)], ids=["linear", "conv"])
+def test_a_weight_that_is_shared_is_shared_by_the_shrunk_layers(layer):
+    model = Tied(layer).eval()
+    x = torch.randn(5, 6) if isinstance(model.a, nn.Linear) else torch.randn(5, 6, 3, 3)
+    for own in (model.a, model.b, model.c):
+        drop(own, [1, 2, 3])
+    small = shrink(model, x).model
+    assert small.b.weight is small.c.weight
+    assert small.b.weight.shape[:2] == (9, 9)
+    assert set(small.state_dict()) == set(model.state_dict())
+    assert_same(model, small, x)
+
+
+def test_a_weight_that_is_shared_is_cut_equally_or_stays():
+    model = Tied(nn.Linear).eval()
+    drop(model.b, [1, 2, 3])
+    drop(model.c, [1, 2, 3])
+    result = shrink(model, torch.randn(5, 6))
+    assert result.model.b.weight is result.model.c.weight
+    assert result.model.b.out_features == 12
+    assert told(result) == {("b", "outputs"): 3, ("c", "outputs"): 3}
+    assert {row.reason for row in result.kept} == {"b and c share their weight, of which they need different parts then"}
+
+
+def test_a_set_that_stays_keeps_no_shared_weight_from_being_cut():
+    model = Tied(lambda *sizes: nn.Conv2d(*sizes, 1)).eval()
+    model.view = Fixed().eval()
+    for own in (model.a, model.b, model.c, model.view.e):
+        drop(own, [1, 2, 3])
+    result = shrink(model, torch.randn(5, 6, 3, 3))
+    assert result.model.b.weight is result.model.c.weight
+    assert result.model.b.weight.shape[:2] == (9, 9)
+    assert told(result) == {("view.e", "outputs"): 3}
+    assert "without them the model fails" in result.kept[0].reason

@@ -71,6 +71,11 @@ class Channels:
     joins: set[str] = field(default_factory=set)
     refused: str | None = None
 
+    @property
+    def layers(self) -> set[str]:
+        """Names of all of them."""
+        return {*self.makers, *self.passes, *(reader.name for reader in self.readers)}
+
 
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:

@@ -22,6 +22,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 CHANGES = "removing them changes what the model computes"
 
 
+class _Untied(Exception):
+    """A shared parameter cannot be shared any more."""
+
+
 @dataclass
 class Removal:
     """Channels of one set that go, and what is folded into whom first: (reader, its input, number)."""
@@ -48,13 +52,39 @@ def checked(
     small = reference
     done: list[Removal] = []
     refused: list[tuple[Removal, str]] = []
-    for removal in removals:
-        tried = _attempt(model, inputs, [*done, removal], probes, expected)
-        if isinstance(tried, str):
-            refused.append((removal, tried))
-        else:
-            small, done = tried, [*done, removal]
+    for unit in _units(model, removals):
+        together = _attempt(model, inputs, [*done, *unit], probes, expected)
+        if not isinstance(together, str):
+            small, done = together, [*done, *unit]
+            continue
+        for removal in unit:
+            tried = together if len(unit) == 1 else _attempt(model, inputs, [*done, removal], probes, expected)
+            if isinstance(tried, str):
+                refused.append((removal, tried))
+            else:
+                small, done = tried, [*done, removal]
     return small, done, refused
+
+
+def _ties(model: nn.Module) -> list[list[tuple[str, str]]]:
+    """Parameters that several modules share: (name of the module, its name for it)."""
+    places: dict[nn.Parameter, list[tuple[str, str]]] = {}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                places.setdefault(p, []).append((name, key))
+    return [own for own in places.values() if len(own) > 1]
+
+
+def _units(model: nn.Module, removals: Sequence[Removal]) -> list[list[Removal]]:
+    """Removals from layers that share a parameter, which may only be possible together; all others by themselves."""
+    units = [[removal] for removal in removals]
+    for tie in _ties(model):
+        names = {name for name, _ in tie}
+        linked = [unit for unit in units if any(names & removal.channels.layers for removal in unit)]
+        if len(linked) > 1:
+            units = [unit for unit in units if unit not in linked] + [[removal for unit in linked for removal in unit]]
+    return units
 
 
 def _attempt(
@@ -67,13 +97,15 @@ def _attempt(
             equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
     except MEMORY:
         raise
+    except _Untied as error:
+        return str(error)
     except Exception as error:  # shapes that do not fit any more, in whatever way the model or the graph says so
         return f"without them the model fails: {one_line(error)}"
     return small if equal else CHANGES
 
 
 def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal]) -> nn.Module:
-    """A copy of the model, in eval mode, without these channels."""
+    """A copy of the model, in eval mode, without these channels; parameters that were shared still are, or `_Untied`."""
     small = copy.deepcopy(model).eval()
     graph = graph_of(small, inputs)
     layers = dict(small.named_modules())
@@ -84,6 +116,13 @@ def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[
     for removal in removals:
         root = layers[removal.channels.root]
         graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, removal.places).prune(record_history=False)
+    for tie in _ties(model):
+        first, *others = (layers[name]._parameters[key] for name, key in tie)
+        assert first is not None
+        if not all(other is first or (other is not None and torch.equal(first, other)) for other in others):
+            raise _Untied(f"{' and '.join(name for name, _ in tie)} share their {tie[0][1]}, of which they need different parts then")
+        for name, key in tie[1:]:
+            layers[name]._parameters[key] = first
     return small
 
 
