@@ -140,6 +140,17 @@ def test_wrong_inputs_are_one_error():
         shrink(Plain(), torch.randn(2, 5, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_empty_inputs_and_torchscript_are_refused():
+    with pytest.raises(ValueError, match=r"example_input must have at least one sample, got shape \(0, 3, 8, 8\)"):
+        shrink(Plain(), X[:0])
+    for model, name in ((torch.jit.script(Plain()), "RecursiveScriptModule"), (torch.jit.trace(Plain().eval(), X), "TopLevelTracedModule")):
+        with pytest.raises(TypeError, match=rf"model must be made of ordinary layers, got a {name} of torch\.jit"):
+            shrink(model, X)
+        with pytest.raises(TypeError, match=r"of torch\.jit"):
+            coupled_filters(model, X)
+
+
 # --- joins ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -174,7 +174,16 @@ def _check_aligned(channels: Channels, name: str, places: Mapping[int, list[int]
 
 
 def traced_copy(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, Any]:
-    """A copy of a model in eval mode, and its graph."""
+    """A copy of a model in eval mode, and its graph.
+
+    Raises:
+        TypeError: the model is a TorchScript module, which has no layers that could be cut.
+        ValueError: the model does not run on these inputs, or cannot be traced.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be made of ordinary layers, got a {type(model).__name__} of torch.jit: give the module it was made from"
+        )
     twin = copy.deepcopy(model).eval()
     return twin, graph_of(twin, inputs)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from .channels import Channels, Reader, as_inputs, channels_of, depthwise, traced_copy, weight_of, zero_inputs, zero_outputs
 from .probes import Probes, probes_of
@@ -80,13 +81,16 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
 
     Raises:
         ImportError: Torch-Pruning is not installed.
-        ValueError: the model does not take this input, or cannot be traced.
+        TypeError: the model is a TorchScript module.
+        ValueError: the input is empty, the model does not take it, or cannot be traced.
 
     Example:
         >>> opt.finalize()
         >>> small = shrink(model, x).model
     """
     inputs = as_inputs(example_input)
+    if (tensors := [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]) and not any(x.numel() for x in tensors):
+        raise ValueError(f"example_input must have at least one sample, got shape {tuple(tensors[0].shape)}")
     twin, graph = traced_copy(model, inputs)
     probes = probes_of(twin, inputs)
     sets = channels_of(graph, twin)
@@ -236,7 +240,7 @@ def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, .
         dims = weight_of(layer).dim() - 1  # of an input without a batch
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args:  # called by keyword: not seen, so not known
+            if not args or not args[0].numel():  # called by keyword: not seen, so not known
                 return
             x = args[0].detach()
             x = x.reshape(-1, x.shape[-1]).T if isinstance(layer, nn.Linear) else x.transpose(0, x.dim() - dims)
