@@ -8,7 +8,7 @@ layers that read it, where that is exact. Whatever the graph says, the result is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from .channels import Channels, Reader, as_inputs, channels_of, depthwise, traced_copy, weight_of, zero_inputs, zero_outputs
-from .probes import Probes, probes_of
+from .probes import probes_of
 from .removal import Removal, checked, restore
 
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
@@ -95,7 +95,8 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     probes = probes_of(twin, inputs)
     sets = channels_of(graph, twin)
     kept: list[Kept] = []
-    removals = [removal for channels in sets if (removal := _removal_of(channels, twin, probes, kept)) is not None]
+    arriving = _arriving([channels for channels in sets if not channels.refused], twin, probes.inputs)
+    removals = [removal for channels in sets if (removal := _removal_of(channels, arriving, probes.doubt, kept)) is not None]
     kept += _outside(sets, twin)
     small, done, refused = checked(model, inputs, removals, probes.inputs)
     kept += [Kept(removal.channels.root, len(removal.places), reason) for removal, reason in refused]
@@ -131,8 +132,8 @@ def _zeros_of(channels: Channels) -> _Zeros:
     return _Zeros(makers, between, readers)
 
 
-def _removal_of(channels: Channels, twin: nn.Module, probes: Probes, kept: list[Kept]) -> Removal | None:
-    """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot."""
+def _removal_of(channels: Channels, arriving: Mapping[str, Sequence[float]], doubt: str, kept: list[Kept]) -> Removal | None:
+    """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot. Constants count unless there is ``doubt``."""
     if channels.refused:
         kept += _all_of(channels, channels.refused)
         return None
@@ -143,12 +144,11 @@ def _removal_of(channels: Channels, twin: nn.Module, probes: Probes, kept: list[
     places: list[int] = []
     folds: list[tuple[str, int, float]] = []
     reasons: Counter[tuple[str, str]] = Counter()
-    arriving = _arriving(channels, twin, probes.inputs) if constant.any() else {}
     for channel in range(channels.count):
         numbers = []
         if constant[channel]:
             numbers = [(reader, i, arriving[reader.name][i]) for reader in channels.readers for i in reader.inputs.get(channel, ())]
-            whys = (why for reader, _, number in numbers if (why := ONLY_HERE if probes.doubt else _not_foldable(reader, number)))
+            whys = (why for reader, _, number in numbers if (why := ONLY_HERE if doubt else _not_foldable(reader, number)))
             if why := next(whys, ""):
                 pruned = channels.root if silent[channel] else next(name for name, own in zeros.between.items() if own[channel])
                 reasons[pruned, why] += 1
@@ -232,9 +232,10 @@ def _pads(layer: _ConvNd) -> bool:
     return any(layer.padding)
 
 
-def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, ...]]) -> dict[str, list[float]]:
-    """The number that every input channel of the layers that read a set has, over all probes, batches and places; NaN if it has several."""
-    seen: dict[str, list[Tensor]] = {reader.name: [] for reader in channels.readers}
+def _arriving(sets: Sequence[Channels], twin: nn.Module, probes: Sequence[tuple[Any, ...]]) -> dict[str, list[float]]:
+    """The number that every input channel of the layers that read has, over all probes, batches and places; NaN if it has several."""
+    layers = {reader.name: reader.layer for channels in sets for reader in channels.readers}
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
     def note(name: str, layer: nn.Module) -> Any:
         dims = weight_of(layer).dim() - 1  # of an input without a batch
@@ -244,11 +245,11 @@ def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, .
                 return
             x = args[0].detach()
             x = x.reshape(-1, x.shape[-1]).T if isinstance(layer, nn.Linear) else x.transpose(0, x.dim() - dims)
-            seen[name].append(x.flatten(1).float())
+            seen[name].append(x.flatten(1).float().aminmax(dim=1))
 
         return layer.register_forward_pre_hook(hook)
 
-    handles = [note(reader.name, reader.layer) for reader in channels.readers]
+    handles = [note(name, layer) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             for probe in probes:
@@ -257,19 +258,15 @@ def _arriving(channels: Channels, twin: nn.Module, probes: Sequence[tuple[Any, .
         for handle in handles:
             handle.remove()
     numbers = {}
-    for name, inputs in seen.items():
-        if not inputs:
-            numbers[name] = [float("nan")] * _inputs(dict(twin.named_modules())[name])
+    for name, ranges in seen.items():
+        if not ranges:
+            numbers[name] = [float("nan")] * len(zero_inputs(layers[name]))
             continue
-        low = torch.stack([x.amin(1) for x in inputs]).amin(0)
-        high = torch.stack([x.amax(1) for x in inputs]).amax(0)
+        low = torch.stack([low for low, _ in ranges]).amin(0)
+        high = torch.stack([high for _, high in ranges]).amax(0)
         numbers[name] = torch.where(low == high, low, torch.nan).tolist()
     return numbers
 
 
 def _outputs(layer: nn.Module) -> int:
     return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
-
-
-def _inputs(layer: nn.Module) -> int:
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
