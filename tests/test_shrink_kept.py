@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pruned_networks import assert_same, drop, lively
 from torch import nn
 
@@ -248,3 +249,37 @@ def test_a_set_that_stays_keeps_no_shared_weight_from_being_cut():
     assert result.model.b.weight.shape[:2] == (9, 9)
     assert told(result) == {("view.e", "outputs"): 3}
     assert "without them the model fails" in result.kept[0].reason
+
+
+def test_grouped_convolutions_stay_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).eval()
+    drop(model[0], [1])
+    drop(model[2], [2])
+    result = shrink(model, X)
+    assert {row.name for row in result.kept} == {"0", "2"}
+    assert all("grouped" in row.reason for row in result.kept)
+    assert_same(model, result.model, torch.randn(5, 3, 8, 8))
+
+
+def test_what_the_graph_does_not_follow_is_refused_and_listed():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    for i in (0, 3, 5):
+        drop(model[i], [0, 3])
+    result = shrink(model, X)
+    assert result.model[3].out_channels == 4
+    assert {row.name: row.channels for row in result.kept} == {"0": 2, "5": 2}
+    assert_same(model, result.model, torch.randn(5, 3, 8, 8))
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.rnn, self.out = nn.Conv1d(3, 8, 3), nn.GRU(8, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(self.rnn(F.relu(self.a(x)).transpose(1, 2))[0][:, -1])
+
+    model = Recurrent().eval()
+    drop(model.a, [1])
+    result = shrink(model, torch.randn(2, 3, 9))
+    assert [(row.name, row.channels) for row in result.kept] == [("a", 1)]
+    assert_same(model, result.model, torch.randn(4, 3, 7))
