@@ -283,3 +283,22 @@ def test_what_the_graph_does_not_follow_is_refused_and_listed():
     result = shrink(model, torch.randn(2, 3, 9))
     assert [(row.name, row.channels) for row in result.kept] == [("a", 1)]
     assert_same(model, result.model, torch.randn(4, 3, 7))
+
+
+def test_channels_that_the_graph_loses_are_not_taken_for_unread():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 4)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+            x = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+            return self.out(x.transpose(1, 2).flatten(2))
+
+    model = Attention().eval()
+    assert not shrink(model, torch.randn(2, 5, 16)).kept
+    drop(model.qkv, [8, 24, 40])  # one each of queries, keys and values
+    result = shrink(model, torch.randn(2, 5, 16))
+    assert sum(row.channels for row in result.kept if row.name == "qkv") == 3
+    assert "the graph does not follow them to a layer that reads them" in {row.reason for row in result.kept}

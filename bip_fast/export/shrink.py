@@ -25,6 +25,7 @@ __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
 
 
 JOINS = {"Add": "added to", "Sub": "added to", "Mul": "multiplied with", "Div": "multiplied with"}
+LOST = "the graph does not follow them to a layer that reads them"
 ONLY_HERE = "that what reaches their readers is the same everywhere was seen on example_input only"
 
 
@@ -138,9 +139,10 @@ def _removal_of(channels: Channels, arriving: Mapping[str, Sequence[float]], dou
         kept += _all_of(channels, channels.refused)
         return None
     zeros = _zeros_of(channels)
-    unread = ~torch.stack(list(zeros.readers.values())).any(0)
+    followed = torch.tensor([any(reader.inputs.get(c) for reader in channels.readers) for c in range(channels.count)])
+    unread = ~torch.stack(list(zeros.readers.values())).any(0) & followed
     silent = torch.stack(list(zeros.makers.values())).all(0)
-    constant = torch.stack([silent, *zeros.between.values()]).any(0) & ~unread
+    constant = torch.stack([silent, *zeros.between.values()]).any(0) & ~unread & followed
     places: list[int] = []
     folds: list[tuple[str, int, float]] = []
     reasons: Counter[tuple[str, str]] = Counter()
@@ -160,7 +162,8 @@ def _removal_of(channels: Channels, arriving: Mapping[str, Sequence[float]], dou
     kept += [Kept(name, count, why) for (name, why), count in reasons.items()]
     going = torch.zeros(channels.count, dtype=torch.bool)
     going[places] = True
-    kept += _partly(channels, zeros, going | constant)
+    kept += [Kept(name, int((own & ~followed).sum()), LOST) for name, own in zeros.makers.items() if (own & ~followed).any()]
+    kept += _partly(channels, zeros, going | constant | ~followed)
     if len(places) == channels.count:
         kept.append(Kept(channels.root, 1, "a layer keeps at least one channel"))
         gone = places.pop()
