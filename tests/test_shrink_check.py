@@ -153,6 +153,23 @@ def test_a_model_that_takes_the_example_alone_is_shrunk_by_what_nobody_reads():
     assert result.note == "checked with tensor 2 of example_input as it is, as the model takes no other numbers there"
 
 
+def test_sparse_arguments_stay_as_they_are():
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x, neighbours):
+            return self.b(torch.relu(self.a(neighbours.float() @ x)))
+
+    model = Graph().eval()
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+    result = shrink(model, (torch.randn(5, 6), torch.eye(5, dtype=torch.float64).to_sparse()))
+    assert result.model.a.out_features == 5
+    assert "tensor 2 of example_input as it is" in result.note
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_an_index_out_of_range_is_not_tried_on_a_gpu():
     model = Restricted(lambda x: True).cuda().eval()

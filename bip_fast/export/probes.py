@@ -49,7 +49,7 @@ def probes_of(model: nn.Module, example: tuple[Any, ...]) -> Probes:
         model: in eval mode.
     """
     leaves, spec = tree_flatten(example)
-    where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.numel()]
+    where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.numel() and x.layout == torch.strided and not x.is_nested]
     takes = _taker(model, example)
     if any(x.device.type != "cpu" for x in tree_leaves(example) if isinstance(x, Tensor)) and any(_one_integer(leaves[i]) for i in where):
         # Others may be indices out of range, and what a GPU does then cannot be caught.
@@ -70,11 +70,11 @@ def probes_of(model: nn.Module, example: tuple[Any, ...]) -> Probes:
             drawn = list(leaves)
             for i in where:
                 tries = ([*drawn[:i], _drawn(leaves[i], draw, seed), *drawn[i + 1 :]] for draw in draws)
-                drawn = next((tried for tried in tries if not torch.equal(tried[i], leaves[i]) and accepted(tried)), drawn)
-        if any(not torch.equal(drawn[i], leaves[i]) for i in where):
+                drawn = next((tried for tried in tries if not _equal(tried[i], leaves[i]) and accepted(tried)), drawn)
+        if any(not _equal(drawn[i], leaves[i]) for i in where):
             found.append(drawn)
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    fixed = [n for n, i in enumerate(tensors, 1) if leaves[i].numel() and all(torch.equal(own[i], leaves[i]) for own in found)]
+    fixed = [n for n, i in enumerate(tensors, 1) if leaves[i].numel() and all(_equal(own[i], leaves[i]) for own in found)]
     resized = [tried for tried in _resized(leaves) if accepted(tried)][:1] if found else []
     return Probes([example, *(tuple(tree_unflatten(own, spec)) for own in found + resized)], fixed)
 
@@ -85,12 +85,16 @@ def _taker(model: nn.Module, example: tuple[Any, ...]) -> Callable[[Any], bool]:
     def computes(arguments: Any, nan: bool) -> bool:
         try:
             outputs = [y for y in tree_leaves(model(*arguments)) if isinstance(y, Tensor)]
+            return nan or not any(bool(y.isnan().any()) for y in outputs)
         except Exception:  # the model's way to say that it takes nothing of the kind; or no memory for another size
             return False
-        return nan or not any(bool(y.isnan().any()) for y in outputs)
 
     nan = not computes(example, False)
     return lambda arguments: computes(arguments, nan)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a, b)
 
 
 def _on_cpu(arguments: Any) -> Any:
