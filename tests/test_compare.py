@@ -16,6 +16,7 @@ from cli_runs import one_line
 
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, figures, grid, progress, results
+from bip_fast.experiments.compare import Comparison
 from bip_fast.experiments.settings import Settings
 
 if missing := cli.missing_extras():
@@ -239,6 +240,52 @@ def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how
     assert len(folders) == 7
     for name in folders:
         assert (out / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
+
+
+def lose_processes(monkeypatch, how, times):
+    """End the process of the first run that has a checkpoint, so many times; returns what is left to do."""
+    left, listen = [how] * times, Comparison._listen
+
+    def watched(self):
+        slot = next((slot for slot in self._slots if slot.cell and (self.folder(slot.cell) / "checkpoint.pt").exists()), None)
+        if left and slot is not None:
+            os.kill(slot.process.pid, left.pop())
+            slot.process.join(60)
+        listen(self)
+
+    monkeypatch.setattr(Comparison, "_listen", watched)
+    return left
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_lost_is_replaced(finished, tmp_path, monkeypatch, capsys, how):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").replace("  imp: {rewind: 1, per_round: 0.5}\n", "")
+    left = lose_processes(monkeypatch, how, 1)
+    assert compare(written(tmp_path, text), tmp_path / "out") == 0
+    assert not left
+    assert (
+        f"its process ended with exit code {0 if how == signal.SIGTERM else -how}; another one goes on with it" in capsys.readouterr().err
+    )
+    folders = [path.parent.name for path in (tmp_path / "out").glob("*/report.json")]
+    assert len(folders) == 5
+    for name in folders:
+        assert (tmp_path / "out" / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_loses_every_process_has_failed(tmp_path, monkeypatch, capsys):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").replace("pretrain_epochs: 2", "pretrain_epochs: 40")
+    left = lose_processes(monkeypatch, signal.SIGKILL, 2)
+    assert compare(written(tmp_path, text.split("  imp")[0]), tmp_path / "out") == 1
+    assert not left
+    error = capsys.readouterr().err
+    assert "its process ended with exit code -9, 2 times; the next start continues it" in error
+    assert error.count("it starts from digits-") == 4, "two rows, said while it goes and at the end"
+
+
+def test_a_run_that_nothing_leads_to_is_an_error_and_no_endless_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(Comparison, "_ready", lambda self: None)
+    with pytest.raises(RuntimeError, match="runs that nothing leads to"):
+        compare(written(tmp_path), tmp_path / "out")
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):

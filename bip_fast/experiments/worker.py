@@ -1,7 +1,7 @@
 """A process that runs one cell of a comparison after another, and tells its parent how far it is.
 
-Ctrl-C reaches only the parent, which asks it to stop with one SIGTERM; a parent that is gone counts as one. Data sets stay loaded from
-cell to cell.
+Ctrl-C reaches only the parent, which asks it to stop with one SIGTERM: it saves where the run stands, and ends. A parent that is gone
+counts as one. Data sets stay loaded from cell to cell.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
         try:
             _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address), alone)
             answer = ("done", order.address, None)
-        except Stop:
-            answer = ("stopped", order.address, None)
+        except Stop:  # the end of the pipe says so
+            return
         except ExperimentError as error:
             answer = ("failed", order.address, str(error))
         except Exception as error:  # of the user's model, or a defect: the other runs go on
