@@ -17,6 +17,7 @@ from cli_runs import one_line
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, figures, grid, progress, results
 from bip_fast.experiments.compare import Comparison
+from bip_fast.experiments.methods import rounds
 from bip_fast.experiments.settings import Settings
 
 if missing := cli.missing_extras():
@@ -70,17 +71,33 @@ def test_all_combinations_and_what_they_start_from(tmp_path):
     rows = [(cell.label, cell.settings.sparsity, cell.settings.seed) for cell in found.rows]
     pruned = [(label, s, seed) for label in ("BiP", "imp", "random") for seed in (0, 1) for s in (0.5, 0.8)]
     assert sorted(rows) == sorted([("dense", 0.0, 0), ("dense", 0.0, 1), *pruned])
-    assert len(found.cells) == 14, "the dense row is the dense run that the others start from"
+    assert len(found.cells) == 16, "the dense row is the dense run that the others start from; a round of imp on the way for each seed"
     for cell in found.rows:
         parent = cell.parent.settings if cell.parent else None
         assert (parent is None) == (cell.label in ("dense", "random"))
         if cell.label == "BiP":
             assert (parent.method, parent.seed) == ("dense", cell.settings.seed)
         if cell.label == "imp":
-            assert (parent.method, parent.sparsity) == (("imp", 0.5) if cell.settings.sparsity == 0.8 else ("dense", 0.0))
+            line = [(ancestor.label, ancestor.settings.sparsity) for ancestor in (cell, *cell.ancestors())]
+            rounds_ = [("imp", 0.8), ("", 0.75), ("imp", 0.5), ("dense", 0.0)]
+            assert line == (rounds_ if cell.settings.sparsity == 0.8 else rounds_[2:])
             assert cell.dense.settings.method == "dense"
             assert found.snapshots[cell.dense.address] == {1}
-    assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 2, 1, 2], "one round of one epoch to 50 %, two to 80 %"
+    assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 1, 1, 1], "a round of one epoch each"
+
+
+def test_a_network_of_iterative_pruning_depends_on_no_other_sparsity_of_the_file(tmp_path):
+    text = "seed: 0\nmethods: {imp: {rewind: 1, pretrain_epochs: 10, epochs: 10, sparsity: %s}}"
+    both = {cell.settings.sparsity: cell for cell in grid.read(written(tmp_path, text % "[0.9, 0.95, 0.98]")).rows}
+    for sparsity, count in ((0.9, 11), (0.95, 14), (0.98, 18)):
+        (alone,) = grid.read(written(tmp_path, text % sparsity)).rows
+        assert alone.address == both[sparsity].address
+        line = [alone, *alone.ancestors()]
+        sparsities = [cell.settings.sparsity for cell in reversed(line[:-1])]
+        assert sparsities == rounds(0.0, sparsity, 0.2)
+        assert (len(sparsities), sum(cell.epochs for cell in line[:-1])) == (count, 9 * count)
+    on_the_way = grid.read(written(tmp_path, text % "[0.2, 0.36, 0.488, 0.5904, 0.67232, 0.737856, 0.790285, 0.832228]"))
+    assert len(on_the_way.cells) == 9, "a sparsity that is a round is a round for the others too"
 
 
 def test_an_address_is_what_decides_the_result(tmp_path):
@@ -158,8 +175,8 @@ def test_every_figure_of_every_run(finished):
         n, kept = int(row["total"]), int(row["kept"])
         assert kept == n - round(float(row["sparsity"]) * n)
         assert float(row["sparsity_exact"]) == 1 - kept / n
-        own = {"dense": 2, "BiP": 2, "imp": 1 if row["sparsity"] == "0.5" else 2, "random": 4}[row["label"]]
-        total = own + {"dense": 0, "BiP": 2, "random": 0, "imp": 2 if row["sparsity"] == "0.5" else 3}[row["label"]]
+        own = {"dense": 2, "BiP": 2, "imp": 1, "random": 4}[row["label"]]
+        total = own + {"dense": 0, "BiP": 2, "random": 0, "imp": 2 if row["sparsity"] == "0.5" else 4}[row["label"]]
         assert int(row["image_passes"]) == own * 1000
         assert int(row["image_passes_total"]) == total * 1000
         assert float(row["seconds_total"]) >= float(row["seconds"]) > 0
@@ -176,23 +193,28 @@ def test_every_figure_of_every_run(finished):
 def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")}
     assert compare(written(tmp_path), finished, "--list") == 0
-    assert "14 runs, 0 epochs to do" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "16 runs, 0 epochs to do" in listed
+    assert "imp, on the way, 75 %, seed 1" in listed
     assert compare(written(tmp_path), finished) == 0
     out = capsys.readouterr().out
     assert "| digits, resnet20 of width 2 | 50 % | 80 % | epochs | minutes |" in out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")} == stamps
 
 
-def test_the_same_bits_as_a_run_alone(finished, tmp_path):
-    """A cell is the run that `bip-fast prune` makes in one folder, dense training included."""
+@pytest.mark.parametrize(
+    ("label", "own"), [("BiP", ["--levels", "joint"]), ("imp", ["--method", "imp", "--rewind", "1", "--per-round", "0.5"])]
+)
+def test_the_same_bits_as_a_run_alone(finished, tmp_path, label, own):
+    """A cell is the run that `bip-fast prune` makes in one folder, dense training and all rounds included."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        options = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "2", "--levels", "joint", "--seed", "1"]
-        assert cli.main(["prune", *options, "--sparsity", "0.8", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+        options = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "2", "--seed", "1"]
+        assert cli.main(["prune", *options, *own, "--sparsity", "0.8", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     finally:
         torch.set_num_threads(threads)
-    row = next(row for row in rows_of(finished / "runs.csv") if (row["label"], row["sparsity"], row["seed"]) == ("BiP", "0.8", "1"))
+    row = next(row for row in rows_of(finished / "runs.csv") if (row["label"], row["sparsity"], row["seed"]) == (label, "0.8", "1"))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / row["folder"] / "model.safetensors").read_bytes()
 
 
@@ -227,7 +249,7 @@ def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how
     for path in out.rglob("*.json"):
         json.loads(path.read_text())
     before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/report.json")}
-    assert len(before) < 7
+    assert len(before) < 8
     end = time.monotonic() + 30
     while True:  # after a kill, the processes of the first still stop
         if compare(written(tmp_path, text), out) == 0:
@@ -237,7 +259,7 @@ def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how
     for name, stamp in before.items():
         assert (out / name / "report.json").stat().st_mtime_ns == stamp
     folders = [path.parent.name for path in out.glob("*/report.json")]
-    assert len(folders) == 7
+    assert len(folders) == 8
     for name in folders:
         assert (out / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
 

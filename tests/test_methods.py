@@ -235,10 +235,15 @@ def test_the_end_of_a_round_keeps_less_of_what_was_kept(tmp_path, monkeypatch, r
     assert result["image_passes"]["round 80 %"] == (3 - epoch) * 5 * 200
 
 
-@pytest.mark.parametrize(("start", "end", "found"), [(0.0, 0.5, [0.2, 0.36, 0.488, 0.5]), (0.36, 0.488, [0.488]), (0.5, 0.5, [])])
+SIX = [0.2, 0.36, 0.488, 0.5904, 0.67232, 0.737856]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "found"), [(0.0, 0.5, [0.2, 0.36, 0.488, 0.5]), (0.36, 0.488, [0.488]), (0.5, 0.5, []), (0.0, 0.79, [*SIX, 0.79])]
+)
 def test_rounds_remove_a_share_of_what_is_left(start, end, found):
-    assert rounds(start, end, 0.2) == pytest.approx(found)
-    assert not found or rounds(start, end, 0.2)[-1] == end
+    assert rounds(start, end, 0.2) == found
+    assert all(x < 1 for x in rounds(start, 0.9999999, 0.5))
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------------------------

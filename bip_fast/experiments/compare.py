@@ -118,7 +118,7 @@ class Comparison:
             snapshots = self.grid.snapshots.get(cell.address, set())
             slot.cell = self._waiting.pop(cell.address)
             with suppress(OSError):  # the process is gone, as `_listen` will find
-                slot.pipe.send(Order(cell.address, cell.settings, self.folder(cell), parent, dense, frozenset(snapshots)))
+                slot.pipe.send(Order(cell.address, cell.settings, self.folder(cell), parent, dense, cell.start, frozenset(snapshots)))
 
     def _check_nothing_is_forgotten(self) -> None:
         running = {slot.cell.address for slot in self._slots if slot.cell is not None}

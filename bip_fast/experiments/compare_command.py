@@ -78,8 +78,7 @@ def _write(comparison: Comparison) -> None:
 def _list(comparison: Comparison) -> None:
     for cell in comparison.grid.cells.values():
         mark = "finished" if comparison.is_finished(cell) else "to do"
-        swept = "".join(f", {name} {value}" for name, value in cell.swept)
-        print(f"{mark:8}  {cell.epochs:5} epochs  {cell.label or 'dense network'}{swept}  {cell.folder}")
+        print(f"{mark:8}  {cell.epochs:5} epochs  {cell.name}  {cell.folder}")
     epochs = sum(cell.epochs for cell in comparison.grid.cells.values() if not comparison.is_finished(cell))
     print(f"{len(comparison.grid.cells)} runs, {epochs} epochs to do")
 

@@ -2,8 +2,9 @@
 
 The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of
 a row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
-which is shared; iterative pruning goes on from the next lower sparsity of its row, if there is one. A run is known by a hash of its
-settings and of the run it starts from, so a run that is finished is never repeated, in whatever file it is named.
+which is shared; every round of iterative pruning is a run that starts from the one before, and rows share the rounds they have in common. A
+run is known by a hash of its settings and of the run it starts from, so a run that is finished is never repeated, in whatever file it is
+named.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ExperimentError
-from .methods import METHODS, first_epoch, stages
+from .methods import METHODS, first_epoch, rounds, stages
 from .settings import FIELDS, Settings
 
 __all__ = ["Cell", "Grid", "read"]
@@ -35,7 +36,7 @@ class Cell:
     """One run.
 
     Args:
-        label: row of the results it belongs to; empty for a dense run that others start from.
+        label: row of the results it belongs to; empty for a run that is there for others to start from.
         settings: without the files it starts from.
         parent: run whose network it starts from.
         dense: run whose early weights it rewinds to.
@@ -67,8 +68,21 @@ class Cell:
     def epochs(self) -> int:
         """Passes over the training images that are its own."""
         settings = self.settings if self.parent is None else replace(self.settings, checkpoint="parent")
-        start = self.parent.settings.sparsity if self.parent else 0.0
-        return sum(stage.recipe.epochs - stage.recipe.first_epoch for stage in stages(settings, start))
+        return sum(stage.recipe.epochs - stage.recipe.first_epoch for stage in stages(settings, self.start))
+
+    @property
+    def start(self) -> float:
+        """Sparsity that was asked of the network it starts from."""
+        return self.parent.settings.sparsity if self.parent else 0.0
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        if not self.label and self.settings.method == "dense":
+            return f"dense network, {self.settings.data} {self.settings.model}, seed {self.settings.seed}"
+        label = self.label or f"{self.settings.method}, on the way"
+        swept = "".join(f", {name} {value}" for name, value in self.swept)
+        return f"{label}{swept}, {100 * self.settings.sparsity:.4g} %, seed {self.settings.seed}"
 
     def ancestors(self) -> Iterator[Cell]:
         """The runs it stands on, the nearest first."""
@@ -137,15 +151,11 @@ class _Builder:
         if "dense" in lists["method"]:
             lists["sparsity"] = [0.0]
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
-        lists["sparsity"] = sorted(lists.get("sparsity", [Settings.sparsity]))
-        order = [*(name for name in lists if name != "sparsity"), "sparsity"]  # sparsities of a chain follow each other
-        before: dict[tuple[Any, ...], Cell] = {}
-        for values in itertools.product(*(lists[name] for name in order)):
-            combination: dict[str, Any] = dict(zip(order, values, strict=True))
-            cell = self._cell(label, combination, tuple((name, combination[name]) for name in swept), before.get(values[:-1]))
-            before[values[:-1]] = cell
+        for values in itertools.product(*lists.values()):
+            combination: dict[str, Any] = dict(zip(lists, values, strict=True))
+            self._add(label, combination, tuple((name, combination[name]) for name in swept))
 
-    def _cell(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...], lower: Cell | None) -> Cell:
+    def _add(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...]) -> None:
         if isinstance(given.get("rewind"), int):
             given["rewind"] = str(given["rewind"])
         try:
@@ -153,14 +163,17 @@ class _Builder:
         except ExperimentError as error:
             raise ExperimentError(f"{self.path}: methods: {label}: {str(error).removeprefix('--')}") from error
         dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
-        chained = settings.method == "imp" and lower is not None
-        cell = Cell(label, settings, lower if chained else dense, dense, swept)
+        parent = dense
+        if METHODS[settings.method].in_rounds:
+            for sparsity in rounds(0.0, settings.sparsity, settings.per_round)[:-1]:
+                parent = Cell("", replace(settings, sparsity=sparsity), parent, dense)
+                parent = self.cells.setdefault(parent.address, parent)
+        cell = Cell(label, settings, parent, dense, swept)
         if settings.method == "dense" and not settings.epochs and dense is not None:
             cell = replace(dense, label=label)
         elif dense is not None and settings.rewind not in (None, "lr"):
             self.snapshots[dense.address].add(first_epoch(settings))
         self.cells[cell.address] = cell
-        return cell
 
     def _dense(self, settings: Settings) -> Cell:
         """The dense run that a method with these settings starts from."""

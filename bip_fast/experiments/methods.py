@@ -7,6 +7,7 @@ differ in what they score and when, and in nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ class Method:
         needs_dense: whether it starts from a trained dense network.
         plan: its stages after dense training.
         defaults: settings that differ from those of BiP.
+        in_rounds: whether it prunes in rounds, each from the network that the one before leaves.
     """
 
     what: str
@@ -67,18 +69,19 @@ class Method:
     needs_dense: bool
     plan: Callable[[Settings, float], tuple[Stage, ...]]
     defaults: dict[str, Any] = field(default_factory=dict)
+    in_rounds: bool = False
 
 
 def rounds(start: float, end: float, share: float) -> list[float]:
     """Sparsities of iterative pruning from ``start`` to ``end``, each of which removes ``share`` of what is left; the last one less.
 
-    An ``end`` that is written with a few digits takes no round for the rest.
+    All but the last depend on ``start`` and ``share`` only, so that runs to several ends have them in common. They are rounded as people
+    write them, 0.790285 for 1 - 0.8**7; an ``end`` that is written with fewer digits takes no round for the rest.
     """
-    found = []
-    while start < end:
-        start = 1 - (1 - start) * (1 - share)
-        found.append(end if 1 - start < 1.001 * (1 - end) else start)
-        start = found[-1]
+    found: list[float] = []
+    while start < end and (not found or found[-1] < end):
+        left = (1 - start) * (1 - share) ** (len(found) + 1)
+        found.append(end if left < 1.001 * (1 - end) else round(1 - left, max(6, 3 - math.floor(math.log10(left)))))
     return found
 
 
@@ -192,6 +195,7 @@ METHODS: dict[str, Method] = {
         True,
         _iterative,
         {"rewind": "init"},
+        in_rounds=True,
     ),
     "gmp": Method(
         "gradual magnitude pruning: the sparsity grows along a cubic curve (ramp), masks are chosen anew on the way",

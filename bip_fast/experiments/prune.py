@@ -24,7 +24,7 @@ from ..report import report, weights
 from . import ExperimentError, display, models
 from .data import AnyData, batch_count, prepared
 from .energy import joules
-from .methods import PRETRAIN, Stage, first_epoch, stages
+from .methods import METHODS, PRETRAIN, Stage, first_epoch, stages
 from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
 from .run import STOP_SIGNALS, RunFolder, Stop, load_into, read_state_dict, snapshot_name, stop_requests, write_safetensors
 from .settings import Settings
@@ -76,6 +76,7 @@ class Job:
         snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
         score_start: whether to look at the test images before pruning as well.
         alone: whether nothing else of ours uses the device meanwhile, so that what its counter of energy says is of this run.
+        start: sparsity that was asked of the network of ``settings.checkpoint``; None: as it is found.
         stop_on: signals at which `run` saves and stops.
     """
 
@@ -90,10 +91,11 @@ class Job:
         snapshots: Collection[int] = (),
         score_start: bool = True,
         alone: bool = True,
+        start: float | None = None,
         stop_on: Sequence[int] = STOP_SIGNALS,
     ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
-        self.score_start, self.stop_on = score_start, stop_on
+        self.score_start, self.stop_on, self.asked = score_start, stop_on, start
         self.data = prepared(data, settings).to(device)
         torch.manual_seed(settings.seed)
         try:
@@ -153,7 +155,7 @@ class Job:
             load_into(self.model, read_state_dict(Path(source)), Path(source))
         if self.settings.rewind_checkpoint:
             self._rewind(check_only=True)
-        start = report(self.model).sparsity if source else 0.0
+        start = self.asked if self.asked is not None else report(self.model).sparsity if source else 0.0
         self.done["start"] = {"sparsity": start}
         self._plan(start)
         if self.stage.name != PRETRAIN:
@@ -161,7 +163,7 @@ class Job:
 
     def _plan(self, start: float) -> None:
         self.stages = stages(self.settings, start)
-        if len(self.stages) == 1 and self.settings.method == "imp":
+        if len(self.stages) == 1 and METHODS[self.settings.method].in_rounds:
             raise ExperimentError(f"--checkpoint has {100 * start:.4g} % zeros already, and --sparsity asks for {self.settings.sparsity:g}")
         if any(stage.rewind for stage in self.stages) and not self.settings.rewind_checkpoint:
             self.snapshots.add(first_epoch(self.settings))

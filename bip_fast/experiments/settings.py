@@ -113,10 +113,10 @@ class Settings:
             raise ExperimentError(f"--rewind {self.rewind} with --checkpoint needs --rewind-checkpoint, the weights to go back to")
         if self.rewind_checkpoint and not (rewinds and self.checkpoint):
             raise ExperimentError("--rewind-checkpoint needs --checkpoint, and --rewind init or a number of epochs")
-        if self.method == "imp" and not self.sparsity:
-            raise ExperimentError("--sparsity must be more than 0 with --method imp, got 0")
-        if self.method == "imp" and parse(self.pattern).sparsity is not None:
-            raise ExperimentError(f"--method imp prunes in rounds, and --pattern {self.pattern} has one sparsity only")
+        if method.in_rounds and not self.sparsity:
+            raise ExperimentError(f"--sparsity must be more than 0 with --method {self.method}, got 0")
+        if method.in_rounds and parse(self.pattern).sparsity is not None:
+            raise ExperimentError(f"--method {self.method} prunes in rounds, and --pattern {self.pattern} has one sparsity only")
         if rewinds and self.rewind != "init":
             trained = min(self.pretrain_epochs, self.pretrain_epochs if self.method == "bip" else self.epochs)
             if int(str(self.rewind)) >= trained:

@@ -27,13 +27,14 @@ __all__ = ["Order", "finished", "work"]
 
 
 class Order(NamedTuple):
-    """A run to do: into ``folder``, from the networks in the folders ``parent`` and ``dense``."""
+    """A run to do: into ``folder``, from the networks in the folders ``parent``, of sparsity ``start``, and ``dense``."""
 
     address: str
     settings: Settings
     folder: Path
     parent: Path | None
     dense: Path | None
+    start: float
     snapshots: Collection[int]
 
 
@@ -106,8 +107,8 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
             epoch = 0 if settings.rewind == "init" else settings.rewind
             settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
     settings.check()
-    options: dict[str, Any] = {"snapshots": order.snapshots, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
-    job = Job(settings, folder, loaded, device, shown, **options)
+    options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
+    job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, **options)
     try:
         if folder.begun and not folder.finished:
             job.resume()
