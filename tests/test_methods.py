@@ -107,13 +107,44 @@ def run_stage(stage, opt, model, digits, epochs=1):
 def test_hydra_learns_scores_while_everything_else_stays(digits):
     model = network()
     vectors = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() < 2}
-    stage, opt = begun("hydra", digits, model, mask_lr=30.0)
+    stage, opt = begun("hydra", digits, model, mask_lr=3.0)
     before = {p: (opt.weight_of(p), opt.mask_of(p)) for _, p in weights(model)}
     run_stage(stage, opt, model, digits)
     assert sum(int((opt.mask_of(p) != mask).sum()) for p, (_, mask) in before.items()) > 0
     assert all(torch.equal(opt.weight_of(p), theta) for p, (theta, _) in before.items())
     assert all(torch.equal(p, vectors[name]) for name, p in model.named_parameters() if name in vectors)
     assert opt.param_groups[0]["gamma"] == float("inf"), "weights that stay have no implicit gradient"
+
+
+def test_hydra_starts_with_scores_scaled_in_every_layer_and_has_momentum_on_them(digits):
+    model = network()
+    with torch.no_grad():
+        model.fc.weight.mul_(9)
+    stage, opt = begun("hydra", digits, model)
+    theta = {name: opt.weight_of(p).abs() for name, p in weights(model)}
+    for name, p in weights(model):
+        assert torch.equal(opt.scores_of(p), theta[name] / theta[name].max()), name
+    assert (opt.param_groups[0]["mask_momentum"], stage.recipe.mask_lr) == (0.9, 0.1)
+    flat = torch.cat([opt.scores_of(p).flatten() for _, p in weights(model)])
+    mask = torch.cat([opt.mask_of(p).flatten() for _, p in weights(model)])
+    assert torch.equal(mask, bip_fast.topk_mask(flat, int(mask.sum())))
+    for p in model.parameters():
+        p.grad = None
+    model.fc.weight.grad = torch.full_like(model.fc.weight, 0.01)
+    scores, h = opt.scores_of(model.fc.weight), 0.01 * opt.weight_of(model.fc.weight)
+    for rate in (0.1, 0.1 * 1.9):
+        with optimizers.moving(stage, opt):
+            opt.param_groups[0]["mask_lr"] = 0.1
+            opt.step()
+        scores = (scores - rate * h).clamp(0, 1)
+        torch.testing.assert_close(opt.scores_of(model.fc.weight), scores)
+
+
+def test_a_layer_of_zeros_has_scores(digits):
+    model = network()
+    torch.nn.init.zeros_(model.fc.weight)
+    _, opt = begun("hydra", digits, model)
+    assert not opt.scores_of(model.fc.weight).any()
 
 
 def test_the_second_half_of_hydra_trains_under_its_mask(digits):

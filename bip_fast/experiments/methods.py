@@ -123,7 +123,8 @@ def _bip(settings: Settings, start: float) -> tuple[Stage, ...]:
 
 def _hydra(settings: Settings, start: float) -> tuple[Stage, ...]:
     epochs = round(settings.freeze * settings.epochs)
-    scores = Stage(_recipe(settings, "scores", epochs=epochs, mask_lr=settings.mask_lr), settings.sparsity, "scores")
+    recipe = _recipe(settings, "scores", epochs=epochs, mask_lr=settings.mask_lr)
+    scores = Stage(recipe, settings.sparsity, "scores", "layer")
     return scores, Stage(_recipe(settings, "finetune", epochs=settings.epochs - epochs), settings.sparsity)
 
 
@@ -166,12 +167,12 @@ METHODS: dict[str, Method] = {
         {"lr": 0.01, "mask_lr": 0.1},
     ),
     "hydra": Method(
-        "learns scores while the weights stay, for a share of E (freeze); then fine-tunes the weights it keeps",
+        "learns scores, clipped to [0, 1], under the scope asked for, while the weights stay, for a share of E (freeze); then fine-tunes",
         "D + E",
         "Sehwag et al. 2020, arXiv 2002.10509",
         True,
         _hydra,
-        {"freeze": 0.5},
+        {"freeze": 0.5, "mask_lr": 0.1, "mask_momentum": 0.9},
     ),
     "omp": Method(
         "one-shot magnitude pruning of the trained network, weights back to where they began (rewind), trained again",

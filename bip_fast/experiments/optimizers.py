@@ -76,7 +76,7 @@ def begin(
         return optimizer
     if stage.ramp > 0:
         _set_sparsity(optimizer, 0.0)
-    # The scores of BiP are a relaxed mask and stay what FastBiP makes of the magnitudes; all others are an order.
+    # The scores of BiP are a relaxed mask and stay what FastBiP makes of the magnitudes; all others are an order, or Hydra's start.
     learned = stage.moves != "weights" and stage.criterion == "magnitude"
     if learned and settings.score_start == "square" and chosen is not None:
         squares = {name: (x * x / 2).clamp(max=1) for name, x in chosen.items()}
@@ -92,6 +92,8 @@ def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: AnyData
     """Scores of every Conv and Linear weight by the criterion of the stage."""
     if stage.criterion == "magnitude":
         return scores.magnitude(model)
+    if stage.criterion == "layer":
+        return scores.layer_magnitude(model)
     position = Position(settings.seed, "scores", 0)
     if stage.criterion == "random":
         return scores.random(model, position.generator(0))

@@ -4,6 +4,7 @@ Each gives one score per entry of every Conv and Linear weight, by name; larger 
 a copy, in training mode as far as batch-norm is concerned, and no random numbers but those of the argument are drawn.
 
     magnitude   |theta|                                            no passes
+    layer       |theta| / max |theta| of its layer                 no passes               Sehwag et al. 2020 (arXiv 2002.10509), the start
     random      uniform in [0, 1)                                  no passes
     snip        |theta * g|, g = dloss/dtheta                      one batch               Lee et al. 2019 (arXiv 1810.02340), eq. 5
     grasp       theta * (H g), H = d2loss/dtheta2, softened loss   two passes a batch      Wang et al. 2020 (arXiv 2002.07376), eq. 8
@@ -27,7 +28,7 @@ from .. import ops
 from ..reference import kept
 from ..report import weights
 
-__all__ = ["Scores", "grasp", "magnitude", "random", "snip", "synflow", "to_unit_interval"]
+__all__ = ["Scores", "grasp", "layer_magnitude", "magnitude", "random", "snip", "synflow", "to_unit_interval"]
 
 Scores = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -65,6 +66,11 @@ def to_unit_interval(scores: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 def magnitude(model: nn.Module) -> Scores:
     """|theta| of every Conv and Linear weight."""
     return {name: x.detach().abs() for name, x in weights(model)}
+
+
+def layer_magnitude(model: nn.Module) -> Scores:
+    """|theta| as a share of the largest of its layer: what Hydra's scores start from, in every layer as large."""
+    return {name: x / x.max().clamp(min=torch.finfo(x.dtype).tiny) for name, x in magnitude(model).items()}
 
 
 def random(model: nn.Module, generator: torch.Generator) -> Scores:
