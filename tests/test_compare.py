@@ -17,7 +17,7 @@ from cli_runs import one_line
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, figures, grid, progress, results
 from bip_fast.experiments.compare import Comparison
-from bip_fast.experiments.methods import rounds
+from bip_fast.experiments.methods import STEPS, rounds, steps_of
 from bip_fast.experiments.settings import Settings
 
 if missing := cli.missing_extras():
@@ -78,9 +78,8 @@ def test_all_combinations_and_what_they_start_from(tmp_path):
         if cell.label == "BiP":
             assert (parent.method, parent.seed) == ("dense", cell.settings.seed)
         if cell.label == "imp":
-            line = [(ancestor.label, ancestor.settings.sparsity) for ancestor in (cell, *cell.ancestors())]
-            rounds_ = [("imp", 0.8), ("", 0.75), ("imp", 0.5), ("dense", 0.0)]
-            assert line == (rounds_ if cell.settings.sparsity == 0.8 else rounds_[2:])
+            line = [(ancestor.settings.method, ancestor.settings.sparsity) for ancestor in cell.ancestors()]
+            assert line == [("imp", s) for s in (0.75, 0.5) if s < cell.settings.sparsity] + [("dense", 0.0)]
             assert cell.dense.settings.method == "dense"
             assert found.snapshots[cell.dense.address] == {1}
     assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 1, 1, 1], "a round of one epoch each"
@@ -406,6 +405,45 @@ def test_results_become_a_table_of_the_readme(finished, tmp_path, monkeypatch, c
     assert results.table(rows) in text
     assert "| BiP | " in text
     assert "`gmp`" in readme.filled("<!-- results: methods none -->\n<!-- end -->")
+
+
+def test_a_search_becomes_its_table(finished, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from bench import compare as bench_compare
+    from bench import readme
+
+    search = tmp_path / "search"
+    search.mkdir()
+    (search / "runs.csv").write_bytes((finished / "runs.csv").read_bytes())
+    assert bench_compare.main([str(search), "--results", str(tmp_path / "results")]) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    text = readme.filled(f"<!-- results: search {folder.name} -->\n<!-- end -->")
+    assert "| method | levels | lr | mask_lr | mask_momentum | gamma | score_start | ramp | freeze | 0 % | 50 % | 80 % |" in text
+    assert "| bip | joint | 0.2 | 1.6 | 0 | off | square | 0.5 | 1 |  | " in text
+    assert "| imp |  |  |  |  |  |  |  |  |  | " in text
+
+
+def test_steps_are_written_for_the_methods_that_take_them():
+    for method, expected in {"bip-paper": "alternating", "bip": "joint", "omp": None}.items():
+        assert steps_of(Settings.of({"method": method}))["levels"] == expected
+    assert {name: value for name, value in steps_of(Settings.of({"method": "gmp"})).items() if value is not None} == {
+        "lr": 0.05,
+        "ramp": 0.5,
+    }
+
+
+def test_every_choice_of_the_committed_search_is_in_its_file():
+    root = Path(__file__).parents[1]
+    (committed,) = (root / "bench" / "results").glob("*/search.json")
+    there = [
+        (cell.settings.sparsity, cell.settings.method, steps_of(cell.settings)) for cell in grid.read(root / "configs/search.yaml").rows
+    ]
+    for row in json.loads(committed.read_text())["rows"]:
+        names = {"bip", "bip-paper"} if row["method"] == "bip" else {row["method"]}
+        wanted = {name: row[name] for name in STEPS if row.get(name) is not None}
+        found = [own for sparsity, method, own in there if sparsity == row["sparsity"] and method in names]
+        assert any(wanted.items() <= own.items() for own in found), row
 
 
 def test_time_left_follows_what_was_measured(monkeypatch):

@@ -17,9 +17,10 @@ from .train import Recipe
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "table"]
+__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "steps_of", "table"]
 
 PRETRAIN = "pretrain"
+STEPS = ("levels", "lr", "mask_lr", "mask_momentum", "gamma", "score_start", "ramp", "freeze", "rewind")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Method:
         needs_dense: whether it starts from a trained dense network.
         plan: its stages after dense training.
         defaults: settings that differ from those of BiP.
+        uses: settings of its steps (`STEPS`) that have a meaning for it.
         in_rounds: whether it prunes in rounds, each from the network that the one before leaves.
     """
 
@@ -69,6 +71,7 @@ class Method:
     needs_dense: bool
     plan: Callable[[Settings, float], tuple[Stage, ...]]
     defaults: dict[str, Any] = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
     in_rounds: bool = False
 
 
@@ -157,6 +160,7 @@ METHODS: dict[str, Method] = {
         True,
         _bip,
         {"levels": "joint", "lr": 0.2, "mask_lr": 1.6, "gamma": 1e30, "ramp": 0.5, "score_start": "square"},
+        uses=STEPS,
     ),
     "bip-paper": Method(
         "the same with the settings of the paper: separate batches, the whole sparsity from the first step",
@@ -165,6 +169,7 @@ METHODS: dict[str, Method] = {
         True,
         _bip,
         {"lr": 0.01, "mask_lr": 0.1},
+        uses=STEPS,
     ),
     "hydra": Method(
         "learns scores, clipped to [0, 1], under the scope asked for, while the weights stay, for a share of E (freeze); then fine-tunes",
@@ -173,6 +178,7 @@ METHODS: dict[str, Method] = {
         True,
         _hydra,
         {"freeze": 0.5, "mask_lr": 0.1, "mask_momentum": 0.9},
+        uses=("lr", "mask_lr", "mask_momentum", "freeze"),
     ),
     "omp": Method(
         "one-shot magnitude pruning of the trained network, weights back to where they began (rewind), trained again",
@@ -181,6 +187,7 @@ METHODS: dict[str, Method] = {
         True,
         _one_shot,
         {"rewind": "init"},
+        uses=("rewind",),
     ),
     "omp-finetune": Method(
         "one-shot magnitude pruning of the trained network, its weights fine-tuned under a restarted step size",
@@ -188,6 +195,7 @@ METHODS: dict[str, Method] = {
         "Han et al. 2015, arXiv 1506.02626; restarted: Le and Hua 2021, arXiv 2105.03193",
         True,
         _one_shot,
+        uses=("lr", "rewind"),
     ),
     "imp": Method(
         "iterative magnitude pruning: a share of the weights (per_round) goes, the rest rewinds and is trained for E, and again",
@@ -196,6 +204,7 @@ METHODS: dict[str, Method] = {
         True,
         _iterative,
         {"rewind": "init"},
+        uses=("rewind",),
         in_rounds=True,
     ),
     "gmp": Method(
@@ -205,6 +214,7 @@ METHODS: dict[str, Method] = {
         True,
         _gradual,
         {"ramp": 0.5},
+        uses=("lr", "ramp"),
     ),
     "snip": Method(
         "prunes random weights once by |theta * g| on a batch, then trains",
@@ -228,7 +238,7 @@ METHODS: dict[str, Method] = {
         _at_init("synflow"),
     ),
     "random": Method("prunes random weights at random, then trains", "D + E", "", False, _at_init("random")),
-    "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}),
+    "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}, uses=("lr",)),
 }
 
 
@@ -237,6 +247,12 @@ def stages(settings: Settings, start: float = 0.0) -> tuple[Stage, ...]:
     method = METHODS[settings.method]
     own = method.plan(settings, start)
     return (pretraining(settings), *own) if method.needs_dense else own
+
+
+def steps_of(settings: Settings) -> dict[str, Any]:
+    """Settings of the steps by name; None where they have no meaning for the method."""
+    uses = METHODS[settings.method].uses
+    return {name: getattr(settings, name) if name in uses else None for name in STEPS}
 
 
 def table() -> str:
