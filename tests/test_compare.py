@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import one_line
+from test_data import write_fashion_mnist
 
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, figures, grid, progress, results
@@ -108,8 +109,41 @@ def test_an_address_is_what_decides_the_result(tmp_path):
     for change in ("pretrain_epochs: 2|pretrain_epochs: 3", "width: 2|width: 3", "data: digits|data: digits\nstride: 2"):
         other = {cell.address for cell in grid.read(written(tmp_path, TINY.replace(*change.split("|")))).rows}
         assert not other & first, change
+    defaults = dict(Settings.__dataclass_fields__)
+    defaults["momentum"].default, before = 0.5, defaults["momentum"].default
+    try:
+        assert {cell.address for cell in grid.read(written(tmp_path, default)).rows} == first, (
+            "a default that changes changes no given value"
+        )
+    finally:
+        defaults["momentum"].default = before
     only_bip = {cell.address for cell in grid.read(written(tmp_path, TINY.replace("levels: joint", "levels: joint, gamma: 2.0"))).rows}
     assert len(only_bip - first) == 4
+
+
+def test_other_files_of_the_same_name_are_another_run(tmp_path):
+    text = written(tmp_path, "data: fashion-mnist\nmethods: {bip: }")
+    addresses = set()
+    for i, count in enumerate((20, 20, 30)):
+        folder = tmp_path / str(i)
+        write_fashion_mnist(folder, train=count, test=10)
+        addresses.add(frozenset(grid.read(text, folder).cells))
+        (folder / "notes.txt").write_text("none of its files")
+        addresses.add(frozenset(grid.read(text, folder).cells))
+    assert len(addresses) == 2
+
+
+def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_path, monkeypatch):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").split("  imp")[0]
+    out = tmp_path / "out"
+    cell = next(cell for cell in grid.read(written(tmp_path, text)).rows if cell.label == "dense")
+    stored = {**cell.settings.as_dict(), "momentum": 0.5}
+    (out / cell.folder).mkdir(parents=True)
+    (out / cell.folder / "config.json").write_text(json.dumps(stored))
+    torch.save({"stage": "none"}, out / cell.folder / "checkpoint.pt")
+    assert compare(written(tmp_path, text), out) == 0
+    assert json.loads((out / cell.folder / "config.json").read_text())["momentum"] == 0.9
+    assert (out / cell.folder / "model.safetensors").read_bytes() == (finished / cell.folder / "model.safetensors").read_bytes()
 
 
 def test_a_model_of_the_users_own_counts_with_its_code(tmp_path):

@@ -3,27 +3,28 @@
 The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of
 a row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
 which is shared; every round of iterative pruning is a run that starts from the one before, and rows share the rounds they have in common. A
-run is known by a hash of its settings and of the run it starts from, so a run that is finished is never repeated, in whatever file it is
-named.
+run is known by a hash of its settings, its data and the run it starts from, so a run that is finished is never repeated, in whatever file
+it is named.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import ExperimentError
+from . import ExperimentError, data
 from .methods import METHODS, first_epoch, rounds, stages
-from .settings import FIELDS, Settings
+from .settings import FIELDS, PATHS, Settings
 
 __all__ = ["Cell", "Grid", "read"]
 
-PATHS = ("checkpoint", "rewind_checkpoint")
+FORMAT = 2  # enters every address: one more when the same settings mean another run
 # All that decides a dense network.
 DENSE = (
     "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum", "weight_decay", "seed",
@@ -41,6 +42,7 @@ class Cell:
         parent: run whose network it starts from.
         dense: run whose early weights it rewinds to.
         swept: settings that the file gives a list of, other than sparsity and seed, with the value of this run.
+        files: `data.fingerprint` of its data set.
     """
 
     label: str
@@ -48,12 +50,13 @@ class Cell:
     parent: Cell | None = None
     dense: Cell | None = None
     swept: tuple[tuple[str, Any], ...] = ()
+    files: str = ""
 
     @property
     def address(self) -> str:
         """Hash of everything that decides the result, but the version of the library and the machine."""
-        changed = {f.name: getattr(self.settings, f.name) for f in fields(Settings) if getattr(self.settings, f.name) != f.default}
-        parts: list[Any] = [changed, self.parent.address if self.parent else None]
+        settings = {name: value for name, value in self.settings.as_dict().items() if name not in PATHS}
+        parts: list[Any] = [FORMAT, settings, self.files, self.parent.address if self.parent else None]
         file = Path(self.settings.model.rpartition(":")[0])
         if file.suffix == ".py" and file.is_file():
             parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
@@ -105,8 +108,8 @@ class Grid:
         return [cell for cell in self.cells.values() if cell.label]
 
 
-def read(path: Path) -> Grid:
-    """The grid of a file.
+def read(path: Path, data_dir: Path | None = None) -> Grid:
+    """The grid of a file, for the data sets in ``data_dir``.
 
     Raises:
         ExperimentError: it cannot be read, or a setting is unknown or out of range.
@@ -123,7 +126,7 @@ def read(path: Path) -> Grid:
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise ExperimentError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name != "methods"}
-    grid = _Builder(path)
+    grid = _Builder(path, functools.cache(lambda name: data.fingerprint(name, data_dir)))
     for label, own in content["methods"].items():
         if not isinstance(own, (dict, type(None))):
             raise ExperimentError(f"{path}: methods: {label}: expected settings, got {own!r}")
@@ -134,8 +137,8 @@ def read(path: Path) -> Grid:
 
 
 class _Builder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fingerprint: Callable[[str], str]) -> None:
+        self.path, self.fingerprint = path, fingerprint
         self.cells: dict[str, Cell] = {}
         self.snapshots: dict[str, set[int]] = {}
 
@@ -163,12 +166,12 @@ class _Builder:
         except ExperimentError as error:
             raise ExperimentError(f"{self.path}: methods: {label}: {str(error).removeprefix('--')}") from error
         dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
-        parent = dense
+        parent, files = dense, self.fingerprint(settings.data)
         if METHODS[settings.method].in_rounds:
             for sparsity in rounds(0.0, settings.sparsity, settings.per_round)[:-1]:
-                parent = Cell("", replace(settings, sparsity=sparsity), parent, dense)
+                parent = Cell("", replace(settings, sparsity=sparsity), parent, dense, files=files)
                 parent = self.cells.setdefault(parent.address, parent)
-        cell = Cell(label, settings, parent, dense, swept)
+        cell = Cell(label, settings, parent, dense, swept, files)
         if settings.method == "dense" and not settings.epochs and dense is not None:
             cell = replace(dense, label=label)
         elif dense is not None and settings.rewind not in (None, "lr"):
@@ -178,6 +181,6 @@ class _Builder:
     def _dense(self, settings: Settings) -> Cell:
         """The dense run that a method with these settings starts from."""
         own = {name: getattr(settings, name) for name in DENSE}
-        cell = Cell("", Settings.of({**own, "method": "dense", "epochs": 0}))
+        cell = Cell("", Settings.of({**own, "method": "dense", "epochs": 0}), files=self.fingerprint(settings.data))
         self.snapshots.setdefault(cell.address, set())
         return self.cells.setdefault(cell.address, cell)

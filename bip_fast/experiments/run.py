@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ExperimentError
-from .settings import FIELDS, Settings, option
+from .settings import FIELDS, PATHS, Settings, option
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
@@ -54,6 +54,14 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         return (self.path / "config.json").is_file()
+
+    def began_with(self, settings: Settings) -> bool:
+        """Whether a run of these settings began here, wherever the files are that it starts from."""
+        try:
+            stored = self.read_json("config.json")
+        except ExperimentError:
+            return False
+        return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
 
     def open(self, settings: Settings, *, overwrite: bool) -> None:
         """Make the folder and write its config.

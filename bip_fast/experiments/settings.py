@@ -15,7 +15,7 @@ from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
 from .methods import METHODS
 
-__all__ = ["LEVELS", "PRESETS", "Settings"]
+__all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
 LEVELS = ("alternating", "joint")
 # What scores start from: |theta|, as in the paper, or theta^2 / 2, which gradient descent on theta moves by -lr*theta*g, as upper steps
@@ -182,3 +182,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"model": "resnet50", "pretrain_epochs": 90, "epochs": 90, "batch_size": 256, "pretrain_lr": 0.1, "weight_decay": 1e-4},
 }
 FIELDS = tuple(field.name for field in fields(Settings))
+PATHS = ("checkpoint", "rewind_checkpoint")  # that say where something is, not what

@@ -110,7 +110,7 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
     job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, **options)
     try:
-        if folder.begun and not folder.finished:
+        if folder.began_with(settings) and not folder.finished:
             job.resume()
         else:
             job.start()
