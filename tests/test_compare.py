@@ -251,6 +251,36 @@ def test_the_same_bits_as_a_run_alone(finished, tmp_path, label, own):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / row["folder"] / "model.safetensors").read_bytes()
 
 
+def test_a_finished_dense_run_is_not_repeated_for_another_rewind(tmp_path):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").replace("pretrain_epochs: 2", "pretrain_epochs: 3").split("  BiP")[0]
+    out = tmp_path / "out"
+
+    def files_after(epoch):
+        more = f"  BiP: {{method: bip, sparsity: 0.5, rewind: {epoch}}}\n"
+        assert compare(written(tmp_path, text + more), out) == 0
+        (folder,) = out.glob("digits-resnet20-dense-*")
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+    first = files_after(2)
+    for epoch in ("init", 1):
+        after = files_after(epoch)
+        assert first.items() <= after.items(), "what was there is there, untouched"
+        assert after.keys() - first.keys() == {f"epoch-{0 if epoch == 'init' else 1}.safetensors"}
+        first = after
+    fresh = tmp_path / "fresh"
+    assert compare(written(tmp_path, text + "  BiP: {method: bip, sparsity: 0.5, rewind: 1}\n"), fresh) == 0
+    (path,) = fresh.glob("*/epoch-1.safetensors")
+    assert path.read_bytes() == first["epoch-1.safetensors"][1]
+
+
+def test_a_run_whose_folder_is_not_complete_is_not_done(tmp_path, monkeypatch, capsys):
+    is_finished = Comparison.is_finished
+    monkeypatch.setattr(Comparison, "is_finished", lambda self, cell: not cell.label and is_finished(self, cell))
+    text = "data: digits\nwidth: 2\nbatch_size: 200\npretrain_epochs: 1\nepochs: 1\nmethods: {bip: }"
+    assert compare(written(tmp_path, text), tmp_path / "out") == 1
+    assert "it ended, but its folder is not complete" in capsys.readouterr().err
+
+
 def start_process(config, out):
     command = [sys.executable, "-m", "bip_fast.cli", "compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "2"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)

@@ -156,7 +156,9 @@ class Comparison:
                 self.shown.update(cell, share, text, fresh=kind == "begin")
                 continue
             slot.cell = None
-            if kind == "done":
+            if kind == "done" and not self.is_finished(cell):
+                self._fail(cell, "it ended, but its folder is not complete")
+            elif kind == "done":
                 self._done.add(address)
                 self.shown.finish(cell)
                 self.after_cell()

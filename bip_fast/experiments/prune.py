@@ -65,6 +65,10 @@ def _check(model: nn.Module, settings: Settings, data: AnyData) -> None:
         raise ExperimentError(f"--model {name} cannot be trained and pruned: {type(error).__name__}: {message}") from error
 
 
+class _Enough(Exception):
+    """All weights that were wanted are kept."""
+
+
 class Job:
     """One run: everything between its settings and its report.
 
@@ -74,6 +78,7 @@ class Job:
         data: as loaded; the run takes the part that its settings name.
         shown: tells a person how far it is.
         snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
+        until: epoch of dense training to end after, if only the weights of ``snapshots`` are wanted.
         score_start: whether to look at the test images before pruning as well.
         alone: whether nothing else of ours uses the device meanwhile, so that what its counter of energy says is of this run.
         start: sparsity that was asked of the network of ``settings.checkpoint``; None: as it is found.
@@ -89,6 +94,7 @@ class Job:
         shown: display.Display,
         *,
         snapshots: Collection[int] = (),
+        until: int | None = None,
         score_start: bool = True,
         alone: bool = True,
         start: float | None = None,
@@ -112,7 +118,7 @@ class Job:
         # Of finished stages; ``start`` is the sparsity of the network that the run began with.
         self.done: dict[str, Any] = {"start": {}, "history": {}, "seconds": {}, "image_passes": {}, "joules": {}, "scores": {}}
         self.optimizer = dense_optimizer(self.model, settings)
-        self.snapshots = set(snapshots)
+        self.snapshots, self.until = set(snapshots), until
         self.decisions: list[dict[str, Any]] = []
         self.count_joules: Callable[[], float | None] = (lambda: joules(device)) if alone else lambda: None
         self.energy = self.count_joules()
@@ -125,11 +131,17 @@ class Job:
         return self.stages[self.at]
 
     def run(self) -> dict[str, Any]:
-        """Go from where the job stands to its end; returns the content of report.json.
+        """Go from where the job stands to its end; returns the content of report.json, or nothing if it ends earlier (``until``).
 
         Raises:
             Stop: a signal came; the checkpoint holds the state after the last batch.
         """
+        try:
+            return self._run()
+        except _Enough:
+            return {}
+
+    def _run(self) -> dict[str, Any]:
         total = self.steps * sum(self._epochs(stage) for stage in self.stages)
         with stop_requests(self.stop_on) as self.signals, self.shown:
             self.shown.begin(total, self._batches_done())
@@ -238,8 +250,12 @@ class Job:
 
     def _keep(self, epoch: int) -> None:
         """Keep the weights of an epoch of dense training, if someone will want them."""
-        if epoch in self.snapshots and self.stage.name == PRETRAIN:
+        if self.stage.name != PRETRAIN:
+            return
+        if epoch in self.snapshots:
             self.folder.write(snapshot_name(epoch), lambda path: write_safetensors(path, self.model))
+        if epoch == self.until:
+            raise _Enough
 
     def _after_step(self, cursor: Cursor) -> None:
         epochs = self.stage.recipe.epochs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -99,7 +100,6 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
 def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: display.Display, alone: bool) -> None:
     from .prune import Job
 
-    folder = RunFolder(order.folder)
     settings = order.settings
     if order.parent is not None:
         settings = replace(settings, checkpoint=str(order.parent / "model.safetensors"))
@@ -108,14 +108,27 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
             settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
     settings.check()
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
-    job = Job(settings, folder, loaded, device, shown, snapshots=order.snapshots, **options)
-    try:
-        if folder.began_with(settings) and not folder.finished:
-            job.resume()
-        else:
-            job.start()
-            folder.open(settings, overwrite=True)
-        job.run()
-        (order.folder / "checkpoint.pt").unlink(missing_ok=True)
-    finally:
-        folder.release()
+
+    def go(path: Path, snapshots: Collection[int], until: int | None = None) -> None:
+        folder = RunFolder(path)
+        job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
+        try:
+            if folder.began_with(settings):
+                job.resume()
+            else:
+                job.start()
+                folder.open(settings, overwrite=True)
+            job.run()
+        finally:
+            folder.release()
+
+    if not RunFolder(order.folder).finished:
+        go(order.folder, order.snapshots)
+    (order.folder / "checkpoint.pt").unlink(missing_ok=True)
+    missing = sorted(epoch for epoch in order.snapshots if not (order.folder / snapshot_name(epoch)).is_file())
+    if missing:  # another file asks for them: trained again beside the finished run, as far as they go
+        beside = order.folder / f"until-{'-'.join(map(str, missing))}"
+        go(beside, missing, until=missing[-1])
+        for epoch in missing:
+            os.replace(beside / snapshot_name(epoch), order.folder / snapshot_name(epoch))
+        shutil.rmtree(beside)
