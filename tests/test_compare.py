@@ -150,8 +150,11 @@ def test_a_model_of_the_users_own_counts_with_its_code(tmp_path):
     own = tmp_path / "own.py"
     text = TINY.replace("model: resnet20", f"model: {own}:net").replace("width: 2\n", "")
     own.write_text("a = 1")
-    first = [cell.address for cell in grid.read(written(tmp_path, text)).rows]
+    found = grid.read(written(tmp_path, text))
+    first = [cell.address for cell in found.rows]
     own.write_text("a = 2")
+    assert [cell.address for cell in found.rows] == first, "as the code was when the comparison began"
+    assert found.cells.keys() == {cell.address for cell in found.cells.values()}
     assert not set(first) & {cell.address for cell in grid.read(written(tmp_path, text)).rows}
 
 

@@ -52,9 +52,9 @@ class Cell:
     swept: tuple[tuple[str, Any], ...] = ()
     files: str = ""
 
-    @property
+    @functools.cached_property
     def address(self) -> str:
-        """Hash of everything that decides the result, but the version of the library and the machine."""
+        """Hash of everything that decides the result, but the version of the library and the machine; taken once, when the grid is read."""
         settings = {name: value for name, value in self.settings.as_dict().items() if name not in PATHS}
         parts: list[Any] = [FORMAT, settings, self.files, self.parent.address if self.parent else None]
         file = Path(self.settings.model.rpartition(":")[0])
