@@ -1,5 +1,6 @@
 """Every method of the table: what its stages do to weights and masks, what it costs, and that a stopped run goes on with the same bits."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -82,6 +83,32 @@ def test_pruning_at_the_start_uses_the_scores_of_the_criterion(digits, method):
     mask = torch.cat([opt.mask_of(x).flatten() for _, x in weights(model)])
     assert mask.sum() == flat.numel() - round(0.8 * flat.numel())
     assert flat[mask].min() >= flat[~mask].max()
+
+
+@pytest.mark.parametrize(
+    ("scope", "pattern"),
+    [("global", "unstructured"), ("layer", "unstructured"), ("erk", "unstructured"), ("layer", "filter"), ("global", "block:2x2")],
+)
+def test_the_rounds_of_synflow_prune_what_is_pruned_in_the_end(digits, monkeypatch, scope, pattern):
+    """What a round has removed is not kept, but for ties with weights that have no flow left, because what they feed is gone."""
+    torch.manual_seed(0)
+    model = models.build("resnet20b", 1, 10, width=4)
+    settings = settings_of("synflow", model="resnet20b", scope=scope, pattern=pattern)
+    rounds_, selector = [], optimizers._selector
+
+    def watched(*given):
+        select = selector(*given)
+        return lambda chosen, sparsity: rounds_.append(select(chosen, sparsity)) or rounds_[-1]
+
+    monkeypatch.setattr(optimizers, "_selector", watched)
+    opt = optimizers.begin(stages(settings)[0], model, settings, digits)
+    assert len(rounds_) == 99
+    kept = {name: opt.mask_of(p) for name, p in weights(model) if p in set(opt.pruned_params)}
+    for before, after in itertools.pairwise([*rounds_, kept]):
+        assert before.keys() == after.keys()
+        again = sum(int((after[name] & ~before[name]).sum()) for name in after)
+        assert again <= (0.01 if scope == "layer" else 0) * sum(int(mask.sum()) for mask in after.values())
+    assert all(mask.any() for mask in kept.values())
 
 
 def test_methods_keep_different_weights(digits):
@@ -345,6 +372,8 @@ def test_learning_rate_rewinding_keeps_the_weights(digits):
 @pytest.mark.parametrize("method", ["bip", "gmp", "hydra", "snip", "synflow", "omp"])
 def test_methods_take_every_pattern(digits, method, pattern):
     """One epoch: masks are whole units, and what is not kept is 0."""
+    if (method, pattern) == ("synflow", "2:4"):
+        pytest.skip("refused: it prunes in rounds")
     settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
     torch.manual_seed(0)
     model = models.build("resnet20b", 1, 10, width=4)
@@ -372,6 +401,7 @@ BAD = {
     "--rewind-checkpoint x.pt": "--rewind-checkpoint needs --checkpoint",
     "--method imp --sparsity 0": "--sparsity must be more than 0 with --method imp",
     "--method imp --pattern 2:4 --sparsity 0.5": "--method imp prunes in rounds, and --pattern 2:4 has one sparsity only",
+    "--method synflow --pattern 2:4 --sparsity 0.5": "--method synflow prunes in rounds, and --pattern 2:4 has one sparsity only",
     "--method imp --rewind 2": "--rewind must be an epoch before the last of 2, got 2",
     "--method omp --rewind never": "--rewind must be init, lr or a number of epochs, got 'never'",
     "--method imp --per-round 1": "--per-round must be in (0, 1), got 1",

@@ -62,7 +62,8 @@ class Method:
         plan: its stages after dense training.
         defaults: settings that differ from those of BiP.
         uses: settings of its steps (`STEPS`) that have a meaning for it.
-        in_rounds: whether it prunes in rounds, each from the network that the one before leaves.
+        in_rounds: whether it trains in rounds, each from the network that the one before leaves.
+        any_sparsity: whether it takes more sparsities than one on its way, which N:M has not.
     """
 
     what: str
@@ -73,6 +74,7 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     uses: tuple[str, ...] = ()
     in_rounds: bool = False
+    any_sparsity: bool = False
 
 
 def rounds(start: float, end: float, share: float) -> list[float]:
@@ -206,6 +208,7 @@ METHODS: dict[str, Method] = {
         {"rewind": "init"},
         uses=("rewind",),
         in_rounds=True,
+        any_sparsity=True,
     ),
     "gmp": Method(
         "gradual magnitude pruning: the sparsity grows along a cubic curve (ramp), masks are chosen anew on the way",
@@ -236,6 +239,7 @@ METHODS: dict[str, Method] = {
         "Tanaka et al. 2020, arXiv 2006.05467",
         False,
         _at_init("synflow"),
+        any_sparsity=True,
     ),
     "random": Method("prunes random weights at random, then trains", "D + E", "", False, _at_init("random")),
     "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}, uses=("lr",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -98,10 +99,24 @@ def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: AnyData
     if stage.criterion == "random":
         return scores.random(model, position.generator(0))
     if stage.criterion == "synflow":
-        return scores.synflow(model, data.shape, float(stage.sparsity or 0.0))
+        return scores.synflow(model, data.shape, float(stage.sparsity or 0.0), _selector(stage, model, settings, data))
     epoch = data.epoch(settings.batch_size, position)
     batches = [epoch.batch(i) for i in range(_score_batches(stage, settings, data))]
     return scores.snip(model, batches) if stage.criterion == "snip" else scores.grasp(model, batches)
+
+
+def _selector(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> scores.Select:
+    """Masks as the stage chooses them, under its pattern, scope and budgets, without touching ``model``."""
+    twin = copy.deepcopy(model)
+    optimizer = pruner(twin, settings, data, stage)
+    pruned = set(optimizer.pruned_params)
+
+    def select(chosen: scores.Scores, sparsity: float) -> dict[str, Tensor]:
+        _set_sparsity(optimizer, sparsity)
+        optimizer.set_scores(_by_parameter(optimizer, twin, chosen))
+        return {name: optimizer.mask_of(p) for name, p in weights(twin) if p in pruned}
+
+    return select
 
 
 def _score_batches(stage: Stage, settings: Settings, data: AnyData) -> int:

@@ -115,7 +115,7 @@ class Settings:
             raise ExperimentError("--rewind-checkpoint needs --checkpoint, and --rewind init or a number of epochs")
         if method.in_rounds and not self.sparsity:
             raise ExperimentError(f"--sparsity must be more than 0 with --method {self.method}, got 0")
-        if method.in_rounds and parse(self.pattern).sparsity is not None:
+        if method.any_sparsity and parse(self.pattern).sparsity is not None:
             raise ExperimentError(f"--method {self.method} prunes in rounds, and --pattern {self.pattern} has one sparsity only")
         if rewinds and self.rewind != "init":
             trained = min(self.pretrain_epochs, self.pretrain_epochs if self.method == "bip" else self.epochs)
