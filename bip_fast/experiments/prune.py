@@ -259,16 +259,21 @@ class Job:
 
     def _after_step(self, cursor: Cursor) -> None:
         epochs = self.stage.recipe.epochs
-        if self.shown.wants() or (cursor.epoch == epochs and not cursor.step):
-            loss, accuracy = cursor.running()
-            epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
-            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
-        if not cursor.step:
-            self._keep(cursor.epoch)
-        if self.signals or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY:
-            self._save()
-        if self.signals:
-            raise Stop(self.signals[0])
+        show = self.shown.wants() or (cursor.epoch == epochs and not cursor.step)
+        save = bool(self.signals) or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY
+        if not show and not save:
+            return
+        with cursor.aside():
+            if show:
+                loss, accuracy = cursor.running()
+                epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
+                self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
+            if not cursor.step:
+                self._keep(cursor.epoch)
+            if save:
+                self._save()
+            if self.signals:
+                raise Stop(self.signals[0])
 
     def _save(self) -> None:
         self._meter()
