@@ -360,6 +360,44 @@ def test_retraining_runs_the_dense_schedule_from_the_epoch(tmp_path):
     assert result["history"]["retrain"][0]["mask_changes"] == 0
 
 
+def test_weight_decay_of_dense_training_is_its_own(digits):
+    """It goes with the schedule of dense training, whoever trains by it."""
+
+    def decays(method, **given):
+        settings = settings_of(method, weight_decay=1e-4, pretrain_weight_decay=5e-4, **given)
+        found = []
+        for stage in stages(settings):
+            model = network()
+            saved = {name: x.clone() for name, x in model.state_dict().items()}
+            opt = optimizers.begin(stage, model, settings, digits, lambda m=model, s=saved: m.load_state_dict(s))
+            found.append({group["weight_decay"] for group in opt.param_groups})
+        return [value for (value,) in found]
+
+    assert decays("bip") == decays("omp-finetune") == decays("gmp") == decays("dense") == [5e-4, 1e-4]
+    assert decays("hydra") == [5e-4, 1e-4, 1e-4]
+    assert decays("omp") == decays("imp", sparsity=0.2, rewind="lr") == [5e-4, 5e-4]
+    assert decays("bip", rewind="1") == [5e-4, 1e-4, 5e-4]
+    assert decays("snip") == decays("random") == [5e-4]
+
+
+@pytest.mark.parametrize(
+    ("given", "pruning", "dense"),
+    [
+        ({}, 5e-4, 5e-4),
+        ({"weight_decay": 1e-3}, 1e-3, 1e-3),
+        ({"method": "bip-paper"}, 1e-4, 5e-4),
+        ({"method": "bip-paper", "weight_decay": 1e-3}, 1e-3, 1e-3),
+        ({"method": "bip-paper", "data": "cifar10"}, 1e-4, 5e-4),
+        ({"data": "imagenet"}, 1e-4, 1e-4),
+        ({"method": "bip-paper", "data": "imagenet"}, 1e-4, 1e-4),
+        ({"weight_decay": 1e-3, "pretrain_weight_decay": 0.0}, 1e-3, 0.0),
+    ],
+)
+def test_default_weight_decays(given, pruning, dense):
+    settings = Settings.of(given)
+    assert (settings.weight_decay, settings.pretrain_weight_decay) == (pruning, dense)
+
+
 def test_learning_rate_rewinding_keeps_the_weights(digits):
     settings = settings_of("imp", rewind="lr")
     own = stages(settings)[1]

@@ -27,8 +27,8 @@ __all__ = ["Cell", "Grid", "read"]
 FORMAT = 2  # enters every address: one more when the same settings mean another run
 # All that decides a dense network.
 DENSE = (
-    "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum", "weight_decay", "seed",
-    "validate", "validation_images", "amp",
+    "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum",
+    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp",
 )  # fmt: skip
 
 

@@ -97,12 +97,17 @@ def first_epoch(settings: Settings) -> int:
 
 def _recipe(settings: Settings, stage: str, **changed: Any) -> Recipe:
     given = {"epochs": settings.epochs, "batch_size": settings.batch_size, "seed": settings.seed, "lr": settings.lr}
-    return Recipe(stage, **{**given, **changed})
+    return Recipe(stage, **{**given, "weight_decay": settings.weight_decay, **changed})
+
+
+def _as_dense(settings: Settings, stage: str, **changed: Any) -> Recipe:
+    """With the step size and weight decay of dense training."""
+    return _recipe(settings, stage, **{"lr": settings.pretrain_lr, "weight_decay": settings.pretrain_weight_decay, **changed})
 
 
 def pretraining(settings: Settings) -> Stage:
     """Dense training; no epochs of it when the run starts from a checkpoint."""
-    return Stage(_recipe(settings, PRETRAIN, epochs=0 if settings.checkpoint else settings.pretrain_epochs, lr=settings.pretrain_lr))
+    return Stage(_as_dense(settings, PRETRAIN, epochs=0 if settings.checkpoint else settings.pretrain_epochs))
 
 
 def _retraining(settings: Settings, stage: str, sparsity: float, epochs: int) -> Stage:
@@ -110,7 +115,7 @@ def _retraining(settings: Settings, stage: str, sparsity: float, epochs: int) ->
     training ("lr") or under that of fine-tuning (None)."""
     if settings.rewind is None:
         return Stage(_recipe(settings, stage, epochs=epochs), sparsity)
-    recipe = _recipe(settings, stage, epochs=epochs, lr=settings.pretrain_lr, first_epoch=first_epoch(settings))
+    recipe = _as_dense(settings, stage, epochs=epochs, first_epoch=first_epoch(settings))
     return Stage(recipe, sparsity, rewind=settings.rewind != "lr")
 
 
@@ -148,7 +153,7 @@ def _gradual(settings: Settings, start: float) -> tuple[Stage, ...]:
 
 def _at_init(criterion: str) -> Callable[[Settings, float], tuple[Stage, ...]]:
     def plan(settings: Settings, start: float) -> tuple[Stage, ...]:
-        recipe = _recipe(settings, "train", epochs=settings.pretrain_epochs + settings.epochs, lr=settings.pretrain_lr)
+        recipe = _as_dense(settings, "train", epochs=settings.pretrain_epochs + settings.epochs)
         return (Stage(recipe, settings.sparsity, criterion=criterion),)
 
     return plan
@@ -170,7 +175,7 @@ METHODS: dict[str, Method] = {
         "Zhang et al. 2022, arXiv 2210.04092",
         True,
         _bip,
-        {"lr": 0.01, "mask_lr": 0.1},
+        {"lr": 0.01, "mask_lr": 0.1, "weight_decay": 1e-4},
         uses=STEPS,
     ),
     "hydra": Method(

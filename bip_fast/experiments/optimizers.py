@@ -15,7 +15,7 @@ from ..report import weights
 from ..schedule import CURVES
 from . import scores
 from .data import AnyData, Position
-from .methods import Stage
+from .methods import Stage, pretraining
 from .settings import Settings
 
 __all__ = ["before_step", "begin", "dense_optimizer", "moving", "pruner", "scored_images"]
@@ -24,10 +24,10 @@ UPDATES = 100  # of the masks while the sparsity grows by magnitude
 GRASP_IMAGES = 10  # of every class, as in its paper
 
 
-def dense_optimizer(model: nn.Module, settings: Settings, lr: float | None = None) -> torch.optim.Optimizer:
-    """SGD over all of ``model``."""
-    lr = settings.pretrain_lr if lr is None else lr
-    return torch.optim.SGD(model.parameters(), lr, settings.momentum, weight_decay=settings.weight_decay)
+def dense_optimizer(model: nn.Module, settings: Settings, stage: Stage | None = None) -> torch.optim.Optimizer:
+    """SGD over all of ``model``, for ``stage`` or for dense training."""
+    recipe = (pretraining(settings) if stage is None else stage).recipe
+    return torch.optim.SGD(model.parameters(), recipe.lr, settings.momentum, weight_decay=recipe.weight_decay)
 
 
 def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | None = None) -> FastBiP:
@@ -50,14 +50,14 @@ def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | N
         mask_momentum=settings.mask_momentum,
         gamma=math.inf if moves == "scores" else settings.gamma,  # weights that stay have no implicit gradient
         momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.weight_decay if stage is None else stage.recipe.weight_decay,
         levels="joint" if moves == "joint" else "alternating",
     )
 
 
 def optimizer_of(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> torch.optim.Optimizer:
     """The optimizer of a stage, with the masks that `FastBiP` starts from."""
-    return dense_optimizer(model, settings, stage.recipe.lr) if stage.sparsity is None else pruner(model, settings, data, stage)
+    return dense_optimizer(model, settings, stage) if stage.sparsity is None else pruner(model, settings, data, stage)
 
 
 def begin(

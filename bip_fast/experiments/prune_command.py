@@ -96,7 +96,13 @@ def add_options(commands: Any) -> None:
     add(training, "pretrain_lr", float, "X", "step size of dense training, at the start of a cosine")
     add(training, "batch_size", int, "N", "images in a batch")
     add(training, "momentum", float, "X", "momentum of the weights")
-    add(training, "weight_decay", float, "X", "weight decay")
+    add(training, "weight_decay", float, "X", "weight decay of pruning and fine-tuning")
+    training.add_argument(
+        "--pretrain-weight-decay",
+        type=float,
+        metavar="X",
+        help="of dense training, also where a method trains by its schedule; default: that of --weight-decay, or of the data set",
+    )
     add(training, "seed", int, "N", "decides the first weights and the order of the images")
     training.add_argument(
         "--validate",

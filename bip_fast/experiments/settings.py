@@ -48,6 +48,7 @@ class Settings:
     gamma: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    pretrain_weight_decay: float = 5e-4
     mask_momentum: float = 0.0
     score_start: str = "magnitude"
     ramp: float = 0.0
@@ -78,7 +79,9 @@ class Settings:
             own = {"sparsity": parse(given["pattern"]).sparsity or cls.sparsity} if "pattern" in given else {}
         except ValueError as error:
             raise ExperimentError(f"--{error}") from error
-        settings = cls(**{**PRESETS[data], **METHODS[method].defaults, **own, **given})
+        preset = PRESETS[data]
+        decay = given.get("weight_decay", preset.get("weight_decay", cls.weight_decay))  # not that of a method that has its own
+        settings = cls(**{**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given})
         settings.check()
         return settings
 
@@ -138,7 +141,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ExperimentError(f"{option(name)} must be at least {least}, got {value}")
-        for name in ("pretrain_lr", "lr", "mask_lr", "weight_decay"):
+        for name in ("pretrain_lr", "lr", "mask_lr", "weight_decay", "pretrain_weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ExperimentError(f"{option(name)} must be 0 or more, got {value:g}")

@@ -35,6 +35,7 @@ class Recipe:
         lr, mask_lr: step sizes at the start, for weights and scores.
         freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
         first_epoch: of the schedule, that a rewound stage starts with.
+        weight_decay: of the optimizer that it is trained with.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Recipe:
     mask_lr: float = 0.0
     freeze: float = 1.0
     first_epoch: int = 0
+    weight_decay: float = 0.0
 
 
 @dataclass
