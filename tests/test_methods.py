@@ -398,6 +398,21 @@ def test_default_weight_decays(given, pruning, dense):
     assert (settings.weight_decay, settings.pretrain_weight_decay) == (pruning, dense)
 
 
+@pytest.mark.parametrize("method", ["bip", "bip-paper"])
+def test_rewinding_to_the_trained_network_starts_its_schedule_over(tmp_path, method):
+    assert prune(tmp_path / "run", "--method", method, "--epochs", "1", "--rewind", "2") == 0
+    files = tmp_path / "run"
+    assert (files / "epoch-2.safetensors").read_bytes() == (files / "dense.safetensors").read_bytes()
+    result = json.loads((files / "report.json").read_text())
+    assert [row["epoch"] for row in result["history"]["retrain"]] == [1, 2]
+    assert result["history"]["retrain"][0]["lr"] == pytest.approx(result["history"]["pretrain"][0]["lr"])
+
+
+def test_retraining_is_as_long_as_dense_training_however_long_the_masks_took():
+    for method in ("bip", "bip-paper"):
+        assert stages(settings_of(method, pretrain_epochs=30, epochs=3, rewind="20"))[-1].recipe.epochs == 30
+
+
 def test_learning_rate_rewinding_keeps_the_weights(digits):
     settings = settings_of("imp", rewind="lr")
     own = stages(settings)[1]
@@ -440,7 +455,9 @@ BAD = {
     "--method imp --sparsity 0": "--sparsity must be more than 0 with --method imp",
     "--method imp --pattern 2:4 --sparsity 0.5": "--method imp prunes in rounds, and --pattern 2:4 has one sparsity only",
     "--method synflow --pattern 2:4 --sparsity 0.5": "--method synflow prunes in rounds, and --pattern 2:4 has one sparsity only",
-    "--method imp --rewind 2": "--rewind must be an epoch before the last of 2, got 2",
+    "--method imp --rewind 3": "--rewind must be an epoch before the last of 2, or 2, the trained network, got 3",
+    "--method bip-paper --rewind 3": "--rewind must be an epoch before the last of 2, or 2, the trained network, got 3",
+    "--method omp --epochs 1 --rewind 1": "--rewind must be an epoch before the last of 1, or 2, the trained network, got 1",
     "--method omp --rewind never": "--rewind must be init, lr or a number of epochs, got 'never'",
     "--method imp --per-round 1": "--per-round must be in (0, 1), got 1",
     "--ramp 1.5": "--ramp must be in [0, 1], got 1.5",

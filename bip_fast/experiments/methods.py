@@ -91,7 +91,7 @@ def rounds(start: float, end: float, share: float) -> list[float]:
 
 
 def first_epoch(settings: Settings) -> int:
-    """Epoch of dense training that a rewind goes back to; 0 is the initialisation. With "lr", from where the schedule starts over."""
+    """Epoch of dense training whose weights a rewind goes back to; 0 is the initialisation."""
     return 0 if settings.rewind in (None, "init", "lr") else int(settings.rewind)
 
 
@@ -112,10 +112,11 @@ def pretraining(settings: Settings) -> Stage:
 
 def _retraining(settings: Settings, stage: str, sparsity: float, epochs: int) -> Stage:
     """Masks by magnitude, then weights as ``settings.rewind`` says: those of an earlier epoch, or as they are under the schedule of dense
-    training ("lr") or under that of fine-tuning (None)."""
+    training ("lr") or under that of fine-tuning (None). The schedule goes on from that epoch; after the last one it starts over."""
     if settings.rewind is None:
         return Stage(_recipe(settings, stage, epochs=epochs), sparsity)
-    recipe = _as_dense(settings, stage, epochs=epochs, first_epoch=first_epoch(settings))
+    first = first_epoch(settings)
+    recipe = _as_dense(settings, stage, epochs=epochs, first_epoch=first if first < settings.pretrain_epochs else 0)
     return Stage(recipe, sparsity, rewind=settings.rewind != "lr")
 
 

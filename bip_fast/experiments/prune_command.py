@@ -85,8 +85,8 @@ def add_options(commands: Any) -> None:
         "--rewind",
         type=str,
         metavar="E",
-        help="retrain under the mask from the weights of an epoch of dense training: a number, init, or lr for the weights as they are "
-        "under the schedule of dense training; default: init for imp and omp, otherwise not at all",
+        help="retrain under the mask from the weights of an epoch of dense training, a number or init, under the rest of its schedule "
+        "(all of it after the last epoch), or lr: the weights as they are, under all of it; default: init for imp and omp, otherwise not",
     )
     how.add_argument("--rewind-checkpoint", type=str, metavar="FILE", help="with --checkpoint: the weights that --rewind goes back to")
     add(how, "per_round", float, "X", "imp: share of the weights left that goes in each round")

@@ -13,7 +13,7 @@ from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
-from .methods import METHODS
+from .methods import METHODS, stages
 
 __all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
@@ -92,8 +92,8 @@ class Settings:
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 raise ExperimentError(f"{option(field.name)} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
         self._check_names()
-        self._check_method()
         self._check_numbers()
+        self._check_method()
 
     def _check_names(self) -> None:
         if self.checkpoint == "":
@@ -121,9 +121,10 @@ class Settings:
         if method.any_sparsity and parse(self.pattern).sparsity is not None:
             raise ExperimentError(f"--method {self.method} prunes in rounds, and --pattern {self.pattern} has one sparsity only")
         if rewinds and self.rewind != "init":
-            trained = min(self.pretrain_epochs, self.pretrain_epochs if self.method == "bip" else self.epochs)
-            if int(str(self.rewind)) >= trained:
-                raise ExperimentError(f"--rewind must be an epoch before the last of {trained}, got {self.rewind}")
+            epoch, end = int(str(self.rewind)), self.pretrain_epochs
+            trained = min([end, *(stage.recipe.epochs for stage in stages(self) if stage.rewind)])
+            if epoch >= trained and epoch != end:
+                raise ExperimentError(f"--rewind must be an epoch before the last of {trained}, or {end}, the trained network, got {epoch}")
 
     def _check_numbers(self) -> None:
         if self.seed >= 2**63:
