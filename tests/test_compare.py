@@ -146,6 +146,26 @@ def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_pat
     assert (out / cell.folder / "model.safetensors").read_bytes() == (finished / cell.folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("damage", [b"half of a file", {"stage": "none"}])
+def test_a_run_with_a_damaged_or_old_checkpoint_starts_afresh(finished, tmp_path, capsys, damage):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").split("  BiP")[0]
+    out = tmp_path / "out"
+    (cell,) = grid.read(written(tmp_path, text)).cells.values()
+    folder = out / cell.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(cell.settings.as_dict()))
+    if isinstance(damage, bytes):
+        (folder / "checkpoint.pt").write_bytes(damage)
+    else:
+        torch.save(damage, folder / "checkpoint.pt")
+    assert compare(written(tmp_path, text), out) == 0
+    shown = capsys.readouterr().err
+    assert f"{cell.folder}: checkpoint.pt " in shown
+    assert "; it starts afresh\n" in shown
+    assert "--overwrite" not in shown
+    assert (folder / "model.safetensors").read_bytes() == (finished / cell.folder / "model.safetensors").read_bytes()
+
+
 def test_a_model_of_the_users_own_counts_with_its_code(tmp_path):
     own = tmp_path / "own.py"
     text = TINY.replace("model: resnet20", f"model: {own}:net").replace("width: 2\n", "")

@@ -155,6 +155,9 @@ class Comparison:
                 share, text = what if kind == "progress" else (what, "")
                 self.shown.update(cell, share, text, fresh=kind == "begin")
                 continue
+            if kind == "note":
+                self.shown.say(f"{cell.folder}: {what}")
+                continue
             slot.cell = None
             if kind == "done" and not self.is_finished(cell):
                 self._fail(cell, "it ended, but its folder is not complete")

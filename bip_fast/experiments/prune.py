@@ -26,7 +26,17 @@ from .data import AnyData, batch_count, prepared
 from .energy import joules
 from .methods import METHODS, PRETRAIN, Stage, first_epoch, stages
 from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
-from .run import STOP_SIGNALS, RunFolder, Stop, load_into, read_state_dict, snapshot_name, stop_requests, write_safetensors
+from .run import (
+    STOP_SIGNALS,
+    DamagedCheckpoint,
+    RunFolder,
+    Stop,
+    load_into,
+    read_state_dict,
+    snapshot_name,
+    stop_requests,
+    write_safetensors,
+)
 from .settings import Settings
 from .train import Cursor, evaluate, train
 
@@ -184,7 +194,8 @@ class Job:
         """Take up the state of the checkpoint, or start if the run did not get that far.
 
         Raises:
-            ExperimentError: the checkpoint is damaged or does not fit the model.
+            DamagedCheckpoint: the checkpoint cannot be read, or does not fit the model or this version.
+            ExperimentError: another run has the folder.
         """
         self.folder.lock()
         self.folder.remove_leftovers()
@@ -205,11 +216,9 @@ class Job:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ExperimentError) as error:
             message = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ExperimentError(
-                f"{self.folder.path / 'checkpoint.pt'} does not fit this version; --overwrite starts again ({message})"
-            ) from error
+            raise DamagedCheckpoint(self.folder.path / "checkpoint.pt", f"does not fit this version ({message})") from error
 
     def _epochs(self, stage: Stage) -> int:
         return stage.recipe.epochs - stage.recipe.first_epoch

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ExperimentError, data, display
-from .run import RunFolder, Stop, snapshot_name
+from .run import DamagedCheckpoint, RunFolder, Stop, snapshot_name
 from .settings import Settings
 
 __all__ = ["Order", "finished", "work"]
@@ -62,6 +62,10 @@ class _Telling(display.Display):
         self.last = time.monotonic()
         self._tell("progress", (done / self.total, f"{stage} {epoch}, loss {loss:.3f}, accuracy {100 * accuracy:.1f} %"))
 
+    def note(self, text: str) -> None:
+        """A line that the parent shows."""
+        self._tell("note", text)
+
     def _tell(self, kind: str, what: object) -> None:
         try:
             self.pipe.send((kind, self.address, what))
@@ -97,7 +101,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             return
 
 
-def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: display.Display, alone: bool) -> None:
+def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telling, alone: bool) -> None:
     from .prune import Job
 
     settings = order.settings
@@ -109,16 +113,20 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
     settings.check()
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
 
-    def go(path: Path, snapshots: Collection[int], until: int | None = None) -> None:
+    def go(path: Path, snapshots: Collection[int], until: int | None = None, afresh: bool = False) -> None:
         folder = RunFolder(path)
         job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
         try:
-            if folder.began_with(settings):
+            if folder.began_with(settings) and not afresh:
                 job.resume()
             else:
                 job.start()
                 folder.open(settings, overwrite=True)
             job.run()
+        except DamagedCheckpoint as error:
+            folder.release()
+            shown.note(f"{error.why}; it starts afresh")
+            go(path, snapshots, until, afresh=True)
         finally:
             folder.release()
 
