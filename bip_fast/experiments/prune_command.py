@@ -71,7 +71,7 @@ def add_options(commands: Any) -> None:
     add(what, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
 
     how = prune.add_argument_group("how to prune")
-    add(how, "method", str, "NAME", f"{', '.join(METHODS)}; docs/methods.md says what each does")
+    add(how, "method", str, "NAME", f"{', '.join(METHODS)}; README.md has a table of what each does")
     add(how, "levels", str, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one")
     add(how, "epochs", int, "N", "passes over the training images while pruning")
     add(how, "lr", float, "X", "step size of the weights, at the start of a cosine")
