@@ -133,7 +133,7 @@ def test_other_files_of_the_same_name_are_another_run(tmp_path):
     assert len(addresses) == 2
 
 
-def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_path, monkeypatch):
+def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_path, capsys):
     text = TINY.replace("seed: [0, 1]", "seed: 0").split("  imp")[0]
     out = tmp_path / "out"
     cell = next(cell for cell in grid.read(written(tmp_path, text)).rows if cell.label == "dense")
@@ -142,6 +142,7 @@ def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_pat
     (out / cell.folder / "config.json").write_text(json.dumps(stored))
     torch.save({"stage": "none"}, out / cell.folder / "checkpoint.pt")
     assert compare(written(tmp_path, text), out) == 0
+    assert f"{cell.folder}: began with other settings; it starts afresh" in capsys.readouterr().err
     assert json.loads((out / cell.folder / "config.json").read_text())["momentum"] == 0.9
     assert (out / cell.folder / "model.safetensors").read_bytes() == (finished / cell.folder / "model.safetensors").read_bytes()
 

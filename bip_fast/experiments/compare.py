@@ -201,7 +201,8 @@ class Comparison:
             while slot.cell is not None:
                 try:
                     kind, _, _ = slot.pipe.recv()
-                except (EOFError, OSError):
-                    break
+                except (EOFError, OSError):  # it has stopped
+                    slot.cell = None
+                    continue
                 if kind in ("done", "failed"):
                     slot.cell = None

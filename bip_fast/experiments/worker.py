@@ -117,7 +117,10 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telli
         folder = RunFolder(path)
         job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
         try:
-            if folder.began_with(settings) and not afresh:
+            same = folder.began_with(settings)
+            if folder.begun and not same:
+                shown.note("began with other settings; it starts afresh")
+            if same and not afresh:
                 job.resume()
             else:
                 job.start()
