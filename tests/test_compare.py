@@ -281,7 +281,7 @@ def test_a_finished_dense_run_is_not_repeated_for_another_rewind(tmp_path):
 
     def files_after(epoch):
         more = f"  BiP: {{method: bip, sparsity: 0.5, rewind: {epoch}}}\n"
-        assert compare(written(tmp_path, text + more), out) == 0
+        assert compare(written(tmp_path, text + more), out, "--jobs", "1") == 0
         (folder,) = out.glob("digits-resnet20-dense-*")
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
@@ -292,7 +292,7 @@ def test_a_finished_dense_run_is_not_repeated_for_another_rewind(tmp_path):
         assert after.keys() - first.keys() == {f"epoch-{0 if epoch == 'init' else 1}.safetensors"}
         first = after
     fresh = tmp_path / "fresh"
-    assert compare(written(tmp_path, text + "  BiP: {method: bip, sparsity: 0.5, rewind: 1}\n"), fresh) == 0
+    assert compare(written(tmp_path, text + "  BiP: {method: bip, sparsity: 0.5, rewind: 1}\n"), fresh, "--jobs", "1") == 0
     (path,) = fresh.glob("*/epoch-1.safetensors")
     assert path.read_bytes() == first["epoch-1.safetensors"][1]
 
@@ -301,7 +301,7 @@ def test_a_run_whose_folder_is_not_complete_is_not_done(tmp_path, monkeypatch, c
     is_finished = Comparison.is_finished
     monkeypatch.setattr(Comparison, "is_finished", lambda self, cell: not cell.label and is_finished(self, cell))
     text = "data: digits\nwidth: 2\nbatch_size: 200\npretrain_epochs: 1\nepochs: 1\nmethods: {bip: }"
-    assert compare(written(tmp_path, text), tmp_path / "out") == 1
+    assert compare(written(tmp_path, text), tmp_path / "out", "--jobs", "1") == 1
     assert "it ended, but its folder is not complete" in capsys.readouterr().err
 
 
@@ -384,7 +384,7 @@ def test_a_process_that_is_lost_is_replaced(finished, tmp_path, monkeypatch, cap
 def test_a_run_that_loses_every_process_has_failed(tmp_path, monkeypatch, capsys):
     text = TINY.replace("seed: [0, 1]", "seed: 0").replace("pretrain_epochs: 2", "pretrain_epochs: 40")
     left = lose_processes(monkeypatch, signal.SIGKILL, 2)
-    assert compare(written(tmp_path, text.split("  imp")[0]), tmp_path / "out") == 1
+    assert compare(written(tmp_path, text.split("  imp")[0]), tmp_path / "out", "--jobs", "1") == 1
     assert not left
     error = capsys.readouterr().err
     assert "its process ended with exit code -9, 2 times; the next start continues it" in error
