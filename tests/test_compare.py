@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import one_line
+from test_data import write_fashion_mnist
 
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, figures, grid, progress, results
+from bip_fast.experiments.compare import Comparison
+from bip_fast.experiments.methods import STEPS, rounds, steps_of
 from bip_fast.experiments.settings import Settings
 
 if missing := cli.missing_extras():
@@ -69,17 +72,32 @@ def test_all_combinations_and_what_they_start_from(tmp_path):
     rows = [(cell.label, cell.settings.sparsity, cell.settings.seed) for cell in found.rows]
     pruned = [(label, s, seed) for label in ("BiP", "imp", "random") for seed in (0, 1) for s in (0.5, 0.8)]
     assert sorted(rows) == sorted([("dense", 0.0, 0), ("dense", 0.0, 1), *pruned])
-    assert len(found.cells) == 14, "the dense row is the dense run that the others start from"
+    assert len(found.cells) == 16, "the dense row is the dense run that the others start from; a round of imp on the way for each seed"
     for cell in found.rows:
         parent = cell.parent.settings if cell.parent else None
         assert (parent is None) == (cell.label in ("dense", "random"))
         if cell.label == "BiP":
             assert (parent.method, parent.seed) == ("dense", cell.settings.seed)
         if cell.label == "imp":
-            assert (parent.method, parent.sparsity) == (("imp", 0.5) if cell.settings.sparsity == 0.8 else ("dense", 0.0))
+            line = [(ancestor.settings.method, ancestor.settings.sparsity) for ancestor in cell.ancestors()]
+            assert line == [("imp", s) for s in (0.75, 0.5) if s < cell.settings.sparsity] + [("dense", 0.0)]
             assert cell.dense.settings.method == "dense"
             assert found.snapshots[cell.dense.address] == {1}
-    assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 2, 1, 2], "one round of one epoch to 50 %, two to 80 %"
+    assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 1, 1, 1], "a round of one epoch each"
+
+
+def test_a_network_of_iterative_pruning_depends_on_no_other_sparsity_of_the_file(tmp_path):
+    text = "seed: 0\nmethods: {imp: {rewind: 1, pretrain_epochs: 10, epochs: 10, sparsity: %s}}"
+    both = {cell.settings.sparsity: cell for cell in grid.read(written(tmp_path, text % "[0.9, 0.95, 0.98]")).rows}
+    for sparsity, count in ((0.9, 11), (0.95, 14), (0.98, 18)):
+        (alone,) = grid.read(written(tmp_path, text % sparsity)).rows
+        assert alone.address == both[sparsity].address
+        line = [alone, *alone.ancestors()]
+        sparsities = [cell.settings.sparsity for cell in reversed(line[:-1])]
+        assert sparsities == rounds(0.0, sparsity, 0.2)
+        assert (len(sparsities), sum(cell.epochs for cell in line[:-1])) == (count, 9 * count)
+    on_the_way = grid.read(written(tmp_path, text % "[0.2, 0.36, 0.488, 0.5904, 0.67232, 0.737856, 0.790285, 0.832228]"))
+    assert len(on_the_way.cells) == 9, "a sparsity that is a round is a round for the others too"
 
 
 def test_an_address_is_what_decides_the_result(tmp_path):
@@ -91,16 +109,73 @@ def test_an_address_is_what_decides_the_result(tmp_path):
     for change in ("pretrain_epochs: 2|pretrain_epochs: 3", "width: 2|width: 3", "data: digits|data: digits\nstride: 2"):
         other = {cell.address for cell in grid.read(written(tmp_path, TINY.replace(*change.split("|")))).rows}
         assert not other & first, change
+    defaults = dict(Settings.__dataclass_fields__)
+    defaults["momentum"].default, before = 0.5, defaults["momentum"].default
+    try:
+        assert {cell.address for cell in grid.read(written(tmp_path, default)).rows} == first, (
+            "a default that changes changes no given value"
+        )
+    finally:
+        defaults["momentum"].default = before
     only_bip = {cell.address for cell in grid.read(written(tmp_path, TINY.replace("levels: joint", "levels: joint, gamma: 2.0"))).rows}
     assert len(only_bip - first) == 4
+
+
+def test_other_files_of_the_same_name_are_another_run(tmp_path):
+    text = written(tmp_path, "data: fashion-mnist\nmethods: {bip: }")
+    addresses = set()
+    for i, count in enumerate((20, 20, 30)):
+        folder = tmp_path / str(i)
+        write_fashion_mnist(folder, train=count, test=10)
+        addresses.add(frozenset(grid.read(text, folder).cells))
+        (folder / "notes.txt").write_text("none of its files")
+        addresses.add(frozenset(grid.read(text, folder).cells))
+    assert len(addresses) == 2
+
+
+def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_path, capsys):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").split("  imp")[0]
+    out = tmp_path / "out"
+    cell = next(cell for cell in grid.read(written(tmp_path, text)).rows if cell.label == "dense")
+    stored = {**cell.settings.as_dict(), "momentum": 0.5}
+    (out / cell.folder).mkdir(parents=True)
+    (out / cell.folder / "config.json").write_text(json.dumps(stored))
+    torch.save({"stage": "none"}, out / cell.folder / "checkpoint.pt")
+    assert compare(written(tmp_path, text), out) == 0
+    assert f"{cell.folder}: began with other settings; it starts afresh" in capsys.readouterr().err
+    assert json.loads((out / cell.folder / "config.json").read_text())["momentum"] == 0.9
+    assert (out / cell.folder / "model.safetensors").read_bytes() == (finished / cell.folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"half of a file", {"stage": "none"}])
+def test_a_run_with_a_damaged_or_old_checkpoint_starts_afresh(finished, tmp_path, capsys, damage):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").split("  BiP")[0]
+    out = tmp_path / "out"
+    (cell,) = grid.read(written(tmp_path, text)).cells.values()
+    folder = out / cell.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(cell.settings.as_dict()))
+    if isinstance(damage, bytes):
+        (folder / "checkpoint.pt").write_bytes(damage)
+    else:
+        torch.save(damage, folder / "checkpoint.pt")
+    assert compare(written(tmp_path, text), out) == 0
+    shown = capsys.readouterr().err
+    assert f"{cell.folder}: checkpoint.pt " in shown
+    assert "; it starts afresh\n" in shown
+    assert "--overwrite" not in shown
+    assert (folder / "model.safetensors").read_bytes() == (finished / cell.folder / "model.safetensors").read_bytes()
 
 
 def test_a_model_of_the_users_own_counts_with_its_code(tmp_path):
     own = tmp_path / "own.py"
     text = TINY.replace("model: resnet20", f"model: {own}:net").replace("width: 2\n", "")
     own.write_text("a = 1")
-    first = [cell.address for cell in grid.read(written(tmp_path, text)).rows]
+    found = grid.read(written(tmp_path, text))
+    first = [cell.address for cell in found.rows]
     own.write_text("a = 2")
+    assert [cell.address for cell in found.rows] == first, "as the code was when the comparison began"
+    assert found.cells.keys() == {cell.address for cell in found.cells.values()}
     assert not set(first) & {cell.address for cell in grid.read(written(tmp_path, text)).rows}
 
 
@@ -157,8 +232,8 @@ def test_every_figure_of_every_run(finished):
         n, kept = int(row["total"]), int(row["kept"])
         assert kept == n - round(float(row["sparsity"]) * n)
         assert float(row["sparsity_exact"]) == 1 - kept / n
-        own = {"dense": 2, "BiP": 2, "imp": 1 if row["sparsity"] == "0.5" else 2, "random": 4}[row["label"]]
-        total = own + {"dense": 0, "BiP": 2, "random": 0, "imp": 2 if row["sparsity"] == "0.5" else 3}[row["label"]]
+        own = {"dense": 2, "BiP": 2, "imp": 1, "random": 4}[row["label"]]
+        total = own + {"dense": 0, "BiP": 2, "random": 0, "imp": 2 if row["sparsity"] == "0.5" else 4}[row["label"]]
         assert int(row["image_passes"]) == own * 1000
         assert int(row["image_passes_total"]) == total * 1000
         assert float(row["seconds_total"]) >= float(row["seconds"]) > 0
@@ -175,24 +250,59 @@ def test_every_figure_of_every_run(finished):
 def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")}
     assert compare(written(tmp_path), finished, "--list") == 0
-    assert "14 runs, 0 epochs to do" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "16 runs, 0 epochs to do" in listed
+    assert "imp, on the way, 75 %, seed 1" in listed
     assert compare(written(tmp_path), finished) == 0
     out = capsys.readouterr().out
     assert "| digits, resnet20 of width 2 | 50 % | 80 % | epochs | minutes |" in out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")} == stamps
 
 
-def test_the_same_bits_as_a_run_alone(finished, tmp_path):
-    """A cell is the run that `bip-fast prune` makes in one folder, dense training included."""
+@pytest.mark.parametrize(
+    ("label", "own"), [("BiP", ["--levels", "joint"]), ("imp", ["--method", "imp", "--rewind", "1", "--per-round", "0.5"])]
+)
+def test_the_same_bits_as_a_run_alone(finished, tmp_path, label, own):
+    """A cell is the run that `bip-fast prune` makes in one folder, dense training and all rounds included."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        options = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "2", "--levels", "joint", "--seed", "1"]
-        assert cli.main(["prune", *options, "--sparsity", "0.8", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+        options = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "2", "--seed", "1"]
+        assert cli.main(["prune", *options, *own, "--sparsity", "0.8", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     finally:
         torch.set_num_threads(threads)
-    row = next(row for row in rows_of(finished / "runs.csv") if (row["label"], row["sparsity"], row["seed"]) == ("BiP", "0.8", "1"))
+    row = next(row for row in rows_of(finished / "runs.csv") if (row["label"], row["sparsity"], row["seed"]) == (label, "0.8", "1"))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / row["folder"] / "model.safetensors").read_bytes()
+
+
+def test_a_finished_dense_run_is_not_repeated_for_another_rewind(tmp_path):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").replace("pretrain_epochs: 2", "pretrain_epochs: 3").split("  BiP")[0]
+    out = tmp_path / "out"
+
+    def files_after(epoch):
+        more = f"  BiP: {{method: bip, sparsity: 0.5, rewind: {epoch}}}\n"
+        assert compare(written(tmp_path, text + more), out, "--jobs", "1") == 0
+        (folder,) = out.glob("digits-resnet20-dense-*")
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+    first = files_after(2)
+    for epoch in ("init", 1):
+        after = files_after(epoch)
+        assert first.items() <= after.items(), "what was there is there, untouched"
+        assert after.keys() - first.keys() == {f"epoch-{0 if epoch == 'init' else 1}.safetensors"}
+        first = after
+    fresh = tmp_path / "fresh"
+    assert compare(written(tmp_path, text + "  BiP: {method: bip, sparsity: 0.5, rewind: 1}\n"), fresh, "--jobs", "1") == 0
+    (path,) = fresh.glob("*/epoch-1.safetensors")
+    assert path.read_bytes() == first["epoch-1.safetensors"][1]
+
+
+def test_a_run_whose_folder_is_not_complete_is_not_done(tmp_path, monkeypatch, capsys):
+    is_finished = Comparison.is_finished
+    monkeypatch.setattr(Comparison, "is_finished", lambda self, cell: not cell.label and is_finished(self, cell))
+    text = "data: digits\nwidth: 2\nbatch_size: 200\npretrain_epochs: 1\nepochs: 1\nmethods: {bip: }"
+    assert compare(written(tmp_path, text), tmp_path / "out", "--jobs", "1") == 1
+    assert "it ended, but its folder is not complete" in capsys.readouterr().err
 
 
 def start_process(config, out):
@@ -226,7 +336,7 @@ def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how
     for path in out.rglob("*.json"):
         json.loads(path.read_text())
     before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/report.json")}
-    assert len(before) < 7
+    assert len(before) < 8
     end = time.monotonic() + 30
     while True:  # after a kill, the processes of the first still stop
         if compare(written(tmp_path, text), out) == 0:
@@ -236,9 +346,55 @@ def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how
     for name, stamp in before.items():
         assert (out / name / "report.json").stat().st_mtime_ns == stamp
     folders = [path.parent.name for path in out.glob("*/report.json")]
-    assert len(folders) == 7
+    assert len(folders) == 8
     for name in folders:
         assert (out / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
+
+
+def lose_processes(monkeypatch, how, times):
+    """End the process of the first run that has a checkpoint, so many times; returns what is left to do."""
+    left, listen = [how] * times, Comparison._listen
+
+    def watched(self):
+        slot = next((slot for slot in self._slots if slot.cell and (self.folder(slot.cell) / "checkpoint.pt").exists()), None)
+        if left and slot is not None:
+            os.kill(slot.process.pid, left.pop())
+            slot.process.join(60)
+        listen(self)
+
+    monkeypatch.setattr(Comparison, "_listen", watched)
+    return left
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_lost_is_replaced(finished, tmp_path, monkeypatch, capsys, how):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").replace("  imp: {rewind: 1, per_round: 0.5}\n", "")
+    left = lose_processes(monkeypatch, how, 1)
+    assert compare(written(tmp_path, text), tmp_path / "out") == 0
+    assert not left
+    assert (
+        f"its process ended with exit code {0 if how == signal.SIGTERM else -how}; another one goes on with it" in capsys.readouterr().err
+    )
+    folders = [path.parent.name for path in (tmp_path / "out").glob("*/report.json")]
+    assert len(folders) == 5
+    for name in folders:
+        assert (tmp_path / "out" / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_loses_every_process_has_failed(tmp_path, monkeypatch, capsys):
+    text = TINY.replace("seed: [0, 1]", "seed: 0").replace("pretrain_epochs: 2", "pretrain_epochs: 40")
+    left = lose_processes(monkeypatch, signal.SIGKILL, 2)
+    assert compare(written(tmp_path, text.split("  imp")[0]), tmp_path / "out", "--jobs", "1") == 1
+    assert not left
+    error = capsys.readouterr().err
+    assert "its process ended with exit code -9, 2 times; the next start continues it" in error
+    assert error.count("it starts from digits-") == 4, "two rows, said while it goes and at the end"
+
+
+def test_a_run_that_nothing_leads_to_is_an_error_and_no_endless_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(Comparison, "_ready", lambda self: None)
+    with pytest.raises(RuntimeError, match="runs that nothing leads to"):
+        compare(written(tmp_path), tmp_path / "out")
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys):
@@ -337,6 +493,45 @@ def test_results_become_a_table_of_the_readme(finished, tmp_path, monkeypatch, c
     assert results.table(rows) in text
     assert "| BiP | " in text
     assert "`gmp`" in readme.filled("<!-- results: methods none -->\n<!-- end -->")
+
+
+def test_a_search_becomes_its_table(finished, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from bench import compare as bench_compare
+    from bench import readme
+
+    search = tmp_path / "search"
+    search.mkdir()
+    (search / "runs.csv").write_bytes((finished / "runs.csv").read_bytes())
+    assert bench_compare.main([str(search), "--results", str(tmp_path / "results")]) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    text = readme.filled(f"<!-- results: search {folder.name} -->\n<!-- end -->")
+    assert "| method | levels | lr | mask_lr | mask_momentum | gamma | score_start | ramp | freeze | 0 % | 50 % | 80 % |" in text
+    assert "| bip | joint | 0.2 | 1.6 | 0 | off | square | 0.5 | 1 |  | " in text
+    assert "| imp |  |  |  |  |  |  |  |  |  | " in text
+
+
+def test_steps_are_written_for_the_methods_that_take_them():
+    for method, expected in {"bip-paper": "alternating", "bip": "joint", "omp": None}.items():
+        assert steps_of(Settings.of({"method": method}))["levels"] == expected
+    assert {name: value for name, value in steps_of(Settings.of({"method": "gmp"})).items() if value is not None} == {
+        "lr": 0.05,
+        "ramp": 0.5,
+    }
+
+
+def test_every_choice_of_the_committed_search_is_in_its_file():
+    root = Path(__file__).parents[1]
+    (committed,) = (root / "bench" / "results").glob("*/search.json")
+    there = [
+        (cell.settings.sparsity, cell.settings.method, steps_of(cell.settings)) for cell in grid.read(root / "configs/search.yaml").rows
+    ]
+    for row in json.loads(committed.read_text())["rows"]:
+        names = {"bip", "bip-paper"} if row["method"] == "bip" else {row["method"]}
+        wanted = {name: row[name] for name in STEPS if row.get(name) is not None}
+        found = [own for sparsity, method, own in there if sparsity == row["sparsity"] and method in names]
+        assert any(wanted.items() <= own.items() for own in found), row
 
 
 def test_time_left_follows_what_was_measured(monkeypatch):

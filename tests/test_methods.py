@@ -1,5 +1,6 @@
 """Every method of the table: what its stages do to weights and masks, what it costs, and that a stopped run goes on with the same bits."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -84,6 +85,32 @@ def test_pruning_at_the_start_uses_the_scores_of_the_criterion(digits, method):
     assert flat[mask].min() >= flat[~mask].max()
 
 
+@pytest.mark.parametrize(
+    ("scope", "pattern"),
+    [("global", "unstructured"), ("layer", "unstructured"), ("erk", "unstructured"), ("layer", "filter"), ("global", "block:2x2")],
+)
+def test_the_rounds_of_synflow_prune_what_is_pruned_in_the_end(digits, monkeypatch, scope, pattern):
+    """What a round has removed is not kept, but for ties with weights that have no flow left, because what they feed is gone."""
+    torch.manual_seed(0)
+    model = models.build("resnet20b", 1, 10, width=4)
+    settings = settings_of("synflow", model="resnet20b", scope=scope, pattern=pattern)
+    rounds_, selector = [], optimizers._selector
+
+    def watched(*given):
+        select = selector(*given)
+        return lambda chosen, sparsity: rounds_.append(select(chosen, sparsity)) or rounds_[-1]
+
+    monkeypatch.setattr(optimizers, "_selector", watched)
+    opt = optimizers.begin(stages(settings)[0], model, settings, digits)
+    assert len(rounds_) == 99
+    kept = {name: opt.mask_of(p) for name, p in weights(model) if p in set(opt.pruned_params)}
+    for before, after in itertools.pairwise([*rounds_, kept]):
+        assert before.keys() == after.keys()
+        again = sum(int((after[name] & ~before[name]).sum()) for name in after)
+        assert again <= (0.01 if scope == "layer" else 0) * sum(int(mask.sum()) for mask in after.values())
+    assert all(mask.any() for mask in kept.values())
+
+
 def test_methods_keep_different_weights(digits):
     masks = {}
     for method in ("snip", "grasp", "synflow", "random", "omp-finetune"):
@@ -107,13 +134,44 @@ def run_stage(stage, opt, model, digits, epochs=1):
 def test_hydra_learns_scores_while_everything_else_stays(digits):
     model = network()
     vectors = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() < 2}
-    stage, opt = begun("hydra", digits, model, mask_lr=30.0)
+    stage, opt = begun("hydra", digits, model, mask_lr=3.0)
     before = {p: (opt.weight_of(p), opt.mask_of(p)) for _, p in weights(model)}
     run_stage(stage, opt, model, digits)
     assert sum(int((opt.mask_of(p) != mask).sum()) for p, (_, mask) in before.items()) > 0
     assert all(torch.equal(opt.weight_of(p), theta) for p, (theta, _) in before.items())
     assert all(torch.equal(p, vectors[name]) for name, p in model.named_parameters() if name in vectors)
     assert opt.param_groups[0]["gamma"] == float("inf"), "weights that stay have no implicit gradient"
+
+
+def test_hydra_starts_with_scores_scaled_in_every_layer_and_has_momentum_on_them(digits):
+    model = network()
+    with torch.no_grad():
+        model.fc.weight.mul_(9)
+    stage, opt = begun("hydra", digits, model)
+    theta = {name: opt.weight_of(p).abs() for name, p in weights(model)}
+    for name, p in weights(model):
+        assert torch.equal(opt.scores_of(p), theta[name] / theta[name].max()), name
+    assert (opt.param_groups[0]["mask_momentum"], stage.recipe.mask_lr) == (0.9, 0.1)
+    flat = torch.cat([opt.scores_of(p).flatten() for _, p in weights(model)])
+    mask = torch.cat([opt.mask_of(p).flatten() for _, p in weights(model)])
+    assert torch.equal(mask, bip_fast.topk_mask(flat, int(mask.sum())))
+    for p in model.parameters():
+        p.grad = None
+    model.fc.weight.grad = torch.full_like(model.fc.weight, 0.01)
+    scores, h = opt.scores_of(model.fc.weight), 0.01 * opt.weight_of(model.fc.weight)
+    for rate in (0.1, 0.1 * 1.9):
+        with optimizers.moving(stage, opt):
+            opt.param_groups[0]["mask_lr"] = 0.1
+            opt.step()
+        scores = (scores - rate * h).clamp(0, 1)
+        torch.testing.assert_close(opt.scores_of(model.fc.weight), scores)
+
+
+def test_a_layer_of_zeros_has_scores(digits):
+    model = network()
+    torch.nn.init.zeros_(model.fc.weight)
+    _, opt = begun("hydra", digits, model)
+    assert not opt.scores_of(model.fc.weight).any()
 
 
 def test_the_second_half_of_hydra_trains_under_its_mask(digits):
@@ -235,10 +293,15 @@ def test_the_end_of_a_round_keeps_less_of_what_was_kept(tmp_path, monkeypatch, r
     assert result["image_passes"]["round 80 %"] == (3 - epoch) * 5 * 200
 
 
-@pytest.mark.parametrize(("start", "end", "found"), [(0.0, 0.5, [0.2, 0.36, 0.488, 0.5]), (0.36, 0.488, [0.488]), (0.5, 0.5, [])])
+SIX = [0.2, 0.36, 0.488, 0.5904, 0.67232, 0.737856]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "found"), [(0.0, 0.5, [0.2, 0.36, 0.488, 0.5]), (0.36, 0.488, [0.488]), (0.5, 0.5, []), (0.0, 0.79, [*SIX, 0.79])]
+)
 def test_rounds_remove_a_share_of_what_is_left(start, end, found):
-    assert rounds(start, end, 0.2) == pytest.approx(found)
-    assert not found or rounds(start, end, 0.2)[-1] == end
+    assert rounds(start, end, 0.2) == found
+    assert all(x < 1 for x in rounds(start, 0.9999999, 0.5))
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------------------------
@@ -297,6 +360,59 @@ def test_retraining_runs_the_dense_schedule_from_the_epoch(tmp_path):
     assert result["history"]["retrain"][0]["mask_changes"] == 0
 
 
+def test_weight_decay_of_dense_training_is_its_own(digits):
+    """It goes with the schedule of dense training, whoever trains by it."""
+
+    def decays(method, **given):
+        settings = settings_of(method, weight_decay=1e-4, pretrain_weight_decay=5e-4, **given)
+        found = []
+        for stage in stages(settings):
+            model = network()
+            saved = {name: x.clone() for name, x in model.state_dict().items()}
+            opt = optimizers.begin(stage, model, settings, digits, lambda m=model, s=saved: m.load_state_dict(s))
+            found.append({group["weight_decay"] for group in opt.param_groups})
+        return [value for (value,) in found]
+
+    assert decays("bip") == decays("omp-finetune") == decays("gmp") == decays("dense") == [5e-4, 1e-4]
+    assert decays("hydra") == [5e-4, 1e-4, 1e-4]
+    assert decays("omp") == decays("imp", sparsity=0.2, rewind="lr") == [5e-4, 5e-4]
+    assert decays("bip", rewind="1") == [5e-4, 1e-4, 5e-4]
+    assert decays("snip") == decays("random") == [5e-4]
+
+
+@pytest.mark.parametrize(
+    ("given", "pruning", "dense"),
+    [
+        ({}, 5e-4, 5e-4),
+        ({"weight_decay": 1e-3}, 1e-3, 1e-3),
+        ({"method": "bip-paper"}, 1e-4, 5e-4),
+        ({"method": "bip-paper", "weight_decay": 1e-3}, 1e-3, 1e-3),
+        ({"method": "bip-paper", "data": "cifar10"}, 1e-4, 5e-4),
+        ({"data": "imagenet"}, 1e-4, 1e-4),
+        ({"method": "bip-paper", "data": "imagenet"}, 1e-4, 1e-4),
+        ({"weight_decay": 1e-3, "pretrain_weight_decay": 0.0}, 1e-3, 0.0),
+    ],
+)
+def test_default_weight_decays(given, pruning, dense):
+    settings = Settings.of(given)
+    assert (settings.weight_decay, settings.pretrain_weight_decay) == (pruning, dense)
+
+
+@pytest.mark.parametrize("method", ["bip", "bip-paper"])
+def test_rewinding_to_the_trained_network_starts_its_schedule_over(tmp_path, method):
+    assert prune(tmp_path / "run", "--method", method, "--epochs", "1", "--rewind", "2") == 0
+    files = tmp_path / "run"
+    assert (files / "epoch-2.safetensors").read_bytes() == (files / "dense.safetensors").read_bytes()
+    result = json.loads((files / "report.json").read_text())
+    assert [row["epoch"] for row in result["history"]["retrain"]] == [1, 2]
+    assert result["history"]["retrain"][0]["lr"] == pytest.approx(result["history"]["pretrain"][0]["lr"])
+
+
+def test_retraining_is_as_long_as_dense_training_however_long_the_masks_took():
+    for method in ("bip", "bip-paper"):
+        assert stages(settings_of(method, pretrain_epochs=30, epochs=3, rewind="20"))[-1].recipe.epochs == 30
+
+
 def test_learning_rate_rewinding_keeps_the_weights(digits):
     settings = settings_of("imp", rewind="lr")
     own = stages(settings)[1]
@@ -309,6 +425,8 @@ def test_learning_rate_rewinding_keeps_the_weights(digits):
 @pytest.mark.parametrize("method", ["bip", "gmp", "hydra", "snip", "synflow", "omp"])
 def test_methods_take_every_pattern(digits, method, pattern):
     """One epoch: masks are whole units, and what is not kept is 0."""
+    if (method, pattern) == ("synflow", "2:4"):
+        pytest.skip("refused: it prunes in rounds")
     settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
     torch.manual_seed(0)
     model = models.build("resnet20b", 1, 10, width=4)
@@ -336,7 +454,10 @@ BAD = {
     "--rewind-checkpoint x.pt": "--rewind-checkpoint needs --checkpoint",
     "--method imp --sparsity 0": "--sparsity must be more than 0 with --method imp",
     "--method imp --pattern 2:4 --sparsity 0.5": "--method imp prunes in rounds, and --pattern 2:4 has one sparsity only",
-    "--method imp --rewind 2": "--rewind must be an epoch before the last of 2, got 2",
+    "--method synflow --pattern 2:4 --sparsity 0.5": "--method synflow prunes in rounds, and --pattern 2:4 has one sparsity only",
+    "--method imp --rewind 3": "--rewind must be an epoch before the last of 2, or 2, the trained network, got 3",
+    "--method bip-paper --rewind 3": "--rewind must be an epoch before the last of 2, or 2, the trained network, got 3",
+    "--method omp --epochs 1 --rewind 1": "--rewind must be an epoch before the last of 1, or 2, the trained network, got 1",
     "--method omp --rewind never": "--rewind must be init, lr or a number of epochs, got 'never'",
     "--method imp --per-round 1": "--per-round must be in (0, 1), got 1",
     "--ramp 1.5": "--ramp must be in [0, 1], got 1.5",

@@ -26,6 +26,13 @@ def images(n=16, seed=1):
     return torch.randn(n, 12, generator=generator), torch.randint(0, 4, (n,), generator=generator)
 
 
+def globally(found, sparsity):
+    """Masks of the largest scores of all layers together."""
+    flat = torch.cat([x.flatten() for x in found.values()])
+    mask = bip_fast.topk_mask(flat, flat.numel() - round(sparsity * flat.numel()))
+    return {name: own.view_as(x) for (name, x), own in zip(found.items(), mask.split([x.numel() for x in found.values()]), strict=True)}
+
+
 @pytest.mark.parametrize("shape", [(1, 12), (1, 3, 16, 16)])
 def test_synflow_is_conserved_from_layer_to_layer(shape):
     """What flows into a layer flows out of it: the scores of every layer have the same sum (Tanaka et al. 2020, theorem 1)."""
@@ -36,7 +43,7 @@ def test_synflow_is_conserved_from_layer_to_layer(shape):
     for i, module in enumerate(model.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(i))
-    found = scores.synflow(model, shape[1:], 0.0, rounds=1)
+    found = scores.synflow(model, shape[1:], 0.0, globally, rounds=1)
     sums = torch.stack([x.double().sum() for x in found.values()])
     torch.testing.assert_close(sums, sums[:1].expand_as(sums), rtol=1e-4, atol=0)
 
@@ -45,9 +52,9 @@ def test_synflow_needs_no_data_and_leaves_the_model_alone():
     model = build("resnet20", 1, 10, width=2)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     torch.manual_seed(5)
-    first = scores.synflow(model, (1, 8, 8), 0.9)
+    first = scores.synflow(model, (1, 8, 8), 0.9, globally)
     torch.manual_seed(6)
-    second = scores.synflow(model, (1, 8, 8), 0.9)
+    second = scores.synflow(model, (1, 8, 8), 0.9, globally)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert model.training
@@ -60,7 +67,7 @@ def test_synflow_spares_every_layer_where_one_round_does_not():
     k = 40
 
     def kept_in_layers(rounds):
-        found = scores.synflow(model, (12,), 1 - k / n, rounds)
+        found = scores.synflow(model, (12,), 1 - k / n, globally, rounds)
         mask = bip_fast.topk_mask(torch.cat([x.flatten() for x in found.values()]), k)
         return [int(part.sum()) for part in mask.split([x.numel() for x in found.values()])]
 
@@ -70,7 +77,7 @@ def test_synflow_spares_every_layer_where_one_round_does_not():
 
 def test_synflow_scores_of_what_is_gone_are_zero():
     model = perceptron()
-    found = torch.cat([x.flatten() for x in scores.synflow(model, (12,), 0.9).values()])
+    found = torch.cat([x.flatten() for x in scores.synflow(model, (12,), 0.9, globally).values()])
     n = found.numel()
     gone = int((found == 0).sum())
     assert n - round((1 - 0.1**0.99) * n) >= n - gone >= n - round(0.9 * n)

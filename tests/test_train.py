@@ -1,6 +1,7 @@
 """The training loop against the plain loop it stands for, its schedule, freezing, and the figures it keeps."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,43 @@ def test_in_graphs_it_trains_the_same(images, model, monkeypatch, kind, amp):
     assert len(Double.made) == 2
     assert said == ([] if kind is Double else ["no CUDA graphs: capture failed: operation not permitted when stream is capturing"] * 2)
     assert [recorder.replays > 0 for recorder in Double.made] == [kind is Double] * 2
+
+
+class Late(torch.Tensor):
+    """Sums on a device that works behind the host: reading them takes until it is ready."""
+
+    clock, ready = 0.0, 0.0
+
+    def cpu(self):
+        Late.clock = max(Late.clock, Late.ready)
+        return self.as_subclass(torch.Tensor)
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+def test_seconds_are_those_of_the_device_and_not_of_checkpoints(images, model, monkeypatch, pauses):
+    Late.clock = Late.ready = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: Late.clock)
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            Late.clock += 1  # to start the batch, which then takes 10
+            Late.ready = max(Late.ready, Late.clock) + 10
+            return model(x)
+
+    def after_step(cursor):
+        if pauses:
+            with cursor.aside():
+                Late.clock += 100
+
+    cursor = Cursor(sums=torch.zeros(3, dtype=torch.float64).as_subclass(Late))
+    train(Slow(), torch.optim.SGD(model.parameters(), lr=0.1), images, RECIPE, cursor, after_step)
+    each = 4 * 11 if pauses else 1 + 4 * 10
+    assert [row["seconds"] for row in cursor.history] == [each, 2 * each, 3 * each]
+    assert cursor.seconds == 3 * each
+    assert "began" not in cursor.state_dict()
 
 
 def test_both_step_sizes_follow_half_a_cosine(images, model):

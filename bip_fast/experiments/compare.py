@@ -1,15 +1,16 @@
 """`bip-fast compare`: the runs of a grid in several processes, then tables and pictures of all that is finished.
 
 Each process runs one cell at a time; cells wait for the one they start from, and those that most others wait for come first. Killed at any
-moment, the same command goes on where every run stood.
+moment, the same command goes on where every run stood; and a run whose process was stopped or killed goes on in another one.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -21,6 +22,8 @@ from .run import Stop, stop_requests
 from .worker import Order, finished, work
 
 __all__ = ["Comparison"]
+
+ATTEMPTS = 2  # of a run whose process is stopped or killed by somebody else
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Comparison:
         self._waiting = {address: cell for address, cell in self.grid.cells.items() if address not in self._done}
         self._urgency = self._urgencies()
         self._slots: list[_Slot] = []
+        self._lost_processes: Counter[str] = Counter()
         with stop_requests() as signals, self.shown:
             self.shown.begin(list(self.grid.cells.values()), self._done, self.jobs)
             try:
@@ -81,6 +85,7 @@ class Comparison:
                         self._stop()
                         raise Stop(signals[0])
                     self._give_orders()
+                    self._check_nothing_is_forgotten()
                     self._listen()
             finally:
                 for slot in self._slots:
@@ -111,8 +116,15 @@ class Comparison:
                 slot = self._start_process()
             parent, dense = (self.folder(c) if c is not None else None for c in (cell.parent, cell.dense))
             snapshots = self.grid.snapshots.get(cell.address, set())
-            slot.pipe.send(Order(cell.address, cell.settings, self.folder(cell), parent, dense, frozenset(snapshots)))
             slot.cell = self._waiting.pop(cell.address)
+            with suppress(OSError):  # the process is gone, as `_listen` will find
+                slot.pipe.send(Order(cell.address, cell.settings, self.folder(cell), parent, dense, cell.start, frozenset(snapshots)))
+
+    def _check_nothing_is_forgotten(self) -> None:
+        running = {slot.cell.address for slot in self._slots if slot.cell is not None}
+        known = self._done | self.failed.keys() | self._waiting.keys() | running
+        if known != self.grid.cells.keys() or (self._waiting and not running):
+            raise RuntimeError(f"runs that nothing leads to: {sorted(self.grid.cells.keys() - self._done - self.failed.keys() - running)}")
 
     def _start_process(self) -> _Slot:
         # Spawned: threads and CUDA do not survive a fork. No daemon: those may not have children, and images are loaded by some.
@@ -143,20 +155,32 @@ class Comparison:
                 share, text = what if kind == "progress" else (what, "")
                 self.shown.update(cell, share, text, fresh=kind == "begin")
                 continue
+            if kind == "note":
+                self.shown.say(f"{cell.folder}: {what}")
+                continue
             slot.cell = None
-            if kind == "done":
+            if kind == "done" and not self.is_finished(cell):
+                self._fail(cell, "it ended, but its folder is not complete")
+            elif kind == "done":
                 self._done.add(address)
                 self.shown.finish(cell)
                 self.after_cell()
-            elif kind == "failed":
+            else:
                 self._fail(cell, str(what))
 
     def _lost(self, slot: _Slot) -> None:
-        """A process is gone: killed, or out of memory."""
+        """A process is gone: stopped, killed, or out of memory. Its run goes on in another one, a few times."""
         slot.process.join()
         self._slots.remove(slot)
-        if slot.cell is not None:
-            self._fail(slot.cell, f"its process ended with exit code {slot.process.exitcode}; the next start continues it")
+        if slot.cell is None:
+            return
+        cell, ended = slot.cell, f"its process ended with exit code {slot.process.exitcode}"
+        self._lost_processes[cell.address] += 1
+        if self._lost_processes[cell.address] < ATTEMPTS:
+            self.shown.say(f"{cell.folder}: {ended}; another one goes on with it")
+            self._waiting[cell.address] = cell
+        else:
+            self._fail(cell, f"{ended}, {ATTEMPTS} times; the next start continues it")
 
     def _fail(self, cell: Cell, why: str) -> None:
         self.failed[cell.address] = why
@@ -171,13 +195,14 @@ class Comparison:
         """Ask every process to save and stop, and wait for them. A second signal ends this one and leaves the last checkpoints."""
         self.shown.say("stopping: every run saves where it stands")
         for slot in self._slots:
-            if slot.cell is not None and slot.process.pid is not None:
-                os.kill(slot.process.pid, signal.SIGTERM)
+            if slot.cell is not None:
+                slot.process.terminate()
         for slot in self._slots:
             while slot.cell is not None:
                 try:
                     kind, _, _ = slot.pipe.recv()
-                except (EOFError, OSError):
-                    break
-                if kind in ("done", "failed", "stopped"):
+                except (EOFError, OSError):  # it has stopped
+                    slot.cell = None
+                    continue
+                if kind in ("done", "failed"):
                     slot.cell = None

@@ -40,13 +40,13 @@ def command(options: dict[str, Any], device: torch.device) -> int:
     Raises:
         ExperimentError: the input is not what it should be.
     """
-    grid = read(options["config"])
+    data_dir = options["data_dir"]
+    grid = read(options["config"], data_dir)
     out: Path = options["out"] or Path("runs") / grid.name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = options["jobs"] if options["jobs"] is not None else (cores if device.type == "cpu" else 1)
     if jobs < 1:
         raise ExperimentError(f"--jobs must be at least 1, got {jobs}")
-    data_dir = options["data_dir"]
     for name in sorted({cell.settings.data for cell in grid.cells.values()} - {"digits"}):
         if data_dir is None:
             raise ExperimentError(f"data {name} needs --data-dir, the folder with its files")
@@ -78,8 +78,7 @@ def _write(comparison: Comparison) -> None:
 def _list(comparison: Comparison) -> None:
     for cell in comparison.grid.cells.values():
         mark = "finished" if comparison.is_finished(cell) else "to do"
-        swept = "".join(f", {name} {value}" for name, value in cell.swept)
-        print(f"{mark:8}  {cell.epochs:5} epochs  {cell.label or 'dense network'}{swept}  {cell.folder}")
+        print(f"{mark:8}  {cell.epochs:5} epochs  {cell.name}  {cell.folder}")
     epochs = sum(cell.epochs for cell in comparison.grid.cells.values() if not comparison.is_finished(cell))
     print(f"{len(comparison.grid.cells)} runs, {epochs} epochs to do")
 

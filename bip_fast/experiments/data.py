@@ -7,6 +7,7 @@ ImageNet is streamed from its files (streamed.py).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,29 +28,31 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 __all__ = [
-    "AnyData", "DATA", "Dataset", "Epoch", "Position", "at_stride", "batch_count", "hold_out", "load", "ordered_batches", "prepared",
-    "split",    "subset",
+    "AnyData", "DATA", "Dataset", "Epoch", "Position", "at_stride", "batch_count", "fingerprint", "hold_out", "load", "ordered_batches",
+    "prepared", "split", "subset",
 ]  # fmt: skip
 
 
 class Source(NamedTuple):
-    """What is fixed for a data set: ``shape`` of an image (channels, height, width), ``padding`` of the random crop in pixels, and whether
-    images may be mirrored."""
+    """What is fixed for a data set: ``shape`` of an image (channels, height, width), ``padding`` of the random crop in pixels, whether
+    images may be mirrored, the customary ``folders``, and the ``files`` in them that tell one such data set from another."""
 
     shape: tuple[int, int, int]
     classes: int
     padding: int
     mirror: bool
     folders: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 DATA = {
-    "digits": Source((1, 8, 8), 10, 1, False, ()),
-    "fashion-mnist": Source((1, 28, 28), 10, 2, True, ("fashion-mnist", "FashionMNIST/raw")),
-    "cifar10": Source((3, 32, 32), 10, 4, True, ("cifar10",)),
-    "cifar100": Source((3, 32, 32), 100, 4, True, ("cifar100",)),
-    "tiny-imagenet": Source((3, 64, 64), 200, 4, True, ("tiny-imagenet-200", "tiny-imagenet")),
-    "imagenet": Source((3, 224, 224), 1000, 0, True, ("imagenet",)),  # crops are not shifts, see streamed.py
+    "digits": Source((1, 8, 8), 10, 1, False, (), ()),
+    "fashion-mnist": Source((1, 28, 28), 10, 2, True, ("fashion-mnist", "FashionMNIST/raw"), ("*-ubyte", "*-ubyte.gz")),
+    "cifar10": Source((3, 32, 32), 10, 4, True, ("cifar10",), ("*_batch*", "*/*_batch*", "cifar-10-python.tar.gz")),
+    "cifar100": Source((3, 32, 32), 100, 4, True, ("cifar100",), ("train", "test", "*/train", "*/test", "cifar-100-python.tar.gz")),
+    "tiny-imagenet": Source((3, 64, 64), 200, 4, True, ("tiny-imagenet-200", "tiny-imagenet"), ("wnids.txt", "train/*", "val/*.txt")),
+    # Crops are not shifts, see streamed.py.
+    "imagenet": Source((3, 224, 224), 1000, 0, True, ("imagenet",), ("train/*", "val/*")),
 }
 
 
@@ -213,7 +216,7 @@ def load(name: str, data_dir: Path | None = None) -> AnyData:
     elif not data_dir.is_dir():
         raise ExperimentError(f"--data-dir must be a folder, got {data_dir}")
     else:
-        folder = next((data_dir / sub for sub in DATA[name].folders if (data_dir / sub).is_dir()), data_dir)
+        folder = _folder(name, data_dir)
         if name == "imagenet":
             return read_image_folders(folder, name, DATA[name].classes)
         arrays = _read(name, folder)
@@ -224,6 +227,24 @@ def load(name: str, data_dir: Path | None = None) -> AnyData:
     source = DATA[name]
     fixed = (name, source.classes, source.padding, source.mirror)
     return Dataset(*fixed, images, labels, test_images, test_labels, mean, std, note)
+
+
+def _folder(name: str, data_dir: Path) -> Path:
+    return next((data_dir / sub for sub in DATA[name].folders if (data_dir / sub).is_dir()), data_dir)
+
+
+def fingerprint(name: str, data_dir: Path | None = None) -> str:
+    """Hash of names, sizes and first megabytes of the files of a data set; of folders only the names. Digits come with scikit-learn: ""."""
+    if data_dir is None or not DATA[name].files:
+        return ""
+    folder, found = _folder(name, data_dir), hashlib.sha256()
+    for path in sorted({path for pattern in DATA[name].files for path in folder.glob(pattern)}):
+        found.update(str(path.relative_to(folder)).encode())
+        if path.is_file():
+            found.update(f" {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                found.update(file.read(2**20))
+    return found.hexdigest()
 
 
 def _read(name: str, folder: Path) -> Arrays:

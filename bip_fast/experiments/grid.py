@@ -2,31 +2,33 @@
 
 The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of
 a row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
-which is shared; iterative pruning goes on from the next lower sparsity of its row, if there is one. A run is known by a hash of its
-settings and of the run it starts from, so a run that is finished is never repeated, in whatever file it is named.
+which is shared; every round of iterative pruning is a run that starts from the one before, and rows share the rounds they have in common. A
+run is known by a hash of its settings, its data and the run it starts from, so a run that is finished is never repeated, in whatever file
+it is named.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import ExperimentError
-from .methods import METHODS, first_epoch, stages
-from .settings import FIELDS, Settings
+from . import ExperimentError, data
+from .methods import METHODS, first_epoch, rounds, stages
+from .settings import FIELDS, PATHS, Settings
 
 __all__ = ["Cell", "Grid", "read"]
 
-PATHS = ("checkpoint", "rewind_checkpoint")
+FORMAT = 2  # enters every address: one more when the same settings mean another run
 # All that decides a dense network.
 DENSE = (
-    "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum", "weight_decay", "seed",
-    "validate", "validation_images", "amp",
+    "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum",
+    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp",
 )  # fmt: skip
 
 
@@ -35,11 +37,12 @@ class Cell:
     """One run.
 
     Args:
-        label: row of the results it belongs to; empty for a dense run that others start from.
+        label: row of the results it belongs to; empty for a run that is there for others to start from.
         settings: without the files it starts from.
         parent: run whose network it starts from.
         dense: run whose early weights it rewinds to.
         swept: settings that the file gives a list of, other than sparsity and seed, with the value of this run.
+        files: `data.fingerprint` of its data set.
     """
 
     label: str
@@ -47,12 +50,13 @@ class Cell:
     parent: Cell | None = None
     dense: Cell | None = None
     swept: tuple[tuple[str, Any], ...] = ()
+    files: str = ""
 
-    @property
+    @functools.cached_property
     def address(self) -> str:
-        """Hash of everything that decides the result, but the version of the library and the machine."""
-        changed = {f.name: getattr(self.settings, f.name) for f in fields(Settings) if getattr(self.settings, f.name) != f.default}
-        parts: list[Any] = [changed, self.parent.address if self.parent else None]
+        """Hash of everything that decides the result, but the version of the library and the machine; taken once, when the grid is read."""
+        settings = {name: value for name, value in self.settings.as_dict().items() if name not in PATHS}
+        parts: list[Any] = [FORMAT, settings, self.files, self.parent.address if self.parent else None]
         file = Path(self.settings.model.rpartition(":")[0])
         if file.suffix == ".py" and file.is_file():
             parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
@@ -67,8 +71,21 @@ class Cell:
     def epochs(self) -> int:
         """Passes over the training images that are its own."""
         settings = self.settings if self.parent is None else replace(self.settings, checkpoint="parent")
-        start = self.parent.settings.sparsity if self.parent else 0.0
-        return sum(stage.recipe.epochs - stage.recipe.first_epoch for stage in stages(settings, start))
+        return sum(stage.recipe.epochs - stage.recipe.first_epoch for stage in stages(settings, self.start))
+
+    @property
+    def start(self) -> float:
+        """Sparsity that was asked of the network it starts from."""
+        return self.parent.settings.sparsity if self.parent else 0.0
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        if not self.label and self.settings.method == "dense":
+            return f"dense network, {self.settings.data} {self.settings.model}, seed {self.settings.seed}"
+        label = self.label or f"{self.settings.method}, on the way"
+        swept = "".join(f", {name} {value}" for name, value in self.swept)
+        return f"{label}{swept}, {100 * self.settings.sparsity:.4g} %, seed {self.settings.seed}"
 
     def ancestors(self) -> Iterator[Cell]:
         """The runs it stands on, the nearest first."""
@@ -91,8 +108,8 @@ class Grid:
         return [cell for cell in self.cells.values() if cell.label]
 
 
-def read(path: Path) -> Grid:
-    """The grid of a file.
+def read(path: Path, data_dir: Path | None = None) -> Grid:
+    """The grid of a file, for the data sets in ``data_dir``.
 
     Raises:
         ExperimentError: it cannot be read, or a setting is unknown or out of range.
@@ -109,7 +126,7 @@ def read(path: Path) -> Grid:
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise ExperimentError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name != "methods"}
-    grid = _Builder(path)
+    grid = _Builder(path, functools.cache(lambda name: data.fingerprint(name, data_dir)))
     for label, own in content["methods"].items():
         if not isinstance(own, (dict, type(None))):
             raise ExperimentError(f"{path}: methods: {label}: expected settings, got {own!r}")
@@ -120,8 +137,8 @@ def read(path: Path) -> Grid:
 
 
 class _Builder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fingerprint: Callable[[str], str]) -> None:
+        self.path, self.fingerprint = path, fingerprint
         self.cells: dict[str, Cell] = {}
         self.snapshots: dict[str, set[int]] = {}
 
@@ -137,15 +154,11 @@ class _Builder:
         if "dense" in lists["method"]:
             lists["sparsity"] = [0.0]
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
-        lists["sparsity"] = sorted(lists.get("sparsity", [Settings.sparsity]))
-        order = [*(name for name in lists if name != "sparsity"), "sparsity"]  # sparsities of a chain follow each other
-        before: dict[tuple[Any, ...], Cell] = {}
-        for values in itertools.product(*(lists[name] for name in order)):
-            combination: dict[str, Any] = dict(zip(order, values, strict=True))
-            cell = self._cell(label, combination, tuple((name, combination[name]) for name in swept), before.get(values[:-1]))
-            before[values[:-1]] = cell
+        for values in itertools.product(*lists.values()):
+            combination: dict[str, Any] = dict(zip(lists, values, strict=True))
+            self._add(label, combination, tuple((name, combination[name]) for name in swept))
 
-    def _cell(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...], lower: Cell | None) -> Cell:
+    def _add(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...]) -> None:
         if isinstance(given.get("rewind"), int):
             given["rewind"] = str(given["rewind"])
         try:
@@ -153,18 +166,21 @@ class _Builder:
         except ExperimentError as error:
             raise ExperimentError(f"{self.path}: methods: {label}: {str(error).removeprefix('--')}") from error
         dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
-        chained = settings.method == "imp" and lower is not None
-        cell = Cell(label, settings, lower if chained else dense, dense, swept)
+        parent, files = dense, self.fingerprint(settings.data)
+        if METHODS[settings.method].in_rounds:
+            for sparsity in rounds(0.0, settings.sparsity, settings.per_round)[:-1]:
+                parent = Cell("", replace(settings, sparsity=sparsity), parent, dense, files=files)
+                parent = self.cells.setdefault(parent.address, parent)
+        cell = Cell(label, settings, parent, dense, swept, files)
         if settings.method == "dense" and not settings.epochs and dense is not None:
             cell = replace(dense, label=label)
         elif dense is not None and settings.rewind not in (None, "lr"):
             self.snapshots[dense.address].add(first_epoch(settings))
         self.cells[cell.address] = cell
-        return cell
 
     def _dense(self, settings: Settings) -> Cell:
         """The dense run that a method with these settings starts from."""
         own = {name: getattr(settings, name) for name in DENSE}
-        cell = Cell("", Settings.of({**own, "method": "dense", "epochs": 0}))
+        cell = Cell("", Settings.of({**own, "method": "dense", "epochs": 0}), files=self.fingerprint(settings.data))
         self.snapshots.setdefault(cell.address, set())
         return self.cells.setdefault(cell.address, cell)

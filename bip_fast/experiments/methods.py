@@ -7,6 +7,7 @@ differ in what they score and when, and in nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ from .train import Recipe
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "table"]
+__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "steps_of", "table"]
 
 PRETRAIN = "pretrain"
+STEPS = ("levels", "lr", "mask_lr", "mask_momentum", "gamma", "score_start", "ramp", "freeze", "rewind")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Method:
         needs_dense: whether it starts from a trained dense network.
         plan: its stages after dense training.
         defaults: settings that differ from those of BiP.
+        uses: settings of its steps (`STEPS`) that have a meaning for it.
+        in_rounds: whether it trains in rounds, each from the network that the one before leaves.
+        any_sparsity: whether it takes more sparsities than one on its way, which N:M has not.
     """
 
     what: str
@@ -67,42 +72,51 @@ class Method:
     needs_dense: bool
     plan: Callable[[Settings, float], tuple[Stage, ...]]
     defaults: dict[str, Any] = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
+    in_rounds: bool = False
+    any_sparsity: bool = False
 
 
 def rounds(start: float, end: float, share: float) -> list[float]:
     """Sparsities of iterative pruning from ``start`` to ``end``, each of which removes ``share`` of what is left; the last one less.
 
-    An ``end`` that is written with a few digits takes no round for the rest.
+    All but the last depend on ``start`` and ``share`` only, so that runs to several ends have them in common. They are rounded as people
+    write them, 0.790285 for 1 - 0.8**7; an ``end`` that is written with fewer digits takes no round for the rest.
     """
-    found = []
-    while start < end:
-        start = 1 - (1 - start) * (1 - share)
-        found.append(end if 1 - start < 1.001 * (1 - end) else start)
-        start = found[-1]
+    found: list[float] = []
+    while start < end and (not found or found[-1] < end):
+        left = (1 - start) * (1 - share) ** (len(found) + 1)
+        found.append(end if left < 1.001 * (1 - end) else round(1 - left, max(6, 3 - math.floor(math.log10(left)))))
     return found
 
 
 def first_epoch(settings: Settings) -> int:
-    """Epoch of dense training that a rewind goes back to; 0 is the initialisation. With "lr", from where the schedule starts over."""
+    """Epoch of dense training whose weights a rewind goes back to; 0 is the initialisation."""
     return 0 if settings.rewind in (None, "init", "lr") else int(settings.rewind)
 
 
 def _recipe(settings: Settings, stage: str, **changed: Any) -> Recipe:
     given = {"epochs": settings.epochs, "batch_size": settings.batch_size, "seed": settings.seed, "lr": settings.lr}
-    return Recipe(stage, **{**given, **changed})
+    return Recipe(stage, **{**given, "weight_decay": settings.weight_decay, **changed})
+
+
+def _as_dense(settings: Settings, stage: str, **changed: Any) -> Recipe:
+    """With the step size and weight decay of dense training."""
+    return _recipe(settings, stage, **{"lr": settings.pretrain_lr, "weight_decay": settings.pretrain_weight_decay, **changed})
 
 
 def pretraining(settings: Settings) -> Stage:
     """Dense training; no epochs of it when the run starts from a checkpoint."""
-    return Stage(_recipe(settings, PRETRAIN, epochs=0 if settings.checkpoint else settings.pretrain_epochs, lr=settings.pretrain_lr))
+    return Stage(_as_dense(settings, PRETRAIN, epochs=0 if settings.checkpoint else settings.pretrain_epochs))
 
 
 def _retraining(settings: Settings, stage: str, sparsity: float, epochs: int) -> Stage:
     """Masks by magnitude, then weights as ``settings.rewind`` says: those of an earlier epoch, or as they are under the schedule of dense
-    training ("lr") or under that of fine-tuning (None)."""
+    training ("lr") or under that of fine-tuning (None). The schedule goes on from that epoch; after the last one it starts over."""
     if settings.rewind is None:
         return Stage(_recipe(settings, stage, epochs=epochs), sparsity)
-    recipe = _recipe(settings, stage, epochs=epochs, lr=settings.pretrain_lr, first_epoch=first_epoch(settings))
+    first = first_epoch(settings)
+    recipe = _as_dense(settings, stage, epochs=epochs, first_epoch=first if first < settings.pretrain_epochs else 0)
     return Stage(recipe, sparsity, rewind=settings.rewind != "lr")
 
 
@@ -120,7 +134,8 @@ def _bip(settings: Settings, start: float) -> tuple[Stage, ...]:
 
 def _hydra(settings: Settings, start: float) -> tuple[Stage, ...]:
     epochs = round(settings.freeze * settings.epochs)
-    scores = Stage(_recipe(settings, "scores", epochs=epochs, mask_lr=settings.mask_lr), settings.sparsity, "scores")
+    recipe = _recipe(settings, "scores", epochs=epochs, mask_lr=settings.mask_lr)
+    scores = Stage(recipe, settings.sparsity, "scores", "layer")
     return scores, Stage(_recipe(settings, "finetune", epochs=settings.epochs - epochs), settings.sparsity)
 
 
@@ -139,7 +154,7 @@ def _gradual(settings: Settings, start: float) -> tuple[Stage, ...]:
 
 def _at_init(criterion: str) -> Callable[[Settings, float], tuple[Stage, ...]]:
     def plan(settings: Settings, start: float) -> tuple[Stage, ...]:
-        recipe = _recipe(settings, "train", epochs=settings.pretrain_epochs + settings.epochs, lr=settings.pretrain_lr)
+        recipe = _as_dense(settings, "train", epochs=settings.pretrain_epochs + settings.epochs)
         return (Stage(recipe, settings.sparsity, criterion=criterion),)
 
     return plan
@@ -153,6 +168,7 @@ METHODS: dict[str, Method] = {
         True,
         _bip,
         {"levels": "joint", "lr": 0.2, "mask_lr": 1.6, "gamma": 1e30, "ramp": 0.5, "score_start": "square"},
+        uses=STEPS,
     ),
     "bip-paper": Method(
         "the same with the settings of the paper: separate batches, the whole sparsity from the first step",
@@ -160,15 +176,17 @@ METHODS: dict[str, Method] = {
         "Zhang et al. 2022, arXiv 2210.04092",
         True,
         _bip,
-        {"lr": 0.01, "mask_lr": 0.1},
+        {"lr": 0.01, "mask_lr": 0.1, "weight_decay": 1e-4},
+        uses=STEPS,
     ),
     "hydra": Method(
-        "learns scores while the weights stay, for a share of E (freeze); then fine-tunes the weights it keeps",
+        "learns scores, clipped to [0, 1], under the scope asked for, while the weights stay, for a share of E (freeze); then fine-tunes",
         "D + E",
         "Sehwag et al. 2020, arXiv 2002.10509",
         True,
         _hydra,
-        {"freeze": 0.5},
+        {"freeze": 0.5, "mask_lr": 0.1, "mask_momentum": 0.9},
+        uses=("lr", "mask_lr", "mask_momentum", "freeze"),
     ),
     "omp": Method(
         "one-shot magnitude pruning of the trained network, weights back to where they began (rewind), trained again",
@@ -177,6 +195,7 @@ METHODS: dict[str, Method] = {
         True,
         _one_shot,
         {"rewind": "init"},
+        uses=("rewind",),
     ),
     "omp-finetune": Method(
         "one-shot magnitude pruning of the trained network, its weights fine-tuned under a restarted step size",
@@ -184,6 +203,7 @@ METHODS: dict[str, Method] = {
         "Han et al. 2015, arXiv 1506.02626; restarted: Le and Hua 2021, arXiv 2105.03193",
         True,
         _one_shot,
+        uses=("lr", "rewind"),
     ),
     "imp": Method(
         "iterative magnitude pruning: a share of the weights (per_round) goes, the rest rewinds and is trained for E, and again",
@@ -192,6 +212,9 @@ METHODS: dict[str, Method] = {
         True,
         _iterative,
         {"rewind": "init"},
+        uses=("rewind",),
+        in_rounds=True,
+        any_sparsity=True,
     ),
     "gmp": Method(
         "gradual magnitude pruning: the sparsity grows along a cubic curve (ramp), masks are chosen anew on the way",
@@ -200,6 +223,7 @@ METHODS: dict[str, Method] = {
         True,
         _gradual,
         {"ramp": 0.5},
+        uses=("lr", "ramp"),
     ),
     "snip": Method(
         "prunes random weights once by |theta * g| on a batch, then trains",
@@ -221,9 +245,10 @@ METHODS: dict[str, Method] = {
         "Tanaka et al. 2020, arXiv 2006.05467",
         False,
         _at_init("synflow"),
+        any_sparsity=True,
     ),
     "random": Method("prunes random weights at random, then trains", "D + E", "", False, _at_init("random")),
-    "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}),
+    "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}, uses=("lr",)),
 }
 
 
@@ -232,6 +257,12 @@ def stages(settings: Settings, start: float = 0.0) -> tuple[Stage, ...]:
     method = METHODS[settings.method]
     own = method.plan(settings, start)
     return (pretraining(settings), *own) if method.needs_dense else own
+
+
+def steps_of(settings: Settings) -> dict[str, Any]:
+    """Settings of the steps by name; None where they have no meaning for the method."""
+    uses = METHODS[settings.method].uses
+    return {name: getattr(settings, name) if name in uses else None for name in STEPS}
 
 
 def table() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from ..report import weights
 from ..schedule import CURVES
 from . import scores
 from .data import AnyData, Position
-from .methods import Stage
+from .methods import Stage, pretraining
 from .settings import Settings
 
 __all__ = ["before_step", "begin", "dense_optimizer", "moving", "pruner", "scored_images"]
@@ -23,10 +24,10 @@ UPDATES = 100  # of the masks while the sparsity grows by magnitude
 GRASP_IMAGES = 10  # of every class, as in its paper
 
 
-def dense_optimizer(model: nn.Module, settings: Settings, lr: float | None = None) -> torch.optim.Optimizer:
-    """SGD over all of ``model``."""
-    lr = settings.pretrain_lr if lr is None else lr
-    return torch.optim.SGD(model.parameters(), lr, settings.momentum, weight_decay=settings.weight_decay)
+def dense_optimizer(model: nn.Module, settings: Settings, stage: Stage | None = None) -> torch.optim.Optimizer:
+    """SGD over all of ``model``, for ``stage`` or for dense training."""
+    recipe = (pretraining(settings) if stage is None else stage).recipe
+    return torch.optim.SGD(model.parameters(), recipe.lr, settings.momentum, weight_decay=recipe.weight_decay)
 
 
 def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | None = None) -> FastBiP:
@@ -49,14 +50,14 @@ def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | N
         mask_momentum=settings.mask_momentum,
         gamma=math.inf if moves == "scores" else settings.gamma,  # weights that stay have no implicit gradient
         momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.weight_decay if stage is None else stage.recipe.weight_decay,
         levels="joint" if moves == "joint" else "alternating",
     )
 
 
 def optimizer_of(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> torch.optim.Optimizer:
     """The optimizer of a stage, with the masks that `FastBiP` starts from."""
-    return dense_optimizer(model, settings, stage.recipe.lr) if stage.sparsity is None else pruner(model, settings, data, stage)
+    return dense_optimizer(model, settings, stage) if stage.sparsity is None else pruner(model, settings, data, stage)
 
 
 def begin(
@@ -76,7 +77,7 @@ def begin(
         return optimizer
     if stage.ramp > 0:
         _set_sparsity(optimizer, 0.0)
-    # The scores of BiP are a relaxed mask and stay what FastBiP makes of the magnitudes; all others are an order.
+    # The scores of BiP are a relaxed mask and stay what FastBiP makes of the magnitudes; all others are an order, or Hydra's start.
     learned = stage.moves != "weights" and stage.criterion == "magnitude"
     if learned and settings.score_start == "square" and chosen is not None:
         squares = {name: (x * x / 2).clamp(max=1) for name, x in chosen.items()}
@@ -92,14 +93,30 @@ def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: AnyData
     """Scores of every Conv and Linear weight by the criterion of the stage."""
     if stage.criterion == "magnitude":
         return scores.magnitude(model)
+    if stage.criterion == "layer":
+        return scores.layer_magnitude(model)
     position = Position(settings.seed, "scores", 0)
     if stage.criterion == "random":
         return scores.random(model, position.generator(0))
     if stage.criterion == "synflow":
-        return scores.synflow(model, data.shape, float(stage.sparsity or 0.0))
+        return scores.synflow(model, data.shape, float(stage.sparsity or 0.0), _selector(stage, model, settings, data))
     epoch = data.epoch(settings.batch_size, position)
     batches = [epoch.batch(i) for i in range(_score_batches(stage, settings, data))]
     return scores.snip(model, batches) if stage.criterion == "snip" else scores.grasp(model, batches)
+
+
+def _selector(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> scores.Select:
+    """Masks as the stage chooses them, under its pattern, scope and budgets, without touching ``model``."""
+    twin = copy.deepcopy(model)
+    optimizer = pruner(twin, settings, data, stage)
+    pruned = set(optimizer.pruned_params)
+
+    def select(chosen: scores.Scores, sparsity: float) -> dict[str, Tensor]:
+        _set_sparsity(optimizer, sparsity)
+        optimizer.set_scores(_by_parameter(optimizer, twin, chosen))
+        return {name: optimizer.mask_of(p) for name, p in weights(twin) if p in pruned}
+
+    return select
 
 
 def _score_batches(stage: Stage, settings: Settings, data: AnyData) -> int:

@@ -93,13 +93,6 @@ class Progress:
         return f"{self.finished} of {len(self.cells)} runs{failed}, {100 * self.share():.1f} % of the epochs{left}"
 
 
-def _name(cell: Cell) -> str:
-    swept = "".join(f", {name} {value}" for name, value in cell.swept)
-    if not cell.label:
-        return f"dense network, {cell.settings.data} {cell.settings.model}, seed {cell.settings.seed}"
-    return f"{cell.label}{swept}, {100 * cell.settings.sparsity:.4g} %, seed {cell.settings.seed}"
-
-
 class Lines(Progress):
     """A plain line for every run that ends, and one every ``interval`` seconds."""
 
@@ -114,11 +107,11 @@ class Lines(Progress):
 
     def finish(self, cell: Cell) -> None:
         super().finish(cell)
-        self.say(f"{self.summary()}: finished {_name(cell)}")
+        self.say(f"{self.summary()}: finished {cell.name}")
 
     def fail(self, cell: Cell, why: str) -> None:
         super().fail(cell, why)
-        self.say(f"failed: {_name(cell)}: {why}")
+        self.say(f"failed: {cell.name}: {why}")
 
     def say(self, text: str) -> None:
         self.last = time.monotonic()
@@ -151,7 +144,7 @@ class Bars(Progress):
     def update(self, cell: Cell, share: float, text: str, *, fresh: bool = False) -> None:
         super().update(cell, share, text, fresh=fresh)
         if cell.address not in self.bars:
-            self.bars[cell.address] = self.rich.add_task(_name(cell), total=1.0, text="")
+            self.bars[cell.address] = self.rich.add_task(cell.name, total=1.0, text="")
         self.rich.update(self.bars[cell.address], completed=share, text=text)
         self._show()
 
@@ -162,7 +155,7 @@ class Bars(Progress):
     def fail(self, cell: Cell, why: str) -> None:
         super().fail(cell, why)
         self._drop(cell)
-        self.say(f"failed: {_name(cell)}: {why}")
+        self.say(f"failed: {cell.name}: {why}")
 
     def _drop(self, cell: Cell) -> None:
         if cell.address in self.bars:

@@ -24,9 +24,19 @@ from ..report import report, weights
 from . import ExperimentError, display, models
 from .data import AnyData, batch_count, prepared
 from .energy import joules
-from .methods import PRETRAIN, Stage, first_epoch, stages
+from .methods import METHODS, PRETRAIN, Stage, first_epoch, stages
 from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
-from .run import STOP_SIGNALS, RunFolder, Stop, load_into, read_state_dict, snapshot_name, stop_requests, write_safetensors
+from .run import (
+    STOP_SIGNALS,
+    DamagedCheckpoint,
+    RunFolder,
+    Stop,
+    load_into,
+    read_state_dict,
+    snapshot_name,
+    stop_requests,
+    write_safetensors,
+)
 from .settings import Settings
 from .train import Cursor, evaluate, train
 
@@ -65,6 +75,10 @@ def _check(model: nn.Module, settings: Settings, data: AnyData) -> None:
         raise ExperimentError(f"--model {name} cannot be trained and pruned: {type(error).__name__}: {message}") from error
 
 
+class _Enough(Exception):
+    """All weights that were wanted are kept."""
+
+
 class Job:
     """One run: everything between its settings and its report.
 
@@ -74,8 +88,10 @@ class Job:
         data: as loaded; the run takes the part that its settings name.
         shown: tells a person how far it is.
         snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
+        until: epoch of dense training to end after, if only the weights of ``snapshots`` are wanted.
         score_start: whether to look at the test images before pruning as well.
         alone: whether nothing else of ours uses the device meanwhile, so that what its counter of energy says is of this run.
+        start: sparsity that was asked of the network of ``settings.checkpoint``; None: as it is found.
         stop_on: signals at which `run` saves and stops.
     """
 
@@ -88,12 +104,14 @@ class Job:
         shown: display.Display,
         *,
         snapshots: Collection[int] = (),
+        until: int | None = None,
         score_start: bool = True,
         alone: bool = True,
+        start: float | None = None,
         stop_on: Sequence[int] = STOP_SIGNALS,
     ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
-        self.score_start, self.stop_on = score_start, stop_on
+        self.score_start, self.stop_on, self.asked = score_start, stop_on, start
         self.data = prepared(data, settings).to(device)
         torch.manual_seed(settings.seed)
         try:
@@ -110,7 +128,7 @@ class Job:
         # Of finished stages; ``start`` is the sparsity of the network that the run began with.
         self.done: dict[str, Any] = {"start": {}, "history": {}, "seconds": {}, "image_passes": {}, "joules": {}, "scores": {}}
         self.optimizer = dense_optimizer(self.model, settings)
-        self.snapshots = set(snapshots)
+        self.snapshots, self.until = set(snapshots), until
         self.decisions: list[dict[str, Any]] = []
         self.count_joules: Callable[[], float | None] = (lambda: joules(device)) if alone else lambda: None
         self.energy = self.count_joules()
@@ -123,11 +141,17 @@ class Job:
         return self.stages[self.at]
 
     def run(self) -> dict[str, Any]:
-        """Go from where the job stands to its end; returns the content of report.json.
+        """Go from where the job stands to its end; returns the content of report.json, or nothing if it ends earlier (``until``).
 
         Raises:
             Stop: a signal came; the checkpoint holds the state after the last batch.
         """
+        try:
+            return self._run()
+        except _Enough:
+            return {}
+
+    def _run(self) -> dict[str, Any]:
         total = self.steps * sum(self._epochs(stage) for stage in self.stages)
         with stop_requests(self.stop_on) as self.signals, self.shown:
             self.shown.begin(total, self._batches_done())
@@ -153,7 +177,7 @@ class Job:
             load_into(self.model, read_state_dict(Path(source)), Path(source))
         if self.settings.rewind_checkpoint:
             self._rewind(check_only=True)
-        start = report(self.model).sparsity if source else 0.0
+        start = self.asked if self.asked is not None else report(self.model).sparsity if source else 0.0
         self.done["start"] = {"sparsity": start}
         self._plan(start)
         if self.stage.name != PRETRAIN:
@@ -161,7 +185,7 @@ class Job:
 
     def _plan(self, start: float) -> None:
         self.stages = stages(self.settings, start)
-        if len(self.stages) == 1 and self.settings.method == "imp":
+        if len(self.stages) == 1 and METHODS[self.settings.method].in_rounds:
             raise ExperimentError(f"--checkpoint has {100 * start:.4g} % zeros already, and --sparsity asks for {self.settings.sparsity:g}")
         if any(stage.rewind for stage in self.stages) and not self.settings.rewind_checkpoint:
             self.snapshots.add(first_epoch(self.settings))
@@ -170,7 +194,8 @@ class Job:
         """Take up the state of the checkpoint, or start if the run did not get that far.
 
         Raises:
-            ExperimentError: the checkpoint is damaged or does not fit the model.
+            DamagedCheckpoint: the checkpoint cannot be read, or does not fit the model or this version.
+            ExperimentError: another run has the folder.
         """
         self.folder.lock()
         self.folder.remove_leftovers()
@@ -191,11 +216,9 @@ class Job:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ExperimentError) as error:
             message = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ExperimentError(
-                f"{self.folder.path / 'checkpoint.pt'} does not fit this version; --overwrite starts again ({message})"
-            ) from error
+            raise DamagedCheckpoint(self.folder.path / "checkpoint.pt", f"does not fit this version ({message})") from error
 
     def _epochs(self, stage: Stage) -> int:
         return stage.recipe.epochs - stage.recipe.first_epoch
@@ -236,21 +259,30 @@ class Job:
 
     def _keep(self, epoch: int) -> None:
         """Keep the weights of an epoch of dense training, if someone will want them."""
-        if epoch in self.snapshots and self.stage.name == PRETRAIN:
+        if self.stage.name != PRETRAIN:
+            return
+        if epoch in self.snapshots:
             self.folder.write(snapshot_name(epoch), lambda path: write_safetensors(path, self.model))
+        if epoch == self.until:
+            raise _Enough
 
     def _after_step(self, cursor: Cursor) -> None:
         epochs = self.stage.recipe.epochs
-        if self.shown.wants() or (cursor.epoch == epochs and not cursor.step):
-            loss, accuracy = cursor.running()
-            epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
-            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
-        if not cursor.step:
-            self._keep(cursor.epoch)
-        if self.signals or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY:
-            self._save()
-        if self.signals:
-            raise Stop(self.signals[0])
+        show = self.shown.wants() or (cursor.epoch == epochs and not cursor.step)
+        save = bool(self.signals) or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY
+        if not show and not save:
+            return
+        with cursor.aside():
+            if show:
+                loss, accuracy = cursor.running()
+                epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
+                self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
+            if not cursor.step:
+                self._keep(cursor.epoch)
+            if save:
+                self._save()
+            if self.signals:
+                raise Stop(self.signals[0])
 
     def _save(self) -> None:
         self._meter()

@@ -71,7 +71,7 @@ def add_options(commands: Any) -> None:
     add(what, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
 
     how = prune.add_argument_group("how to prune")
-    add(how, "method", str, "NAME", f"{', '.join(METHODS)}; docs/methods.md says what each does")
+    add(how, "method", str, "NAME", f"{', '.join(METHODS)}; README.md has a table of what each does")
     add(how, "levels", str, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one")
     add(how, "epochs", int, "N", "passes over the training images while pruning")
     add(how, "lr", float, "X", "step size of the weights, at the start of a cosine")
@@ -85,8 +85,8 @@ def add_options(commands: Any) -> None:
         "--rewind",
         type=str,
         metavar="E",
-        help="retrain under the mask from the weights of an epoch of dense training: a number, init, or lr for the weights as they are "
-        "under the schedule of dense training; default: init for imp and omp, otherwise not at all",
+        help="retrain under the mask from the weights of an epoch of dense training, a number or init, under the rest of its schedule "
+        "(all of it after the last epoch), or lr: the weights as they are, under all of it; default: init for imp and omp, otherwise not",
     )
     how.add_argument("--rewind-checkpoint", type=str, metavar="FILE", help="with --checkpoint: the weights that --rewind goes back to")
     add(how, "per_round", float, "X", "imp: share of the weights left that goes in each round")
@@ -96,7 +96,13 @@ def add_options(commands: Any) -> None:
     add(training, "pretrain_lr", float, "X", "step size of dense training, at the start of a cosine")
     add(training, "batch_size", int, "N", "images in a batch")
     add(training, "momentum", float, "X", "momentum of the weights")
-    add(training, "weight_decay", float, "X", "weight decay")
+    add(training, "weight_decay", float, "X", "weight decay of pruning and fine-tuning")
+    training.add_argument(
+        "--pretrain-weight-decay",
+        type=float,
+        metavar="X",
+        help="of dense training, also where a method trains by its schedule; default: that of --weight-decay, or of the data set",
+    )
     add(training, "seed", int, "N", "decides the first weights and the order of the images")
     training.add_argument(
         "--validate",

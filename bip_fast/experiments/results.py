@@ -11,6 +11,7 @@ from typing import Any
 
 from .compare import Comparison
 from .grid import Cell
+from .methods import steps_of
 from .run import RunFolder, write_beside
 
 __all__ = ["Row", "collect", "group", "summary", "table", "write"]
@@ -52,9 +53,9 @@ def _row(cell: Cell, report: Any) -> Row:
         "label": cell.label,
         "row": cell.label + "".join(f", {name} {value}" for name, value in swept.items()),
         "method": settings.method,
-        "levels": settings.levels if settings.method == "bip" else None,
         "pattern": settings.pattern,
         "scope": settings.scope,
+        **steps_of(settings),
         "sparsity": settings.sparsity,
         "kept": own["kept"],
         "total": own["total"],

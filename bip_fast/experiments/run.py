@@ -26,11 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from . import ExperimentError
-from .settings import FIELDS, Settings, option
+from .settings import FIELDS, PATHS, Settings, option
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-__all__ = ["STOP_SIGNALS", "RunFolder", "Stop", "load_into", "read_state_dict", "snapshot_name", "write_beside", "write_safetensors"]
+__all__ = [
+    "STOP_SIGNALS",
+    "DamagedCheckpoint",
+    "RunFolder",
+    "Stop",
+    "load_into",
+    "read_state_dict",
+    "snapshot_name",
+    "write_beside",
+    "write_safetensors",
+]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
 
@@ -38,6 +48,14 @@ FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors
 def snapshot_name(epoch: int | str) -> str:
     """File with the weights after so many epochs of dense training."""
     return f"epoch-{epoch}.safetensors"
+
+
+class DamagedCheckpoint(ExperimentError):
+    """A run cannot go on from its checkpoint; it could start again."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path} {what}; --overwrite starts again")
+        self.why = f"{path.name} {what}"
 
 
 class RunFolder:
@@ -54,6 +72,14 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         return (self.path / "config.json").is_file()
+
+    def began_with(self, settings: Settings) -> bool:
+        """Whether a run of these settings began here, wherever the files are that it starts from."""
+        try:
+            stored = self.read_json("config.json")
+        except ExperimentError:
+            return False
+        return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
 
     def open(self, settings: Settings, *, overwrite: bool) -> None:
         """Make the folder and write its config.
@@ -150,14 +176,14 @@ class RunFolder:
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """State of the last checkpoint on the CPU, None when the run ended before its first one."""
+        """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
         path = self.path / "checkpoint.pt"
         if not path.is_file():
             return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises nearly anything
-            raise ExperimentError(f"{path} is damaged; --overwrite starts again ({_one_line(error)})") from error
+            raise DamagedCheckpoint(path, f"is damaged ({_one_line(error)})") from error
 
 
 def write_beside(target: Path, save: Callable[[Path], object]) -> None:

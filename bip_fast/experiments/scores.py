@@ -1,9 +1,11 @@
 """Criteria that prune at one moment: what a weight is worth before anything is trained under its mask.
 
-Each gives one score per entry of every Conv and Linear weight, by name; larger is kept. The model is left as it was: everything happens on
+Each gives one score per entry of every Conv and Linear weight, by name; larger is kept; a filter, channel or block has the mean of its
+entries, also where their papers know single weights only. The model is left as it was: everything happens on
 a copy, in training mode as far as batch-norm is concerned, and no random numbers but those of the argument are drawn.
 
     magnitude   |theta|                                            no passes
+    layer       |theta| / max |theta| of its layer                 no passes               Sehwag et al. 2020 (arXiv 2002.10509), the start
     random      uniform in [0, 1)                                  no passes
     snip        |theta * g|, g = dloss/dtheta                      one batch               Lee et al. 2019 (arXiv 1810.02340), eq. 5
     grasp       theta * (H g), H = d2loss/dtheta2, softened loss   two passes a batch      Wang et al. 2020 (arXiv 2002.07376), eq. 8
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ..reference import kept
 from ..report import weights
 
-__all__ = ["Scores", "grasp", "magnitude", "random", "snip", "synflow", "to_unit_interval"]
+__all__ = ["Scores", "grasp", "layer_magnitude", "magnitude", "random", "snip", "synflow", "to_unit_interval"]
 
 Scores = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
+Select = Callable[[Scores, float], dict[str, Tensor]]  # which entries stay at a sparsity; no mask: all
 
 TEMPERATURE = 200.0  # of GraSP's softmax, as in its paper
 ROUNDS = 100  # of SynFlow, as in its paper
@@ -65,6 +66,11 @@ def to_unit_interval(scores: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 def magnitude(model: nn.Module) -> Scores:
     """|theta| of every Conv and Linear weight."""
     return {name: x.detach().abs() for name, x in weights(model)}
+
+
+def layer_magnitude(model: nn.Module) -> Scores:
+    """|theta| as a share of the largest of its layer: what Hydra's scores start from, in every layer as large."""
+    return {name: x / x.max().clamp(min=torch.finfo(x.dtype).tiny) for name, x in magnitude(model).items()}
 
 
 def random(model: nn.Module, generator: torch.Generator) -> Scores:
@@ -109,11 +115,12 @@ def grasp(model: nn.Module, batches: Sequence[Batch]) -> Scores:
         return {name: x.detach() * h for (name, x), h in zip(found, products, strict=True)}
 
 
-def synflow(model: nn.Module, shape: Sequence[int], sparsity: float, rounds: int = ROUNDS) -> Scores:
+def synflow(model: nn.Module, shape: Sequence[int], sparsity: float, select: Select, rounds: int = ROUNDS) -> Scores:
     """Synaptic flow after ``rounds`` rounds in which the density falls exponentially to ``1 - sparsity``.
 
     Args:
         shape: of one image, (channels, height, width).
+        select: masks as they are chosen in the end: rounds under another scope or pattern would remove what is then kept.
 
     Returns:
         float32 scores of the last round, divided by the largest; 0 for what an earlier round removed.
@@ -126,15 +133,16 @@ def synflow(model: nn.Module, shape: Sequence[int], sparsity: float, rounds: int
     found = weights(twin)
     params = [x for _, x in found]
     ones = torch.ones(1, *shape, dtype=torch.float64, device=params[0].device)
-    n = sum(x.numel() for x in params)
-    flow = _flow(twin, ones, params)
+    names = [name for name, _ in found]
+    flow = dict(zip(names, _flow(twin, ones, params), strict=True))
     for i in range(1, rounds):
-        mask = ops.topk_mask(torch.cat([x.flatten() for x in flow]), kept(n, 1 - (1 - sparsity) ** (i / rounds)))
+        masks = select(flow, 1 - (1 - sparsity) ** (i / rounds))
         with torch.no_grad():
-            for x, own in zip(params, mask.split([x.numel() for x in params]), strict=True):
-                x.mul_(own.view(x.shape))
-        flow = _flow(twin, ones, params)
-    return {name: own for (name, _), own in zip(found, flow, strict=True)}
+            for name, x in found:
+                if name in masks:
+                    x.mul_(masks[name])
+        flow = dict(zip(names, _flow(twin, ones, params), strict=True))
+    return flow
 
 
 def _flow(model: nn.Module, ones: Tensor, params: Sequence[Tensor]) -> list[Tensor]:

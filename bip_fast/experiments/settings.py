@@ -13,9 +13,9 @@ from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
-from .methods import METHODS
+from .methods import METHODS, stages
 
-__all__ = ["LEVELS", "PRESETS", "Settings"]
+__all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
 LEVELS = ("alternating", "joint")
 # What scores start from: |theta|, as in the paper, or theta^2 / 2, which gradient descent on theta moves by -lr*theta*g, as upper steps
@@ -48,6 +48,7 @@ class Settings:
     gamma: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    pretrain_weight_decay: float = 5e-4
     mask_momentum: float = 0.0
     score_start: str = "magnitude"
     ramp: float = 0.0
@@ -78,7 +79,9 @@ class Settings:
             own = {"sparsity": parse(given["pattern"]).sparsity or cls.sparsity} if "pattern" in given else {}
         except ValueError as error:
             raise ExperimentError(f"--{error}") from error
-        settings = cls(**{**PRESETS[data], **METHODS[method].defaults, **own, **given})
+        preset = PRESETS[data]
+        decay = given.get("weight_decay", preset.get("weight_decay", cls.weight_decay))  # not that of a method that has its own
+        settings = cls(**{**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given})
         settings.check()
         return settings
 
@@ -89,8 +92,8 @@ class Settings:
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 raise ExperimentError(f"{option(field.name)} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
         self._check_names()
-        self._check_method()
         self._check_numbers()
+        self._check_method()
 
     def _check_names(self) -> None:
         if self.checkpoint == "":
@@ -113,14 +116,15 @@ class Settings:
             raise ExperimentError(f"--rewind {self.rewind} with --checkpoint needs --rewind-checkpoint, the weights to go back to")
         if self.rewind_checkpoint and not (rewinds and self.checkpoint):
             raise ExperimentError("--rewind-checkpoint needs --checkpoint, and --rewind init or a number of epochs")
-        if self.method == "imp" and not self.sparsity:
-            raise ExperimentError("--sparsity must be more than 0 with --method imp, got 0")
-        if self.method == "imp" and parse(self.pattern).sparsity is not None:
-            raise ExperimentError(f"--method imp prunes in rounds, and --pattern {self.pattern} has one sparsity only")
+        if method.in_rounds and not self.sparsity:
+            raise ExperimentError(f"--sparsity must be more than 0 with --method {self.method}, got 0")
+        if method.any_sparsity and parse(self.pattern).sparsity is not None:
+            raise ExperimentError(f"--method {self.method} prunes in rounds, and --pattern {self.pattern} has one sparsity only")
         if rewinds and self.rewind != "init":
-            trained = min(self.pretrain_epochs, self.pretrain_epochs if self.method == "bip" else self.epochs)
-            if int(str(self.rewind)) >= trained:
-                raise ExperimentError(f"--rewind must be an epoch before the last of {trained}, got {self.rewind}")
+            epoch, end = int(str(self.rewind)), self.pretrain_epochs
+            trained = min([end, *(stage.recipe.epochs for stage in stages(self) if stage.rewind)])
+            if epoch >= trained and epoch != end:
+                raise ExperimentError(f"--rewind must be an epoch before the last of {trained}, or {end}, the trained network, got {epoch}")
 
     def _check_numbers(self) -> None:
         if self.seed >= 2**63:
@@ -138,7 +142,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ExperimentError(f"{option(name)} must be at least {least}, got {value}")
-        for name in ("pretrain_lr", "lr", "mask_lr", "weight_decay"):
+        for name in ("pretrain_lr", "lr", "mask_lr", "weight_decay", "pretrain_weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ExperimentError(f"{option(name)} must be 0 or more, got {value:g}")
@@ -182,3 +186,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"model": "resnet50", "pretrain_epochs": 90, "epochs": 90, "batch_size": 256, "pretrain_lr": 0.1, "weight_decay": 1e-4},
 }
 FIELDS = tuple(field.name for field in fields(Settings))
+PATHS = ("checkpoint", "rewind_checkpoint")  # that say where something is, not what

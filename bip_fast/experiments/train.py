@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Recipe:
         lr, mask_lr: step sizes at the start, for weights and scores.
         freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
         first_epoch: of the schedule, that a rewound stage starts with.
+        weight_decay: of the optimizer that it is trained with.
     """
 
     stage: str
@@ -44,6 +46,7 @@ class Recipe:
     mask_lr: float = 0.0
     freeze: float = 1.0
     first_epoch: int = 0
+    weight_decay: float = 0.0
 
 
 @dataclass
@@ -56,6 +59,17 @@ class Cursor:
     seconds: float = 0.0
     flags: dict[str, Tensor] = field(default_factory=dict)  # which weights were kept when the epoch began
     history: list[dict[str, float]] = field(default_factory=list)
+    began: float = 0.0  # when the time that is not in ``seconds`` yet began
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside takes no time of the stage. Waits first until the device has done what it was given, which does."""
+        self.sums.cpu()
+        self.seconds += time.perf_counter() - self.began
+        try:
+            yield
+        finally:
+            self.began = time.perf_counter()
 
     def running(self) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch so far, or of the last one; waits for the device."""
@@ -80,7 +94,9 @@ class Cursor:
         self.flags = flags
 
     def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "sums": self.sums.cpu(), "flags": {name: x.cpu() for name, x in self.flags.items()}}
+        state = {**vars(self), "sums": self.sums.cpu(), "flags": {name: x.cpu() for name, x in self.flags.items()}}
+        del state["began"]
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Cursor:
@@ -147,7 +163,7 @@ def train(
     Args:
         optimizer: `torch.optim.SGD`, or `FastBiP`, whose masks are frozen at ``recipe.freeze``.
         cursor: moved in place.
-        after_step: may raise to stop between two batches.
+        after_step: may raise to stop between two batches; its time counts, but for what it does in `Cursor.aside`.
         before_step: is told the batches done and all batches of the schedule; may change the optimizer's options and scores.
         amp: bfloat16 autocast.
         say: is told once, and why, when the iterations cannot be graphs although the device has them.
@@ -162,7 +178,7 @@ def train(
     said = iteration.reason is not None  # a device without graphs is no news
     model.train()
     while cursor.epoch < recipe.epochs:
-        began = time.perf_counter()
+        cursor.began = time.perf_counter()
         batches = data.epoch(recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
         while cursor.step < steps:
             done = cursor.epoch * steps + cursor.step
@@ -177,10 +193,10 @@ def train(
                 say(f"no CUDA graphs: {iteration.reason}")
                 said = True
             cursor.step += 1
-            cursor.seconds += time.perf_counter() - began
-            if cursor.step == steps:
-                cursor.end_epoch(model, lr)
+            if cursor.step < steps:
                 after_step(cursor)
-                break
+                continue
+            with cursor.aside():
+                cursor.end_epoch(model, lr)
             after_step(cursor)
-            began = time.perf_counter()
+            break

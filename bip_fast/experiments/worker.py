@@ -1,13 +1,14 @@
 """A process that runs one cell of a comparison after another, and tells its parent how far it is.
 
-Ctrl-C reaches only the parent, which asks it to stop with one SIGTERM; a parent that is gone counts as one. Data sets stay loaded from
-cell to cell.
+Ctrl-C reaches only the parent, which asks it to stop with one SIGTERM: it saves where the run stands, and ends. A parent that is gone
+counts as one. Data sets stay loaded from cell to cell.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -20,20 +21,21 @@ from typing import Any, NamedTuple
 import torch
 
 from . import ExperimentError, data, display
-from .run import RunFolder, Stop, snapshot_name
+from .run import DamagedCheckpoint, RunFolder, Stop, snapshot_name
 from .settings import Settings
 
 __all__ = ["Order", "finished", "work"]
 
 
 class Order(NamedTuple):
-    """A run to do: into ``folder``, from the networks in the folders ``parent`` and ``dense``."""
+    """A run to do: into ``folder``, from the networks in the folders ``parent``, of sparsity ``start``, and ``dense``."""
 
     address: str
     settings: Settings
     folder: Path
     parent: Path | None
     dense: Path | None
+    start: float
     snapshots: Collection[int]
 
 
@@ -60,6 +62,10 @@ class _Telling(display.Display):
         self.last = time.monotonic()
         self._tell("progress", (done / self.total, f"{stage} {epoch}, loss {loss:.3f}, accuracy {100 * accuracy:.1f} %"))
 
+    def note(self, text: str) -> None:
+        """A line that the parent shows."""
+        self._tell("note", text)
+
     def _tell(self, kind: str, what: object) -> None:
         try:
             self.pipe.send((kind, self.address, what))
@@ -81,8 +87,8 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
         try:
             _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address), alone)
             answer = ("done", order.address, None)
-        except Stop:
-            answer = ("stopped", order.address, None)
+        except Stop:  # the end of the pipe says so
+            return
         except ExperimentError as error:
             answer = ("failed", order.address, str(error))
         except Exception as error:  # of the user's model, or a defect: the other runs go on
@@ -95,10 +101,9 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             return
 
 
-def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: display.Display, alone: bool) -> None:
+def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telling, alone: bool) -> None:
     from .prune import Job
 
-    folder = RunFolder(order.folder)
     settings = order.settings
     if order.parent is not None:
         settings = replace(settings, checkpoint=str(order.parent / "model.safetensors"))
@@ -106,15 +111,35 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: displa
             epoch = 0 if settings.rewind == "init" else settings.rewind
             settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
     settings.check()
-    options: dict[str, Any] = {"snapshots": order.snapshots, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
-    job = Job(settings, folder, loaded, device, shown, **options)
-    try:
-        if folder.begun and not folder.finished:
-            job.resume()
-        else:
-            job.start()
-            folder.open(settings, overwrite=True)
-        job.run()
-        (order.folder / "checkpoint.pt").unlink(missing_ok=True)
-    finally:
-        folder.release()
+    options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
+
+    def go(path: Path, snapshots: Collection[int], until: int | None = None, afresh: bool = False) -> None:
+        folder = RunFolder(path)
+        job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
+        try:
+            same = folder.began_with(settings)
+            if folder.begun and not same:
+                shown.note("began with other settings; it starts afresh")
+            if same and not afresh:
+                job.resume()
+            else:
+                job.start()
+                folder.open(settings, overwrite=True)
+            job.run()
+        except DamagedCheckpoint as error:
+            folder.release()
+            shown.note(f"{error.why}; it starts afresh")
+            go(path, snapshots, until, afresh=True)
+        finally:
+            folder.release()
+
+    if not RunFolder(order.folder).finished:
+        go(order.folder, order.snapshots)
+    (order.folder / "checkpoint.pt").unlink(missing_ok=True)
+    missing = sorted(epoch for epoch in order.snapshots if not (order.folder / snapshot_name(epoch)).is_file())
+    if missing:  # another file asks for them: trained again beside the finished run, as far as they go
+        beside = order.folder / f"until-{'-'.join(map(str, missing))}"
+        go(beside, missing, until=missing[-1])
+        for epoch in missing:
+            os.replace(beside / snapshot_name(epoch), order.folder / snapshot_name(epoch))
+        shutil.rmtree(beside)
