@@ -106,7 +106,12 @@ def test_an_address_is_what_decides_the_result(tmp_path):
     assert {cell.address for cell in grid.read(written(tmp_path, same)).rows} == first
     default = TINY.replace("width: 2", f"width: 2\nmomentum: {Settings.momentum}")
     assert {cell.address for cell in grid.read(written(tmp_path, default)).rows} == first
-    for change in ("pretrain_epochs: 2|pretrain_epochs: 3", "width: 2|width: 3", "data: digits|data: digits\nstride: 2"):
+    for change in (
+        "pretrain_epochs: 2|pretrain_epochs: 3",
+        "width: 2|width: 3",
+        "data: digits|data: digits\nstride: 2",
+        "seed:|threads: 2\nseed:",
+    ):
         other = {cell.address for cell in grid.read(written(tmp_path, TINY.replace(*change.split("|")))).rows}
         assert not other & first, change
     defaults = dict(Settings.__dataclass_fields__)
@@ -303,6 +308,26 @@ def test_a_run_whose_folder_is_not_complete_is_not_done(tmp_path, monkeypatch, c
     text = "data: digits\nwidth: 2\nbatch_size: 200\npretrain_epochs: 1\nepochs: 1\nmethods: {bip: }"
     assert compare(written(tmp_path, text), tmp_path / "out", "--jobs", "1") == 1
     assert "it ended, but its folder is not complete" in capsys.readouterr().err
+
+
+SHORT = """
+data: digits
+model: resnet20
+width: 2
+train_images: 200
+batch_size: 200
+pretrain_epochs: 1
+epochs: 1
+methods:
+"""
+
+
+def test_threads_are_a_setting_and_not_what_jobs_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    for jobs, settings, threads in (("1", "", 1), ("2", "threads: 2", 2)):
+        assert compare(written(tmp_path, SHORT + f"  random: {{{settings}}}"), tmp_path / jobs, "--jobs", jobs) == 0
+        (row,) = rows_of(tmp_path / jobs / "runs.csv")
+        assert row["device"] == f"CPU, {threads} threads"
 
 
 def start_process(config, out):

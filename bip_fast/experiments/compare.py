@@ -45,7 +45,6 @@ class Comparison:
         data_dir: of the data sets.
         device: name of the device of all runs.
         jobs: runs at the same time.
-        threads: of each of them, on a CPU.
         shown: tells a person how far it is.
         after_cell: called when another run is finished.
     """
@@ -55,7 +54,6 @@ class Comparison:
     data_dir: Path | None
     device: str
     jobs: int
-    threads: int
     shown: Progress
     after_cell: Callable[[], None] = lambda: None
     failed: dict[str, str] = field(default_factory=dict)
@@ -130,7 +128,7 @@ class Comparison:
         # Spawned: threads and CUDA do not survive a fork. No daemon: those may not have children, and images are loaded by some.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads, self.jobs == 1))
+        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.jobs == 1))
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child inherits: Ctrl-C is for this process alone
         try:
             process.start()

@@ -28,7 +28,7 @@ FORMAT = 2  # enters every address: one more when the same settings mean another
 # All that decides a dense network.
 DENSE = (
     "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum",
-    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp",
+    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp", "threads",
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
     for label, own in content["methods"].items():
         if not isinstance(own, (dict, type(None))):
             raise ExperimentError(f"{path}: methods: {label}: expected settings, got {own!r}")
-        given = {**shared, **(own or {})}
+        given = {"threads": 1, **shared, **(own or {})}  # a fixed number, whatever else runs at the same time
         given.setdefault("method", str(label))
         grid.add_row(str(label), given)
     return Grid(path.stem, grid.cells, grid.snapshots)

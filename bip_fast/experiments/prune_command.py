@@ -117,6 +117,9 @@ def add_options(commands: Any) -> None:
 
     run = prune.add_argument_group("the run")
     run.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    run.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads; sums, and so results, depend on their number; default: one for each core"
+    )
     run.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/<data>-<model>-<sparsity>-seed<seed>")
     run.add_argument(
         "--resume", nargs="?", type=Path, const=None, metavar="DIR", help="continue the run in DIR, or in the folder that the options name"
@@ -151,6 +154,8 @@ def command(options: dict[str, Any], device: torch.device) -> int:
         print(f"{path} is finished; --overwrite runs it again", file=sys.stderr)
         print_result(folder.read_json("report.json"), folder.path)
         return 0
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     data = load(settings.data, options.get("data_dir"))
     kernels()  # before anything is trained
     job = Job(settings, folder, data, device, display.make())

@@ -61,6 +61,7 @@ class Settings:
     validate: bool = False
     validation_images: int = VALIDATION_IMAGES
     amp: bool = False
+    threads: int | None = None  # of the CPU, which order the sums; None: as many as torch takes
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Settings:
@@ -137,7 +138,7 @@ class Settings:
             raise ExperimentError(f"--sparsity must be {own:g} with --pattern {self.pattern}, got {self.sparsity:g}")
         least_epochs = 0 if self.method == "dense" else 1
         leasts = {"pretrain_epochs": 0, "epochs": least_epochs, "batch_size": 2, "seed": 0, "width": 1, "train_images": 1, "stride": 1}
-        leasts["validation_images"] = 1
+        leasts |= {"validation_images": 1, "threads": 1}
         for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and value < least:

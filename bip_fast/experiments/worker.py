@@ -73,9 +73,8 @@ class _Telling(display.Display):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int, alone: bool) -> None:
+def work(pipe: Connection, data_dir: Path | None, device_name: str, alone: bool) -> None:
     """Take orders from ``pipe`` until it closes; ``alone``: no other process does."""
-    torch.set_num_threads(threads)
     device = torch.device(device_name)
     load = functools.lru_cache(maxsize=2)(data.load)
     while True:
@@ -83,6 +82,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             order: Order = pipe.recv()
         except (EOFError, OSError):
             return
+        torch.set_num_threads(order.settings.threads or 1)
         answer: tuple[str, str, str | None]
         try:
             _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address), alone)
