@@ -191,6 +191,12 @@ def test_lists_inside_of_a_method_are_swept(tmp_path):
     assert {cell.swept for cell in rows} == {(("levels", a), ("gamma", b)) for a in ("joint", "alternating") for b in (0.5, 1.0, 2.0)}
 
 
+def test_a_list_of_methods_prunes_all_but_dense(tmp_path):
+    text = TINY.replace("BiP: {method: bip, levels: joint}", "both: {method: [dense, bip]}")
+    rows = [(cell.settings.method, cell.settings.sparsity) for cell in grid.read(written(tmp_path, text)).rows if cell.label == "both"]
+    assert sorted(rows) == sorted(2 * [("dense", 0.0), ("bip", 0.5), ("bip", 0.8)])
+
+
 BAD = {
     "methods: {}": "must have settings and `methods:`",
     "just text": "must have settings and `methods:`",

@@ -151,11 +151,11 @@ class _Builder:
         for name, given_values in lists.items():
             if not given_values:
                 raise ExperimentError(f"{self.path}: methods: {label}: {name} must have a value, got an empty list")
-        if "dense" in lists["method"]:
-            lists["sparsity"] = [0.0]
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
         for values in itertools.product(*lists.values()):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
+            if combination["method"] == "dense":
+                combination["sparsity"] = 0.0
             self._add(label, combination, tuple((name, combination[name]) for name in swept))
 
     def _add(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...]) -> None:
