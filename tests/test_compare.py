@@ -477,6 +477,7 @@ def test_jobs_must_be_positive(tmp_path, capsys):
 
 def row(label="BiP", sparsity=0.9, seed=0, accuracy=0.8, **more):
     base = {"data": "digits", "model": "resnet20", "width": None, "label": label, "row": label, "sparsity": sparsity, "seed": seed}
+    base["method"] = "dense" if label == "dense" else "bip"
     figures_ = {"accuracy": accuracy, "dense_accuracy": 0.9, "sparsity_exact": sparsity, "epochs_total": 4.0, "seconds_total": 90.0}
     return {**base, **figures_, "joules_total": None, **more}
 
@@ -490,6 +491,13 @@ def test_means_and_deviations():
     assert "| BiP | 85.00 ± 7.07 | 4 | 1.5 |" in text
     assert "| IMP | 70.00 | 40 | 1.5 |" in text
     assert "| dense | 95.00 | 4 | 1.5 |" in text
+
+
+def test_only_dense_networks_stand_under_other_sparsities():
+    text = results.table([row("dense", 0.0, accuracy=0.95), row(sparsity=0.0, accuracy=0.94), row(), row("IMP", 0.0, accuracy=0.93)])
+    assert "| digits, resnet20 | 0 % | 90 % | epochs |" in text
+    for line in ("| dense | 95.00 | 95.00 |", "| BiP | 94.00 | 80.00 |", "| IMP | 93.00 |  |"):
+        assert line in text
 
 
 def test_pictures(finished, tmp_path):

@@ -86,7 +86,7 @@ def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
         axes.plot(ends, [mean, mean], color="black", linestyle="--", linewidth=1.2, label=f"dense, where they start ({mean:.2f})")
         axes.fill_between(ends, mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
     for line in part:
-        if not line["sparsity"] and line["epochs_total"] > min(other["epochs_total"] for other in part):  # dense, trained for longer
+        if line["method"] == "dense" and line["epochs_total"] > min(other["epochs_total"] for other in part):  # dense, trained for longer
             value = 100 * line["accuracy"]
             axes.plot(ends, [value, value], color="black", linestyle=":", linewidth=1.2, label=f"{line['row']} ({value:.2f})")
     for row, own, style in _lines(part):

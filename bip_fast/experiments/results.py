@@ -91,7 +91,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     """Mean and sample standard deviation over seeds; a deviation needs two."""
     found = []
     for key, own in group(rows).items():
-        line: Row = {**dict(zip(GROUP, key, strict=True)), "seeds": len(own)}
+        line: Row = {**dict(zip(GROUP, key, strict=True)), "method": own[0]["method"], "seeds": len(own)}
         for name in ("accuracy", "dense_accuracy", "sparsity_exact", "epochs_total", "seconds_total", "joules_total"):
             values = [row[name] for row in own if row[name] is not None]
             line[name] = statistics.mean(values) if values else None
@@ -120,12 +120,13 @@ def write(rows: Sequence[Row], out: Path) -> list[Path]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: for each data set and model, a line for each method, a column for each sparsity: accuracy in percent, mean and standard
-    deviation over seeds; then cost, of the sparsest where it differs: epochs of forward and backward passes, and minutes."""
+    deviation over seeds, that of a dense network in each; then cost, of the sparsest where it differs: epochs of forward and backward
+    passes, and minutes."""
     lines: list[str] = []
     found = summary(rows)
     for where in dict.fromkeys((line["data"], line["model"], line["width"]) for line in found):
         part = [line for line in found if (line["data"], line["model"], line["width"]) == where]
-        sparsities = sorted({line["sparsity"] for line in part if line["sparsity"]})
+        sparsities = sorted({line["sparsity"] for line in part if line["method"] != "dense"})
         name = f"{where[0]}, {where[1]}" + (f" of width {where[2]}" if where[2] else "")
         lines += [
             f"| {name} | " + " | ".join(f"{100 * s:.4g} %" for s in sparsities) + " | epochs | minutes |",
@@ -133,7 +134,7 @@ def table(rows: Sequence[Row]) -> str:
         ]
         for row in dict.fromkeys(line["row"] for line in part):
             own = {line["sparsity"]: line for line in part if line["row"] == row}
-            cells = [_accuracy(own.get(s, own.get(0.0))) for s in sparsities]
+            cells = [_accuracy(own.get(0.0 if own[max(own)]["method"] == "dense" else s)) for s in sparsities]
             last = own[max(own)]
             lines.append(f"| {row} | " + " | ".join(cells) + f" | {last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g} |")
         lines.append("")
