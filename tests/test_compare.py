@@ -197,7 +197,25 @@ def test_a_list_of_methods_prunes_all_but_dense(tmp_path):
     assert sorted(rows) == sorted(2 * [("dense", 0.0), ("bip", 0.5), ("bip", 0.8)])
 
 
+def test_labels_of_the_same_settings_are_rows_of_one_run(tmp_path):
+    text = TINY.replace("  random:", "  random:\n  again: {method: random}\n  unpruned: {method: dense, epochs: 0}")
+    found = grid.read(written(tmp_path, text))
+    assert found.cells.keys() == grid.read(written(tmp_path)).cells.keys()
+    by_label = {label: [cell.address for cell in found.rows if cell.label == label] for label in ("random", "again", "dense", "unpruned")}
+    assert by_label["random"] == by_label["again"]
+    assert len(by_label["random"]) == 4
+    assert by_label["dense"] == by_label["unpruned"]
+
+
+def test_a_dense_network_is_a_row_for_each_setting_that_decides_it(tmp_path):
+    text = TINY.replace("pretrain_epochs: 2", "pretrain_epochs: [2, 3]\ngamma: [1.0, 2.0]")
+    rows = [(cell.swept, cell.settings.seed) for cell in grid.read(written(tmp_path, text)).rows if cell.label == "dense"]
+    assert sorted(rows) == [((("pretrain_epochs", n),), seed) for n in (2, 3) for seed in (0, 1)]
+
+
 BAD = {
+    "seed: [0, 1, 0]\nmethods: {bip: }": "methods: bip: seed lists 0 twice",
+    "lr: [1, 1.0]\nmethods: {bip: }": "methods: bip: lr lists 1.0 twice",
     "methods: {}": "must have settings and `methods:`",
     "just text": "must have settings and `methods:`",
     "a: [": "is not YAML",

@@ -96,16 +96,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs of a file by address, each after the one it starts from; ``snapshots``: epochs of dense runs that others rewind to."""
+    """What a file stands for.
+
+    Args:
+        cells: runs by address, each after the one it starts from.
+        snapshots: epochs of dense runs that others rewind to.
+        rows: of the results; several may be of one run.
+    """
 
     name: str
     cells: dict[str, Cell]
     snapshots: dict[str, set[int]]
-
-    @property
-    def rows(self) -> list[Cell]:
-        """Runs that have a place in the results."""
-        return [cell for cell in self.cells.values() if cell.label]
+    rows: list[Cell]
 
 
 def read(path: Path, data_dir: Path | None = None) -> Grid:
@@ -133,7 +135,7 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
         given = {"threads": 1, **shared, **(own or {})}  # a fixed number, whatever else runs at the same time
         given.setdefault("method", str(label))
         grid.add_row(str(label), given)
-    return Grid(path.stem, grid.cells, grid.snapshots)
+    return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()))
 
 
 class _Builder:
@@ -141,6 +143,7 @@ class _Builder:
         self.path, self.fingerprint = path, fingerprint
         self.cells: dict[str, Cell] = {}
         self.snapshots: dict[str, set[int]] = {}
+        self.rows: dict[tuple[Any, ...], Cell] = {}
 
     def add_row(self, label: str, given: Mapping[str, Any]) -> None:
         """All runs of a label."""
@@ -151,6 +154,8 @@ class _Builder:
         for name, given_values in lists.items():
             if not given_values:
                 raise ExperimentError(f"{self.path}: methods: {label}: {name} must have a value, got an empty list")
+            if (twice := next((x for i, x in enumerate(given_values) if x in given_values[:i]), None)) is not None:
+                raise ExperimentError(f"{self.path}: methods: {label}: {name} lists {twice!r} twice")
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
         for values in itertools.product(*lists.values()):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
@@ -173,10 +178,11 @@ class _Builder:
                 parent = self.cells.setdefault(parent.address, parent)
         cell = Cell(label, settings, parent, dense, swept, files)
         if settings.method == "dense" and not settings.epochs and dense is not None:
-            cell = replace(dense, label=label)
+            cell = replace(dense, label=label, swept=tuple((name, value) for name, value in swept if name in DENSE))
         elif dense is not None and settings.rewind not in (None, "lr"):
             self.snapshots[dense.address].add(first_epoch(settings))
         self.cells[cell.address] = cell
+        self.rows[label, cell.swept, cell.address] = cell
 
     def _dense(self, settings: Settings) -> Cell:
         """The dense run that a method with these settings starts from."""
