@@ -214,6 +214,10 @@ def test_a_dense_network_is_a_row_for_each_setting_that_decides_it(tmp_path):
 
 
 BAD = {
+    "seed: 0\nmethods: {bip: }\nseed: 1": "tiny.yaml, line 3: 'seed' is there twice",
+    "methods:\n  bip:\n  random:\n  bip: {lr: 1.0}": "tiny.yaml, line 4: 'bip' is there twice",
+    "methods: {1: {method: bip}, '1': {method: random}}": "line 1: '1' is there twice",
+    "methods: {bip: {lr: 1.0, epochs: 2, lr: 2.0}}": "line 1: 'lr' is there twice",
     "seed: [0, 1, 0]\nmethods: {bip: }": "methods: bip: seed lists 0 twice",
     "lr: [1, 1.0]\nmethods: {bip: }": "methods: bip: lr lists 1.0 twice",
     "methods: {}": "must have settings and `methods:`",

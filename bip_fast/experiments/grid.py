@@ -120,6 +120,8 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
 
     try:
         text = path.read_text()
+        if repeated := _repeated_key(yaml.compose(text, yaml.SafeLoader)):
+            raise ExperimentError(f"{path}, line {repeated.start_mark.line + 1}: {repeated.value!r} is there twice")
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -136,6 +138,20 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
         given.setdefault("method", str(label))
         grid.add_row(str(label), given)
     return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()))
+
+
+def _repeated_key(node: Any, depth: int = 3) -> Any:
+    """The first node that repeats a key, of which YAML would keep the last; None if there is none. ``depth``: file, methods, a method."""
+    if node is None or node.id != "mapping" or not depth:
+        return None
+    keys: set[str] = set()
+    for key, value in node.value:
+        if str(key.value) in keys:
+            return key
+        keys.add(str(key.value))
+        if (inner := _repeated_key(value, depth - 1)) is not None:
+            return inner
+    return None
 
 
 class _Builder:
