@@ -268,6 +268,14 @@ def test_a_run_that_diverges_says_so(tmp_path, capsys):
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+def test_a_run_whose_last_step_diverges_says_so(tmp_path, capsys):
+    """The loss of a batch is taken before its step."""
+    options = ["--batch-size", "2000", "--epochs", "1", "--lr", "1e30"]
+    assert prune(tmp_path / "run", *options) == 2
+    assert "the test loss is nan; smaller --lr" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
     """As long as one run has it, also with --overwrite and --resume."""
     holder = RunFolder(tmp_path)

@@ -38,7 +38,7 @@ from .run import (
     write_safetensors,
 )
 from .settings import Settings
-from .train import Cursor, evaluate, train
+from .train import Cursor, check_finite, evaluate, train
 
 __all__ = ["Job"]
 
@@ -307,6 +307,7 @@ class Job:
 
     def _score(self, name: str) -> None:
         score = evaluate(self.model, self.data)
+        check_finite(score.loss, self._part)
         self.done["scores"][name] = {"accuracy": score.accuracy, "loss": score.loss}
         self.shown.say(f"{name}: {100 * score.accuracy:.2f} % of the {self._part} images right")
 
