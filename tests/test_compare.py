@@ -41,6 +41,18 @@ methods:
 """
 
 
+SHORT = """
+data: digits
+model: resnet20
+width: 2
+train_images: 200
+batch_size: 200
+pretrain_epochs: 1
+epochs: 1
+methods:
+"""
+
+
 def written(folder, text=TINY, name="tiny.yaml"):
     path = folder / name
     path.write_text(text)
@@ -292,6 +304,34 @@ def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")} == stamps
 
 
+DAMAGE = {
+    "report.json is damaged": lambda folder: (folder / "report.json").write_bytes((folder / "report.json").read_bytes()[:100]),
+    "it has no layers": lambda folder: (folder / "report.json").write_text("{}"),
+    "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "model.safetensors is damaged": lambda folder: os.truncate(folder / "model.safetensors", 4000),
+    "epoch-1.safetensors is damaged": lambda folder: os.truncate(folder / "epoch-1.safetensors", 4000),
+}
+
+
+def test_a_run_whose_files_are_damaged_is_run_again(tmp_path, capsys):
+    text = f"seed: {[*range(len(DAMAGE))]}{SHORT}  omp: {{rewind: 1}}".replace("epochs: 1", "epochs: 2")
+    config, out = written(tmp_path, text), tmp_path / "out"
+    assert compare(config, out) == 0
+    folders = sorted(path.parent for path in out.glob("*/epoch-1.safetensors"))
+    before = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    for folder, damage in zip(folders, DAMAGE.values(), strict=True):
+        damage(folder)
+    capsys.readouterr()
+    assert compare(config, out, "--list") == 0
+    assert capsys.readouterr().out.count("to do") == len(DAMAGE) + 1
+    assert compare(config, out) == 0
+    shown = capsys.readouterr().err
+    for folder, what in zip(folders, DAMAGE, strict=True):
+        assert len([line for line in shown.splitlines() if line.startswith(folder.name) and what in line and "run again" in line]) == 1
+    assert [(folder / "model.safetensors").read_bytes() for folder in folders] == before
+    assert len(rows_of(out / "runs.csv")) == len(DAMAGE)
+
+
 @pytest.mark.parametrize(
     ("label", "own"), [("BiP", ["--levels", "joint"]), ("imp", ["--method", "imp", "--rewind", "1", "--per-round", "0.5"])]
 )
@@ -336,18 +376,6 @@ def test_a_run_whose_folder_is_not_complete_is_not_done(tmp_path, monkeypatch, c
     text = "data: digits\nwidth: 2\nbatch_size: 200\npretrain_epochs: 1\nepochs: 1\nmethods: {bip: }"
     assert compare(written(tmp_path, text), tmp_path / "out", "--jobs", "1") == 1
     assert "it ended, but its folder is not complete" in capsys.readouterr().err
-
-
-SHORT = """
-data: digits
-model: resnet20
-width: 2
-train_images: 200
-batch_size: 200
-pretrain_epochs: 1
-epochs: 1
-methods:
-"""
 
 
 def test_threads_are_a_setting_and_not_what_jobs_leave(tmp_path, monkeypatch):

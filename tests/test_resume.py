@@ -203,6 +203,14 @@ def test_a_resume_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, opti
     assert message in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("text", ["{}", '{"layers": [', "[]"])
+def test_a_finished_run_with_a_damaged_report_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "report.json").write_text(text)
+    assert cli.main(["prune", "--resume", str(tmp_path)]) == 2
+    assert "report.json is damaged" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_is_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(display, "make", lambda: Interrupting(3))
     assert prune(tmp_path) == 130

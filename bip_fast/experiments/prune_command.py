@@ -152,7 +152,7 @@ def command(options: dict[str, Any], device: torch.device) -> int:
     settings = folder.settings(given) if resume else Settings.of(given)
     if resume and folder.finished:
         print(f"{path} is finished; --overwrite runs it again", file=sys.stderr)
-        print_result(folder.read_json("report.json"), folder.path)
+        print_result(folder.read_report(), folder.path)
         return 0
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -27,7 +27,7 @@ def collect(comparison: Comparison) -> list[Row]:
 
     def report(cell: Cell) -> Row:
         if cell.address not in reports:
-            reports[cell.address] = RunFolder(comparison.folder(cell)).read_json("report.json")
+            reports[cell.address] = RunFolder(comparison.folder(cell)).read_report()
         return reports[cell.address]
 
     return [_row(cell, report) for cell in comparison.grid.rows if _all_there(comparison, cell)]

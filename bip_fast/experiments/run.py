@@ -43,6 +43,11 @@ __all__ = [
 ]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+# What others read of a report.
+REPORT = {
+    "layers": list, "kept": int, "total": int, "sparsity": float, "evaluated_on": str, "images": dict, "pruned": dict, "image_passes": dict,
+    "seconds": dict, "joules": dict, "versions": dict, "device": str,
+}  # fmt: skip
 
 
 def snapshot_name(epoch: int | str) -> str:
@@ -158,6 +163,34 @@ class RunFolder:
         if not isinstance(value, dict):
             raise ExperimentError(f"{self.path / name} is damaged: expected an object")
         return value
+
+    def read_report(self) -> dict[str, Any]:
+        """Content of report.json.
+
+        Raises:
+            ExperimentError: it is damaged.
+        """
+        value = self.read_json("report.json")
+        for name, kind in REPORT.items():
+            if not isinstance(value.get(name), kind):
+                raise ExperimentError(f"{self.path / 'report.json'} is damaged: it has no {name}")
+        return value
+
+    def damaged(self) -> dict[Path, str]:
+        """The files of a finished run that others want to read and cannot, and why."""
+        from safetensors import safe_open
+
+        found = {}
+        for path in (self.path / "report.json", self.path / "model.safetensors", *self.path.glob(snapshot_name("*"))):
+            try:
+                if path.suffix == ".json":
+                    self.read_report()
+                else:
+                    with safe_open(path, "pt"):  # reads where its tensors are, which must be in the file
+                        pass
+            except Exception as error:  # safetensors raises errors of many kinds
+                found[path] = f"{path.name} is {'damaged' if path.exists() else 'missing'} ({_one_line(error)})"
+        return found
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
