@@ -225,7 +225,14 @@ def test_a_dense_network_is_a_row_for_each_setting_that_decides_it(tmp_path):
     assert sorted(rows) == [((("pretrain_epochs", n),), seed) for n in (2, 3) for seed in (0, 1)]
 
 
+def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
+    text = 'pattern: "2:4"\nmethods: {dense: {epochs: 0}, bip: , "dense, longer": {method: dense, epochs: 2}}'
+    rows = {cell.label: (cell.settings.sparsity, cell.settings.pattern) for cell in grid.read(written(tmp_path, text)).rows}
+    assert rows == {"dense": (0.0, "unstructured"), "bip": (0.5, "2:4"), "dense, longer": (0.0, "unstructured")}
+
+
 BAD = {
+    "pattern: 2:4\nmethods: {bip: }": "got 124: YAML takes it for a number, quote it",
     "seed: 0\nmethods: {bip: }\nseed: 1": "tiny.yaml, line 3: 'seed' is there twice",
     "methods:\n  bip:\n  random:\n  bip: {lr: 1.0}": "tiny.yaml, line 4: 'bip' is there twice",
     "methods: {1: {method: bip}, '1': {method: random}}": "line 1: '1' is there twice",

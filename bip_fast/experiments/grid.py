@@ -176,7 +176,7 @@ class _Builder:
         for values in itertools.product(*lists.values()):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
             if combination["method"] == "dense":
-                combination["sparsity"] = 0.0
+                combination |= {"sparsity": 0.0, "pattern": Settings.pattern}
             self._add(label, combination, tuple((name, combination[name]) for name in swept))
 
     def _add(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...]) -> None:
@@ -185,7 +185,10 @@ class _Builder:
         try:
             settings = Settings.of(given)
         except ExperimentError as error:
-            raise ExperimentError(f"{self.path}: methods: {label}: {str(error).removeprefix('--')}") from error
+            message = str(error).removeprefix("--")
+            if isinstance(given.get("pattern"), int) and message.startswith("pattern"):
+                message += ": YAML takes it for a number, quote it"
+            raise ExperimentError(f"{self.path}: methods: {label}: {message}") from error
         dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
         parent, files = dense, self.fingerprint(settings.data)
         if METHODS[settings.method].in_rounds:

@@ -77,9 +77,10 @@ class Settings:
         if method not in METHODS:
             raise ExperimentError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         try:
-            own = {"sparsity": parse(given["pattern"]).sparsity or cls.sparsity} if "pattern" in given else {}
+            sparsity = parse(given.get("pattern", cls.pattern)).sparsity
         except ValueError as error:
             raise ExperimentError(f"--{error}") from error
+        own = {} if sparsity is None else {"sparsity": sparsity}
         preset = PRESETS[data]
         decay = given.get("weight_decay", preset.get("weight_decay", cls.weight_decay))  # not that of a method that has its own
         settings = cls(**{**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given})
