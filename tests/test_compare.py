@@ -534,7 +534,7 @@ def test_jobs_must_be_positive(tmp_path, capsys):
 
 def row(label="BiP", sparsity=0.9, seed=0, accuracy=0.8, **more):
     base = {"data": "digits", "model": "resnet20", "width": None, "label": label, "row": label, "sparsity": sparsity, "seed": seed}
-    base["method"] = "dense" if label == "dense" else "bip"
+    base |= {"method": "dense" if label == "dense" else "bip", "pattern": "unstructured"}
     figures_ = {"accuracy": accuracy, "dense_accuracy": 0.9, "sparsity_exact": sparsity, "epochs_total": 4.0, "seconds_total": 90.0}
     return {**base, **figures_, "joules_total": None, **more}
 
@@ -555,6 +555,25 @@ def test_only_dense_networks_stand_under_other_sparsities():
     assert "| digits, resnet20 | 0 % | 90 % | epochs |" in text
     for line in ("| dense | 95.00 | 95.00 |", "| BiP | 94.00 | 80.00 |", "| IMP | 93.00 |  |"):
         assert line in text
+
+
+@pytest.mark.parametrize(
+    ("patterns", "head", "axis"),
+    [
+        (["unstructured", "2:4"], "| 50 % | 90 % |", "zeros among all Conv and Linear weights, %"),
+        (["filter"], "| 50 % of the filters | 90 % of the filters |", "share of the filters that is pruned, %"),
+        (["channel", "block:4x4"], "| 50 % of the input channels or blocks |", "share of the input channels or blocks that is pruned, %"),
+    ],
+)
+def test_tables_and_pictures_say_what_a_sparsity_is_of(patterns, head, axis):
+    from matplotlib.figure import Figure
+
+    rows = [row(pattern, s, pattern=pattern) for pattern in patterns for s in (0.5, 0.9)] + [row("dense", 0.0)]
+    assert head in results.table(rows)
+    for plot in (figures._accuracy, figures._cost):
+        axes = Figure().subplots()
+        plot(axes, results.summary(rows), "")
+        assert axes.get_xlabel().startswith(axis)
 
 
 def test_pictures(finished, tmp_path):

@@ -65,7 +65,13 @@ def add_options(commands: Any) -> None:
     what.add_argument(
         "--checkpoint", type=str, metavar="FILE", help="trained dense weights to prune (.safetensors or .pt): no dense training"
     )
-    add(what, "sparsity", float, "S", "fraction of zeros among all Conv and Linear weights, in [0, 1)")
+    add(
+        what,
+        "sparsity",
+        float,
+        "S",
+        "fraction of zeros among all Conv and Linear weights, or pruned share of the units of --pattern, in [0, 1)",
+    )
 
     add(what, "pattern", str, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")
     add(what, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
