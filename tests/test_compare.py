@@ -398,6 +398,15 @@ def start_process(config, out):
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def test_without_stderr(tmp_path):
+    """`2>&-`"""
+    config = written(tmp_path, SHORT + "  random:")
+    command = [sys.executable, "-m", "bip_fast.cli", "compare", str(config), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "| random | " in done.stdout
+
+
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
