@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import FILES, OWN, Interrupting, one_line, prune
+from cli_runs import FILES, OWN, SMALL, Interrupting, one_line, prune
 
 import bip_fast
 from bip_fast import cli
@@ -80,6 +80,38 @@ def test_random_state_of_the_model_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(display, "make", display.Display)
     assert cli.main(["prune", "--resume", str(tmp_path / "parts")]) == 0
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+class Unread(display.Display):
+    """Nobody reads what it says after so many batches."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def wants(self):
+        self.after -= 1
+        return self.after == 0
+
+    def update(self, *_):
+        if self.after <= 0:
+            raise BrokenPipeError
+
+
+@pytest.mark.parametrize(("after", "batches"), [(3, 3), (10, 10), (25, 25), (0, 10)])
+def test_progress_that_nobody_reads_loses_nothing(finished, tmp_path, monkeypatch, after, batches):
+    """`bip-fast prune 2>&1 | head -1`"""
+    out = tmp_path / "run"
+    options = vars(cli.parser().parse_args(["prune", *SMALL, "--out", str(out)]))
+    del options["command"]
+    monkeypatch.setattr(display, "make", lambda: Unread(after))
+    with pytest.raises(BrokenPipeError):
+        cli.command_prune(options)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert 5 * (2 * (state["stage"] == "prune") + state["cursor"]["epoch"]) + state["cursor"]["step"] == batches
+    monkeypatch.setattr(display, "make", display.Display)
+    assert cli.main(["prune", "--resume", str(out)]) == 0
+    for name in ("model.safetensors", "dense.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 LONGER = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "10", "--epochs", "10", "--sparsity", "0.8"]
