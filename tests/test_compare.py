@@ -232,6 +232,21 @@ def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
 
 
 BAD = {
+    "sparsity: [0.5, a]\nmethods: {bip: }": "sparsity must be float or int, got 'a'",
+    "sparsity: [null, 0.5]\nmethods: {bip: }": "sparsity must be float or int, got None",
+    "data: [[digits]]\nmethods: {bip: }": "imagenet, got ['digits']",
+    "data: {a: b}\nmethods: {bip: }": "got {'a': 'b'}",
+    "lr: {a: b}\nmethods: {bip: }": "lr must be float or int, got {'a': 'b'}",
+    "methods: {x: {method: {a: 1}}}": "method must be one of bip",
+    "methods: {x: {method: [[bip]]}}": "got ['bip']",
+    "methods: {bip: {model: [[resnet20]]}}": "model must be str, got ['resnet20']",
+    "seed: 2020-13-45\nmethods: {bip: }": "is not YAML: month must be in 1..12",
+    "seed: !!int abc\nmethods: {bip: }": "is not YAML: invalid literal for int()",
+    "seed: !!timestamp abc\nmethods: {bip: }": "is not YAML",
+    f"seed: {3000 * '['}": "is not YAML: maximum recursion depth exceeded",
+    "[methods]: {bip: }": "is not YAML",
+    "methods: {bip: {1: 2}}": "unknown setting 1",
+    "methods: {bip: {rewind: [[1]]}}": "rewind must be str or NoneType, got [1]",
     "pattern: 2:4\nmethods: {bip: }": "got 124: YAML takes it for a number, quote it",
     "seed: 0\nmethods: {bip: }\nseed: 1": "tiny.yaml, line 3: 'seed' is there twice",
     "methods:\n  bip:\n  random:\n  bip: {lr: 1.0}": "tiny.yaml, line 4: 'bip' is there twice",

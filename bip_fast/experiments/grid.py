@@ -125,8 +125,10 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ExperimentError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ExperimentError:
+        raise
+    except Exception as error:  # dates and numbers that are none, and depths, raise other errors than YAML's own
+        raise ExperimentError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise ExperimentError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name != "methods"}

@@ -71,10 +71,10 @@ class Settings:
             ExperimentError: a value is out of range.
         """
         data = given.get("data", cls.data)
-        if data not in DATA:
+        if not isinstance(data, str) or data not in DATA:
             raise ExperimentError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
         method = given.get("method", cls.method)
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ExperimentError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         try:
             sparsity = parse(given.get("pattern", cls.pattern)).sparsity
