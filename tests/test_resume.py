@@ -190,6 +190,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    folder, model = run.RunFolder(tmp_path), torch.nn.Linear(100, 100)
+    for name, save in (
+        ("checkpoint.pt", lambda: folder.save_checkpoint(model.state_dict())),
+        ("model.safetensors", lambda: folder.write("model.safetensors", lambda path: run.write_safetensors(path, model))),
+    ):
+        (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / name}'"):
+            save()
+        assert not list(tmp_path.iterdir())
+
+
 def damage(name):
     def change(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:100])

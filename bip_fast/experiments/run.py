@@ -12,6 +12,7 @@ report.json         every figure; written last, so a folder with one is finished
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -206,7 +207,10 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
+        contents = io.BytesIO()
+        torch.save(state, contents)
+        self.write("checkpoint.pt", lambda path: path.write_bytes(contents.getbuffer()))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
@@ -227,6 +231,10 @@ def write_beside(target: Path, save: Callable[[Path], object]) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, target)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(target)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -238,9 +246,9 @@ def _one_line(error: BaseException) -> str:
 
 def write_safetensors(path: Path, model: nn.Module) -> None:
     """State dict of ``model``, each tensor contiguous and on the CPU. A tensor that has several names is written under each."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}, path)
+    path.write_bytes(save({name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
