@@ -581,6 +581,10 @@ def test_only_dense_networks_stand_under_other_sparsities():
         assert line in text
 
 
+def test_a_label_does_not_end_its_cell():
+    assert "| a\\|b | 80.00 | 4 | 1.5 |" in results.table([row("a|b")])
+
+
 @pytest.mark.parametrize(
     ("patterns", "head", "axis"),
     [

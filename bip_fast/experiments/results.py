@@ -136,16 +136,21 @@ def table(rows: Sequence[Row]) -> str:
         name = f"{where[0]}, {where[1]}" + (f" of width {where[2]}" if where[2] else "")
         of = "" if units(part) == "weights" else f" of the {units(part)}"
         lines += [
-            f"| {name} | " + " | ".join(f"{100 * s:.4g} %{of}" for s in sparsities) + " | epochs | minutes |",
+            f"| {_escaped(name)} | " + " | ".join(f"{100 * s:.4g} %{of}" for s in sparsities) + " | epochs | minutes |",
             "|---" * (len(sparsities) + 3) + "|",
         ]
         for row in dict.fromkeys(line["row"] for line in part):
             own = {line["sparsity"]: line for line in part if line["row"] == row}
             cells = [_accuracy(own.get(0.0 if own[max(own)]["method"] == "dense" else s)) for s in sparsities]
             last = own[max(own)]
-            lines.append(f"| {row} | " + " | ".join(cells) + f" | {last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g} |")
+            cost = f"{last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g}"
+            lines.append(f"| {' | '.join([_escaped(row), *cells, cost])} |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _accuracy(line: Row | None) -> str:
