@@ -13,7 +13,7 @@ from ..budgets import SCOPES
 from ..ops import kernels
 from ..report import Report, Row
 from . import ExperimentError, display
-from .data import load
+from .data import VALIDATION_IMAGES, load
 from .methods import METHODS
 from .models import MODELS
 from .prune import Job
@@ -113,7 +113,7 @@ def add_options(commands: Any) -> None:
     training.add_argument(
         "--validate",
         action="store_true",
-        help="train on four fifths of the training images and measure on the others: for choosing options",
+        help=f"hold out {VALIDATION_IMAGES:,} training images, or a fifth if that is less, and measure on these: for choosing options",
     )
     training.add_argument(
         "--amp",
