@@ -206,6 +206,7 @@ BAD = {
     "--model own.py:frozen": "own.py:frozen cannot be trained and pruned",
     "--model own.py:normed": "own.py:normed cannot be trained and pruned: ValueError: nothing to prune: a parametrization",
     "--model own.py:double": "failed on images of shape (2, 1, 8, 8): RuntimeError",
+    "--rewind 01": "--rewind must be init, lr or a number of epochs, got '01'",
     "--levels both": "--levels must be one of alternating, joint, got 'both'",
     "--data mnist": "--data must be one of digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, got 'mnist'",
     "--data cifar10": "--data cifar10 needs --data-dir",

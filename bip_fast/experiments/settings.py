@@ -6,6 +6,7 @@ Defaults were chosen on a part of the training images (`--validate`), never on t
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -106,7 +107,7 @@ class Settings:
             raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
         if self.score_start not in SCORE_STARTS:
             raise ExperimentError(f"--score-start must be one of {', '.join(SCORE_STARTS)}, got {self.score_start!r}")
-        if self.rewind not in (None, "init", "lr") and not str(self.rewind).isdecimal():
+        if self.rewind not in (None, "init", "lr") and not re.fullmatch("0|[1-9][0-9]*", self.rewind):
             raise ExperimentError(f"--rewind must be init, lr or a number of epochs, got {self.rewind!r}")
 
     def _check_method(self) -> None:
