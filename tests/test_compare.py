@@ -232,6 +232,7 @@ def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
 
 
 BAD = {
+    "methods: {gmp: {rewind: 3}}": "methods: gmp: method gmp makes no use of rewind: leave it out",
     "sparsity: [0.5, a]\nmethods: {bip: }": "sparsity must be float or int, got 'a'",
     "sparsity: [null, 0.5]\nmethods: {bip: }": "sparsity must be float or int, got None",
     "data: [[digits]]\nmethods: {bip: }": "imagenet, got ['digits']",

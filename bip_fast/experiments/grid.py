@@ -13,14 +13,14 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import ExperimentError, data
 from .methods import METHODS, first_epoch, rounds, stages
-from .settings import FIELDS, PATHS, Settings
+from .settings import FIELDS, PATHS, Settings, unused
 
 __all__ = ["Cell", "Grid", "read"]
 
@@ -138,7 +138,7 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
             raise ExperimentError(f"{path}: methods: {label}: expected settings, got {own!r}")
         given = {"threads": 1, **shared, **(own or {})}  # a fixed number, whatever else runs at the same time
         given.setdefault("method", str(label))
-        grid.add_row(str(label), given)
+        grid.add_row(str(label), given, tuple(own or ()))
     return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()))
 
 
@@ -163,8 +163,8 @@ class _Builder:
         self.snapshots: dict[str, set[int]] = {}
         self.rows: dict[tuple[Any, ...], Cell] = {}
 
-    def add_row(self, label: str, given: Mapping[str, Any]) -> None:
-        """All runs of a label."""
+    def add_row(self, label: str, given: Mapping[str, Any], own: Sequence[str]) -> None:
+        """All runs of a label; ``own``: the settings of this row alone, of which each must have a meaning for its method."""
         for name in given:
             if name not in FIELDS or name in PATHS:
                 raise ExperimentError(f"{self.path}: methods: {label}: unknown setting {name!r}; there are {', '.join(FIELDS)}")
@@ -175,6 +175,9 @@ class _Builder:
             if (twice := next((x for i, x in enumerate(given_values) if x in given_values[:i]), None)) is not None:
                 raise ExperimentError(f"{self.path}: methods: {label}: {name} lists {twice!r} twice")
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
+        method = given["method"]
+        if isinstance(method, str) and method in METHODS and (useless := unused(method, own)) is not None:
+            raise ExperimentError(f"{self.path}: methods: {label}: method {method} makes no use of {useless}: leave it out")
         for values in itertools.product(*lists.values()):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
             if combination["method"] == "dense":

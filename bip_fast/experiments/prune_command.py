@@ -18,7 +18,7 @@ from .methods import METHODS
 from .models import MODELS
 from .prune import Job
 from .run import RunFolder, Stop
-from .settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings
+from .settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings, option, unused
 
 __all__ = ["add_options", "command"]
 
@@ -156,6 +156,8 @@ def command(options: dict[str, Any], device: torch.device) -> int:
         path = options.get("out", Path("runs") / Settings.of(given).folder_name)
     folder = RunFolder(path)
     settings = folder.settings(given) if resume else Settings.of(given)
+    if (useless := unused(settings.method, given)) is not None:
+        raise ExperimentError(f"--method {settings.method} makes no use of {option(useless)}: leave it out")
     if resume and folder.finished:
         print(f"{path} is finished; --overwrite runs it again", file=sys.stderr)
         print_result(folder.read_report(), folder.path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
-from .methods import METHODS, stages
+from .methods import METHODS, STEPS, stages
 
 __all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
@@ -112,6 +113,8 @@ class Settings:
 
     def _check_method(self) -> None:
         method = METHODS[self.method]
+        if self.method == "dense" and self.sparsity:
+            raise ExperimentError(f"--sparsity must be 0 with --method dense, which prunes nothing, got {self.sparsity:g}")
         if self.checkpoint and not method.needs_dense:
             raise ExperimentError(f"--method {self.method} starts from random weights: leave --checkpoint out")
         rewinds = self.rewind not in (None, "lr")
@@ -170,6 +173,14 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def unused(method: str, names: Iterable[str]) -> str | None:
+    """The first of the settings ``names`` that has no meaning for a method; None if all have one."""
+    row = METHODS[method]
+    # A step size has one as soon as nothing is rewound.
+    meaningless = {*STEPS} - {*row.uses, "lr"} | (set() if row.in_rounds else {"per_round"})
+    return next((name for name in names if name in meaningless), None)
 
 
 def option(field: str) -> str:
