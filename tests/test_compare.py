@@ -116,6 +116,8 @@ def test_an_address_is_what_decides_the_result(tmp_path):
     first = {cell.address for cell in grid.read(written(tmp_path)).rows}
     same = TINY.replace("BiP:", "another label:").replace("[0.8, 0.5]", "[0.5, 0.8]")
     assert {cell.address for cell in grid.read(written(tmp_path, same)).rows} == first
+    whole = TINY.replace("[0.8, 0.5]", "[0.8, 0.5]\nmomentum: 0")
+    assert [*grid.read(written(tmp_path, whole)).cells] == [*grid.read(written(tmp_path, whole.replace("tum: 0", "tum: 0.0"))).cells]
     default = TINY.replace("width: 2", f"width: 2\nmomentum: {Settings.momentum}")
     assert {cell.address for cell in grid.read(written(tmp_path, default)).rows} == first
     for change in (
@@ -232,6 +234,7 @@ def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
 
 
 BAD = {
+    f"lr: 1{400 * '0'}\nmethods: {{bip: }}": "lr must be 0 or more, got inf",
     "methods: {gmp: {rewind: 3}}": "methods: gmp: method gmp makes no use of rewind: leave it out",
     "sparsity: [0.5, a]\nmethods: {bip: }": "sparsity must be float or int, got 'a'",
     "sparsity: [null, 0.5]\nmethods: {bip: }": "sparsity must be float or int, got None",

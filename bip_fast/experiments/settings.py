@@ -85,7 +85,11 @@ class Settings:
         own = {} if sparsity is None else {"sparsity": sparsity}
         preset = PRESETS[data]
         decay = given.get("weight_decay", preset.get("weight_decay", cls.weight_decay))  # not that of a method that has its own
-        settings = cls(**{**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given})
+        values = {**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given}
+        for field in fields(cls):
+            if field.type == "float" and type(values.get(field.name)) is int:
+                values[field.name] = float(str(values[field.name]))  # 1 and 1.0 are one setting; inf for what is too large
+        settings = cls(**values)
         settings.check()
         return settings
 
