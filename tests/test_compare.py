@@ -412,6 +412,28 @@ def test_threads_are_a_setting_and_not_what_jobs_leave(tmp_path, monkeypatch):
         assert row["device"] == f"CPU, {threads} threads"
 
 
+BUSY = """
+import multiprocessing, os, signal, threading, time
+from bip_fast.experiments.worker import end_with_parent
+def busy():
+    signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+    threading.Thread(target=end_with_parent, args=(0.2,), daemon=True).start()
+    print("began", flush=True)
+    while True:
+        time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=busy).start()
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_is_busy_does_not_outlive_its_parent(tmp_path):
+    with subprocess.Popen([sys.executable, written(tmp_path, BUSY, "busy.py")], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "began\n"
+        process.kill()
+        assert process.communicate(timeout=60) == ("asked\n", None), "the end of the output is that of the process"
+
+
 def start_process(config, out):
     command = [sys.executable, "-m", "bip_fast.cli", "compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "2"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)

@@ -7,12 +7,15 @@ counts as one. Data sets stay loaded from cell to cell.
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -67,14 +70,23 @@ class _Telling(display.Display):
         self._tell("note", text)
 
     def _tell(self, kind: str, what: object) -> None:
-        try:
+        with suppress(OSError):  # the parent is gone, as `end_with_parent` sees
             self.pipe.send((kind, self.address, what))
-        except OSError:  # the parent is gone
-            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent(grace: float = 60.0) -> None:
+    """Wait until the parent is gone, then ask this process to save and stop, and end it if it cannot within ``grace`` seconds, in a model
+    that is busy or hangs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def work(pipe: Connection, data_dir: Path | None, device_name: str, alone: bool) -> None:
     """Take orders from ``pipe`` until it closes; ``alone``: no other process does."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     device = torch.device(device_name)
     load = functools.lru_cache(maxsize=2)(data.load)
     while True:
