@@ -14,7 +14,7 @@ from cli_runs import FILES, OWN, SMALL, Interrupting, one_line, prune
 
 import bip_fast
 from bip_fast import cli
-from bip_fast.experiments import display, run
+from bip_fast.experiments import ExperimentError, display, run
 
 if missing := cli.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
@@ -188,6 +188,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         folder.write("a.txt", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_folder_in_use_is_waited_for(tmp_path):
+    holder, said = run.RunFolder(tmp_path), []
+    holder.lock()
+
+    def say(text):
+        said.append(text)
+        holder.release()
+
+    waiting = run.RunFolder(tmp_path, patience=30, say=say)
+    waiting.lock()
+    assert said == ["in use by another run, and waits for that to end"]
+    with pytest.raises(ExperimentError, match="is in use by another run"):
+        run.RunFolder(tmp_path, patience=0.3).lock()
+    waiting.release()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

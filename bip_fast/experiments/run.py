@@ -11,12 +11,14 @@ report.json         every figure; written last, so a folder with one is finished
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +67,15 @@ class DamagedCheckpoint(ExperimentError):
 
 
 class RunFolder:
-    """One folder of the files above; `open` decides whether a run may write there."""
+    """One folder of the files above; `open` decides whether a run may write there.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        patience: seconds to wait for another process that has the folder.
+        say: is told that it waits.
+    """
+
+    def __init__(self, path: Path, *, patience: float = 0.0, say: Callable[[str], None] = lambda text: None) -> None:
+        self.path, self.patience, self.say = path, patience, say
         self._held: int | None = None  # the folder itself, open and locked
 
     @property
@@ -123,12 +130,19 @@ class RunFolder:
         if fcntl is None:
             return
         self._held = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExperimentError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
-        except OSError:  # a file system without locks
-            pass
+        end = time.monotonic() + self.patience
+        say_once = functools.cache(self.say)
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise ExperimentError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
+            except OSError:  # a file system without locks
+                return
+            say_once("in use by another run, and waits for that to end")
+            time.sleep(0.1)
 
     def release(self) -> None:
         if self._held is not None:

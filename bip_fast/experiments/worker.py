@@ -29,6 +29,8 @@ from .settings import Settings
 
 __all__ = ["Order", "finished", "work"]
 
+GRACE = 60.0  # seconds in which a process has to save and end, whose parent is gone
+
 
 class Order(NamedTuple):
     """A run to do: into ``folder``, from the networks in the folders ``parent``, of sparsity ``start``, and ``dense``."""
@@ -74,7 +76,7 @@ class _Telling(display.Display):
             self.pipe.send((kind, self.address, what))
 
 
-def end_with_parent(grace: float = 60.0) -> None:
+def end_with_parent(grace: float = GRACE) -> None:
     """Wait until the parent is gone, then ask this process to save and stop, and end it if it cannot within ``grace`` seconds, in a model
     that is busy or hangs."""
     if (parent := multiprocessing.parent_process()) is not None:
@@ -126,7 +128,7 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telli
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
 
     def go(path: Path, snapshots: Collection[int], until: int | None = None, afresh: bool = False) -> None:
-        folder = RunFolder(path)
+        folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
         job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
         try:
             same = folder.began_with(settings)
