@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,6 +192,11 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before this began: `2>&-`
+            nowhere = open(os.devnull, "w")  # noqa: SIM115
+            os.set_inheritable(nowhere.fileno(), True)  # by the processes of a comparison
+            setattr(sys, name, nowhere)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run

@@ -64,6 +64,11 @@ class Pattern(NamedTuple):
         return self.kind in ("filter", "channel", "block")
 
     @property
+    def units(self) -> str:
+        """What a sparsity is a share of."""
+        return {"filter": "filters", "channel": "input channels", "block": "blocks"}.get(self.kind, "weights")
+
+    @property
     def sparsity(self) -> float | None:
         """The one fraction of zeros that it can have, if it decides that."""
         return 1 - self.sizes[0] / self.sizes[1] if self.kind == "N:M" else None

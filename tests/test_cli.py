@@ -206,6 +206,11 @@ BAD = {
     "--model own.py:frozen": "own.py:frozen cannot be trained and pruned",
     "--model own.py:normed": "own.py:normed cannot be trained and pruned: ValueError: nothing to prune: a parametrization",
     "--model own.py:double": "failed on images of shape (2, 1, 8, 8): RuntimeError",
+    "--method gmp --rewind 3": "--method gmp makes no use of --rewind: leave it out",
+    "--method omp --per-round 0.3": "--method omp makes no use of --per-round",
+    "--method snip --levels joint": "--method snip makes no use of --levels",
+    "--method dense --sparsity 0.9": "--sparsity must be 0 with --method dense, which prunes nothing, got 0.9",
+    "--rewind 01": "--rewind must be init, lr or a number of epochs, got '01'",
     "--levels both": "--levels must be one of alternating, joint, got 'both'",
     "--data mnist": "--data must be one of digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, imagenet, got 'mnist'",
     "--data cifar10": "--data cifar10 needs --data-dir",
@@ -265,6 +270,14 @@ def test_a_run_does_not_replace_the_weights_it_starts_from(finished, tmp_path, c
 def test_a_run_that_diverges_says_so(tmp_path, capsys):
     assert prune(tmp_path / "run", "--pretrain-lr", "1e30") == 2
     assert "the training loss is nan in epoch" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_run_whose_last_step_diverges_says_so(tmp_path, capsys):
+    """The loss of a batch is taken before its step."""
+    options = ["--batch-size", "2000", "--epochs", "1", "--lr", "1e30"]
+    assert prune(tmp_path / "run", *options) == 2
+    assert "the test loss is nan; smaller --lr" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / "report.json").exists()
 
 

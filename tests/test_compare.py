@@ -41,6 +41,18 @@ methods:
 """
 
 
+SHORT = """
+data: digits
+model: resnet20
+width: 2
+train_images: 200
+batch_size: 200
+pretrain_epochs: 1
+epochs: 1
+methods:
+"""
+
+
 def written(folder, text=TINY, name="tiny.yaml"):
     path = folder / name
     path.write_text(text)
@@ -104,9 +116,16 @@ def test_an_address_is_what_decides_the_result(tmp_path):
     first = {cell.address for cell in grid.read(written(tmp_path)).rows}
     same = TINY.replace("BiP:", "another label:").replace("[0.8, 0.5]", "[0.5, 0.8]")
     assert {cell.address for cell in grid.read(written(tmp_path, same)).rows} == first
+    whole = TINY.replace("[0.8, 0.5]", "[0.8, 0.5]\nmomentum: 0")
+    assert [*grid.read(written(tmp_path, whole)).cells] == [*grid.read(written(tmp_path, whole.replace("tum: 0", "tum: 0.0"))).cells]
     default = TINY.replace("width: 2", f"width: 2\nmomentum: {Settings.momentum}")
     assert {cell.address for cell in grid.read(written(tmp_path, default)).rows} == first
-    for change in ("pretrain_epochs: 2|pretrain_epochs: 3", "width: 2|width: 3", "data: digits|data: digits\nstride: 2"):
+    for change in (
+        "pretrain_epochs: 2|pretrain_epochs: 3",
+        "width: 2|width: 3",
+        "data: digits|data: digits\nstride: 2",
+        "seed:|threads: 2\nseed:",
+    ):
         other = {cell.address for cell in grid.read(written(tmp_path, TINY.replace(*change.split("|")))).rows}
         assert not other & first, change
     defaults = dict(Settings.__dataclass_fields__)
@@ -186,7 +205,59 @@ def test_lists_inside_of_a_method_are_swept(tmp_path):
     assert {cell.swept for cell in rows} == {(("levels", a), ("gamma", b)) for a in ("joint", "alternating") for b in (0.5, 1.0, 2.0)}
 
 
+def test_a_list_of_methods_prunes_all_but_dense(tmp_path):
+    text = TINY.replace("BiP: {method: bip, levels: joint}", "both: {method: [dense, bip]}")
+    rows = [(cell.settings.method, cell.settings.sparsity) for cell in grid.read(written(tmp_path, text)).rows if cell.label == "both"]
+    assert sorted(rows) == sorted(2 * [("dense", 0.0), ("bip", 0.5), ("bip", 0.8)])
+
+
+def test_labels_of_the_same_settings_are_rows_of_one_run(tmp_path):
+    text = TINY.replace("  random:", "  random:\n  again: {method: random}\n  unpruned: {method: dense, epochs: 0}")
+    found = grid.read(written(tmp_path, text))
+    assert found.cells.keys() == grid.read(written(tmp_path)).cells.keys()
+    by_label = {label: [cell.address for cell in found.rows if cell.label == label] for label in ("random", "again", "dense", "unpruned")}
+    assert by_label["random"] == by_label["again"]
+    assert len(by_label["random"]) == 4
+    assert by_label["dense"] == by_label["unpruned"]
+
+
+def test_a_dense_network_is_a_row_for_each_setting_that_decides_it(tmp_path):
+    text = TINY.replace("pretrain_epochs: 2", "pretrain_epochs: [2, 3]\ngamma: [1.0, 2.0]")
+    rows = [(cell.swept, cell.settings.seed) for cell in grid.read(written(tmp_path, text)).rows if cell.label == "dense"]
+    assert sorted(rows) == [((("pretrain_epochs", n),), seed) for n in (2, 3) for seed in (0, 1)]
+
+
+def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
+    text = 'pattern: "2:4"\nmethods: {dense: {epochs: 0}, bip: , "dense, longer": {method: dense, epochs: 2}}'
+    rows = {cell.label: (cell.settings.sparsity, cell.settings.pattern) for cell in grid.read(written(tmp_path, text)).rows}
+    assert rows == {"dense": (0.0, "unstructured"), "bip": (0.5, "2:4"), "dense, longer": (0.0, "unstructured")}
+
+
 BAD = {
+    f"lr: 1{400 * '0'}\nmethods: {{bip: }}": "lr must be 0 or more, got inf",
+    "methods: {gmp: {rewind: 3}}": "methods: gmp: method gmp makes no use of rewind: leave it out",
+    "sparsity: [0.5, a]\nmethods: {bip: }": "sparsity must be float or int, got 'a'",
+    "sparsity: [null, 0.5]\nmethods: {bip: }": "sparsity must be float or int, got None",
+    "data: [[digits]]\nmethods: {bip: }": "imagenet, got ['digits']",
+    "data: {a: b}\nmethods: {bip: }": "got {'a': 'b'}",
+    "lr: {a: b}\nmethods: {bip: }": "lr must be float or int, got {'a': 'b'}",
+    "methods: {x: {method: {a: 1}}}": "method must be one of bip",
+    "methods: {x: {method: [[bip]]}}": "got ['bip']",
+    "methods: {bip: {model: [[resnet20]]}}": "model must be str, got ['resnet20']",
+    "seed: 2020-13-45\nmethods: {bip: }": "is not YAML: month must be in 1..12",
+    "seed: !!int abc\nmethods: {bip: }": "is not YAML: invalid literal for int()",
+    "seed: !!timestamp abc\nmethods: {bip: }": "is not YAML",
+    f"seed: {3000 * '['}": "is not YAML: maximum recursion depth exceeded",
+    "[methods]: {bip: }": "is not YAML",
+    "methods: {bip: {1: 2}}": "unknown setting 1",
+    "methods: {bip: {rewind: [[1]]}}": "rewind must be str or NoneType, got [1]",
+    "pattern: 2:4\nmethods: {bip: }": "got 124: YAML takes it for a number, quote it",
+    "seed: 0\nmethods: {bip: }\nseed: 1": "tiny.yaml, line 3: 'seed' is there twice",
+    "methods:\n  bip:\n  random:\n  bip: {lr: 1.0}": "tiny.yaml, line 4: 'bip' is there twice",
+    "methods: {1: {method: bip}, '1': {method: random}}": "line 1: '1' is there twice",
+    "methods: {bip: {lr: 1.0, epochs: 2, lr: 2.0}}": "line 1: 'lr' is there twice",
+    "seed: [0, 1, 0]\nmethods: {bip: }": "methods: bip: seed lists 0 twice",
+    "lr: [1, 1.0]\nmethods: {bip: }": "methods: bip: lr lists 1.0 twice",
     "methods: {}": "must have settings and `methods:`",
     "just text": "must have settings and `methods:`",
     "a: [": "is not YAML",
@@ -259,6 +330,34 @@ def test_finished_runs_are_not_repeated(finished, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("report.json")} == stamps
 
 
+DAMAGE = {
+    "report.json is damaged": lambda folder: (folder / "report.json").write_bytes((folder / "report.json").read_bytes()[:100]),
+    "it has no layers": lambda folder: (folder / "report.json").write_text("{}"),
+    "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "model.safetensors is damaged": lambda folder: os.truncate(folder / "model.safetensors", 4000),
+    "epoch-1.safetensors is damaged": lambda folder: os.truncate(folder / "epoch-1.safetensors", 4000),
+}
+
+
+def test_a_run_whose_files_are_damaged_is_run_again(tmp_path, capsys):
+    text = f"seed: {[*range(len(DAMAGE))]}{SHORT}  omp: {{rewind: 1}}".replace("epochs: 1", "epochs: 2")
+    config, out = written(tmp_path, text), tmp_path / "out"
+    assert compare(config, out) == 0
+    folders = sorted(path.parent for path in out.glob("*/epoch-1.safetensors"))
+    before = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    for folder, damage in zip(folders, DAMAGE.values(), strict=True):
+        damage(folder)
+    capsys.readouterr()
+    assert compare(config, out, "--list") == 0
+    assert capsys.readouterr().out.count("to do") == len(DAMAGE) + 1
+    assert compare(config, out) == 0
+    shown = capsys.readouterr().err
+    for folder, what in zip(folders, DAMAGE, strict=True):
+        assert len([line for line in shown.splitlines() if line.startswith(folder.name) and what in line and "run again" in line]) == 1
+    assert [(folder / "model.safetensors").read_bytes() for folder in folders] == before
+    assert len(rows_of(out / "runs.csv")) == len(DAMAGE)
+
+
 @pytest.mark.parametrize(
     ("label", "own"), [("BiP", ["--levels", "joint"]), ("imp", ["--method", "imp", "--rewind", "1", "--per-round", "0.5"])]
 )
@@ -305,9 +404,48 @@ def test_a_run_whose_folder_is_not_complete_is_not_done(tmp_path, monkeypatch, c
     assert "it ended, but its folder is not complete" in capsys.readouterr().err
 
 
+def test_threads_are_a_setting_and_not_what_jobs_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    for jobs, settings, threads in (("1", "", 1), ("2", "threads: 2", 2)):
+        assert compare(written(tmp_path, SHORT + f"  random: {{{settings}}}"), tmp_path / jobs, "--jobs", jobs) == 0
+        (row,) = rows_of(tmp_path / jobs / "runs.csv")
+        assert row["device"] == f"CPU, {threads} threads"
+
+
+BUSY = """
+import multiprocessing, os, signal, threading, time
+from bip_fast.experiments.worker import end_with_parent
+def busy():
+    signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+    threading.Thread(target=end_with_parent, args=(0.2,), daemon=True).start()
+    print("began", flush=True)
+    while True:
+        time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=busy).start()
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_is_busy_does_not_outlive_its_parent(tmp_path):
+    with subprocess.Popen([sys.executable, written(tmp_path, BUSY, "busy.py")], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "began\n"
+        process.kill()
+        assert process.communicate(timeout=60) == ("asked\n", None), "the end of the output is that of the process"
+
+
 def start_process(config, out):
     command = [sys.executable, "-m", "bip_fast.cli", "compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "2"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_without_stderr(tmp_path):
+    """`2>&-`"""
+    config = written(tmp_path, SHORT + "  random:")
+    command = [sys.executable, "-m", "bip_fast.cli", "compare", str(config), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "| random | " in done.stdout
 
 
 def wait_for(condition, process, seconds=120):
@@ -446,6 +584,7 @@ def test_jobs_must_be_positive(tmp_path, capsys):
 
 def row(label="BiP", sparsity=0.9, seed=0, accuracy=0.8, **more):
     base = {"data": "digits", "model": "resnet20", "width": None, "label": label, "row": label, "sparsity": sparsity, "seed": seed}
+    base |= {"method": "dense" if label == "dense" else "bip", "pattern": "unstructured"}
     figures_ = {"accuracy": accuracy, "dense_accuracy": 0.9, "sparsity_exact": sparsity, "epochs_total": 4.0, "seconds_total": 90.0}
     return {**base, **figures_, "joules_total": None, **more}
 
@@ -459,6 +598,36 @@ def test_means_and_deviations():
     assert "| BiP | 85.00 ± 7.07 | 4 | 1.5 |" in text
     assert "| IMP | 70.00 | 40 | 1.5 |" in text
     assert "| dense | 95.00 | 4 | 1.5 |" in text
+
+
+def test_only_dense_networks_stand_under_other_sparsities():
+    text = results.table([row("dense", 0.0, accuracy=0.95), row(sparsity=0.0, accuracy=0.94), row(), row("IMP", 0.0, accuracy=0.93)])
+    assert "| digits, resnet20 | 0 % | 90 % | epochs |" in text
+    for line in ("| dense | 95.00 | 95.00 |", "| BiP | 94.00 | 80.00 |", "| IMP | 93.00 |  |"):
+        assert line in text
+
+
+def test_a_label_does_not_end_its_cell():
+    assert "| a\\|b | 80.00 | 4 | 1.5 |" in results.table([row("a|b")])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "head", "axis"),
+    [
+        (["unstructured", "2:4"], "| 50 % | 90 % |", "zeros among all Conv and Linear weights, %"),
+        (["filter"], "| 50 % of the filters | 90 % of the filters |", "share of the filters that is pruned, %"),
+        (["channel", "block:4x4"], "| 50 % of the input channels or blocks |", "share of the input channels or blocks that is pruned, %"),
+    ],
+)
+def test_tables_and_pictures_say_what_a_sparsity_is_of(patterns, head, axis):
+    from matplotlib.figure import Figure
+
+    rows = [row(pattern, s, pattern=pattern) for pattern in patterns for s in (0.5, 0.9)] + [row("dense", 0.0)]
+    assert head in results.table(rows)
+    for plot in (figures._accuracy, figures._cost):
+        axes = Figure().subplots()
+        plot(axes, results.summary(rows), "")
+        assert axes.get_xlabel().startswith(axis)
 
 
 def test_pictures(finished, tmp_path):

@@ -98,7 +98,7 @@ BROKEN_IDX = {
     "labels for images": (IDX[0], lambda old: gzip.compress(idx_bytes(LABELS)), "is not an IDX file of bytes with 3 dimension"),
     "header too long": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS)[:-1]), "promises 40 bytes, got 39"),
     "fewer labels": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS[:39])), "40 images, but 39 labels"),
-    "label 10": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS + 10)), "labels must be in"),
+    "label 10": (IDX[1], lambda old: gzip.compress(idx_bytes(LABELS + 10)), f"{IDX[1]}: labels must be in"),
     "other size": (IDX[0], lambda old: gzip.compress(idx_bytes(np.zeros((40, 27, 28), np.uint8))), "expected uint8 images"),
     "no image": (IDX[0], lambda old: gzip.compress(idx_bytes(np.zeros((0, 28, 28), np.uint8))), "0 images"),
 }

@@ -313,7 +313,8 @@ def whole(tmp_path_factory):
     folders = {}
     for method in METHODS:
         folders[method] = tmp_path_factory.mktemp("methods") / method
-        assert prune(folders[method], "--method", method, *(["--per-round", "0.5"] if method == "imp" else [])) == 0
+        own = {"imp": ["--per-round", "0.5"], "dense": ["--sparsity", "0"]}.get(method, [])
+        assert prune(folders[method], "--method", method, *own) == 0
     return folders
 
 
@@ -373,7 +374,7 @@ def test_weight_decay_of_dense_training_is_its_own(digits):
             found.append({group["weight_decay"] for group in opt.param_groups})
         return [value for (value,) in found]
 
-    assert decays("bip") == decays("omp-finetune") == decays("gmp") == decays("dense") == [5e-4, 1e-4]
+    assert decays("bip") == decays("omp-finetune") == decays("gmp") == decays("dense", sparsity=0.0) == [5e-4, 1e-4]
     assert decays("hydra") == [5e-4, 1e-4, 1e-4]
     assert decays("omp") == decays("imp", sparsity=0.2, rewind="lr") == [5e-4, 5e-4]
     assert decays("bip", rewind="1") == [5e-4, 1e-4, 5e-4]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import FILES, OWN, Interrupting, one_line, prune
+from cli_runs import FILES, OWN, SMALL, Interrupting, one_line, prune
 
 import bip_fast
 from bip_fast import cli
-from bip_fast.experiments import display, run
+from bip_fast.experiments import ExperimentError, display, run
 
 if missing := cli.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
@@ -80,6 +80,38 @@ def test_random_state_of_the_model_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(display, "make", display.Display)
     assert cli.main(["prune", "--resume", str(tmp_path / "parts")]) == 0
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+class Unread(display.Display):
+    """Nobody reads what it says after so many batches."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def wants(self):
+        self.after -= 1
+        return self.after == 0
+
+    def update(self, *_):
+        if self.after <= 0:
+            raise BrokenPipeError
+
+
+@pytest.mark.parametrize(("after", "batches"), [(3, 3), (10, 10), (25, 25), (0, 10)])
+def test_progress_that_nobody_reads_loses_nothing(finished, tmp_path, monkeypatch, after, batches):
+    """`bip-fast prune 2>&1 | head -1`"""
+    out = tmp_path / "run"
+    options = vars(cli.parser().parse_args(["prune", *SMALL, "--out", str(out)]))
+    del options["command"]
+    monkeypatch.setattr(display, "make", lambda: Unread(after))
+    with pytest.raises(BrokenPipeError):
+        cli.command_prune(options)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert 5 * (2 * (state["stage"] == "prune") + state["cursor"]["epoch"]) + state["cursor"]["step"] == batches
+    monkeypatch.setattr(display, "make", display.Display)
+    assert cli.main(["prune", "--resume", str(out)]) == 0
+    for name in ("model.safetensors", "dense.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 LONGER = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "10", "--epochs", "10", "--sparsity", "0.8"]
@@ -158,6 +190,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
+def test_a_folder_in_use_is_waited_for(tmp_path):
+    holder, said = run.RunFolder(tmp_path), []
+    holder.lock()
+
+    def say(text):
+        said.append(text)
+        holder.release()
+
+    waiting = run.RunFolder(tmp_path, patience=30, say=say)
+    waiting.lock()
+    assert said == ["in use by another run, and waits for that to end"]
+    with pytest.raises(ExperimentError, match="is in use by another run"):
+        run.RunFolder(tmp_path, patience=0.3).lock()
+    waiting.release()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    folder, model = run.RunFolder(tmp_path), torch.nn.Linear(100, 100)
+    for name, save in (
+        ("checkpoint.pt", lambda: folder.save_checkpoint(model.state_dict())),
+        ("model.safetensors", lambda: folder.write("model.safetensors", lambda path: run.write_safetensors(path, model))),
+    ):
+        (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / name}'"):
+            save()
+        assert not list(tmp_path.iterdir())
+
+
 def damage(name):
     def change(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:100])
@@ -201,6 +262,14 @@ def test_a_resume_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, opti
         change(tmp_path)
     assert cli.main(["prune", "--resume", str(tmp_path), *options]) == 2
     assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"layers": [', "[]"])
+def test_a_finished_run_with_a_damaged_report_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "report.json").write_text(text)
+    assert cli.main(["prune", "--resume", str(tmp_path)]) == 2
+    assert "report.json is damaged" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .grid import Cell, Grid
 from .progress import Progress
-from .run import Stop, stop_requests
+from .run import RunFolder, Stop, stop_requests
 from .worker import Order, finished, work
 
 __all__ = ["Comparison"]
@@ -45,7 +45,6 @@ class Comparison:
         data_dir: of the data sets.
         device: name of the device of all runs.
         jobs: runs at the same time.
-        threads: of each of them, on a CPU.
         shown: tells a person how far it is.
         after_cell: called when another run is finished.
     """
@@ -55,16 +54,31 @@ class Comparison:
     data_dir: Path | None
     device: str
     jobs: int
-    threads: int
     shown: Progress
     after_cell: Callable[[], None] = lambda: None
     failed: dict[str, str] = field(default_factory=dict)
+    _finished: set[str] = field(default_factory=set)
 
     def folder(self, cell: Cell) -> Path:
         return self.out / cell.folder
 
     def is_finished(self, cell: Cell) -> bool:
-        return finished(self.folder(cell), self.grid.snapshots.get(cell.address, ()))
+        """Whether it has all that is asked of it, in whole files."""
+        folder = self.folder(cell)
+        if cell.address not in self._finished and finished(folder, self.grid.snapshots.get(cell.address, ())):
+            if RunFolder(folder).damaged():
+                return False
+            self._finished.add(cell.address)
+        return cell.address in self._finished
+
+    def _discard_damaged(self) -> None:
+        """Delete what others cannot read, and the report of that run, so that it counts as one that is not finished."""
+        for cell in self.grid.cells.values():
+            folder = RunFolder(self.folder(cell))
+            if folder.finished and (damaged := folder.damaged()):
+                self.shown.say(f"{cell.folder}: {', '.join(damaged.values())}: run again")
+                for path in (*damaged, folder.path / "report.json"):
+                    path.unlink(missing_ok=True)
 
     def run(self) -> None:
         """Run all that is not finished. Runs that fail, and those that start from them, are left out: `failed` says why.
@@ -72,6 +86,7 @@ class Comparison:
         Raises:
             Stop: a signal came; every run has saved where it stands.
         """
+        self._discard_damaged()
         self._done = {address for address, cell in self.grid.cells.items() if self.is_finished(cell)}
         self._waiting = {address: cell for address, cell in self.grid.cells.items() if address not in self._done}
         self._urgency = self._urgencies()
@@ -130,7 +145,7 @@ class Comparison:
         # Spawned: threads and CUDA do not survive a fork. No daemon: those may not have children, and images are loaded by some.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.threads, self.jobs == 1))
+        process = context.Process(target=work, args=(theirs, self.data_dir, self.device, self.jobs == 1))
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child inherits: Ctrl-C is for this process alone
         try:
             process.start()

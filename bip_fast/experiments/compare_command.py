@@ -30,7 +30,13 @@ def add_options(commands: Any) -> None:
     compare.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data sets")
     compare.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs and results; default: runs/<name of CONFIG>")
     compare.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
-    compare.add_argument("--jobs", type=int, metavar="N", help="runs at the same time; default: one for each CPU core, or 1 on a GPU")
+    compare.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at the same time, which changes no result; default: as many as the CPU cores have room for, or 1 on a GPU; "
+        "each has one CPU thread, or as many as the setting `threads` of CONFIG says",
+    )
     compare.add_argument("--list", action="store_true", help="only list the runs, what they cost, and which are finished")
 
 
@@ -44,13 +50,14 @@ def command(options: dict[str, Any], device: torch.device) -> int:
     grid = read(options["config"], data_dir)
     out: Path = options["out"] or Path("runs") / grid.name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = options["jobs"] if options["jobs"] is not None else (cores if device.type == "cpu" else 1)
+    threads = max(cell.settings.threads or 1 for cell in grid.cells.values())
+    jobs = options["jobs"] if options["jobs"] is not None else (max(1, cores // threads) if device.type == "cpu" else 1)
     if jobs < 1:
         raise ExperimentError(f"--jobs must be at least 1, got {jobs}")
     for name in sorted({cell.settings.data for cell in grid.cells.values()} - {"digits"}):
         if data_dir is None:
             raise ExperimentError(f"data {name} needs --data-dir, the folder with its files")
-    comparison = Comparison(grid, out, data_dir, str(device), jobs, max(1, cores // jobs), progress.make())
+    comparison = Comparison(grid, out, data_dir, str(device), jobs, progress.make())
     if options["list"]:
         _list(comparison)
         return 0

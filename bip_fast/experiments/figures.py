@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .results import SWEPT, Row, summary
+from .results import SWEPT, Row, summary, units
 from .run import write_beside
 
 __all__ = ["draw"]
@@ -64,15 +64,17 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "linewidth": 1.6}
 
 
-def _sparsity_axis(axes: Any, sparsities: Sequence[float]) -> None:
+def _sparsity_axis(axes: Any, part: Sequence[Row]) -> None:
     """Zeros to the right; in equal steps of what is kept where networks get very sparse."""
+    sparsities = sorted({line["sparsity"] for line in part if line["sparsity"]})
     axes.set_xscale("log")
     axes.invert_xaxis()
     step = max(1, -(-len(sparsities) // 9))  # labels that would touch are left out
-    shown = sorted(sparsities)[::step]
+    shown = sparsities[::step]
     axes.set_xticks([1 - s for s in shown], [f"{100 * s:.3g}" for s in shown])
     axes.minorticks_off()
-    axes.set_xlabel("zeros among all Conv and Linear weights, % (log scale of what is kept)")
+    what = "zeros among all Conv and Linear weights" if units(part) == "weights" else f"share of the {units(part)} that is pruned"
+    axes.set_xlabel(f"{what}, % (log scale of what is kept)")
 
 
 def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
@@ -86,7 +88,7 @@ def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
         axes.plot(ends, [mean, mean], color="black", linestyle="--", linewidth=1.2, label=f"dense, where they start ({mean:.2f})")
         axes.fill_between(ends, mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
     for line in part:
-        if not line["sparsity"] and line["epochs_total"] > min(other["epochs_total"] for other in part):  # dense, trained for longer
+        if line["method"] == "dense" and line["epochs_total"] > min(other["epochs_total"] for other in part):  # dense, trained for longer
             value = 100 * line["accuracy"]
             axes.plot(ends, [value, value], color="black", linestyle=":", linewidth=1.2, label=f"{line['row']} ({value:.2f})")
     for row, own, style in _lines(part):
@@ -99,7 +101,7 @@ def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
             label=row,
             **style,
         )
-    _sparsity_axis(axes, sparsities)
+    _sparsity_axis(axes, part)
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, fontsize=10)
     values = sorted(100 * line["accuracy"] for line in part)
@@ -114,7 +116,7 @@ def _cost(axes: Any, part: Sequence[Row], title: str) -> None:
         epochs = f"{first:.3g} to {last:.3g}" if last > 1.01 * first else f"{first:.3g}"
         minutes = [line["seconds_total"] / 60 for line in own]
         axes.plot([1 - line["sparsity"] for line in own], minutes, label=f"{row} ({epochs} epochs)", **style)
-    _sparsity_axis(axes, sorted({line["sparsity"] for line in part if line["sparsity"]}))
+    _sparsity_axis(axes, part)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

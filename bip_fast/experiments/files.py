@@ -87,18 +87,20 @@ def read_fashion_mnist(folder: Path) -> Arrays:
         names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
         (images, first), (labels, second) = _idx(folder, names[0], 3), _idx(folder, names[1], 1)
         unofficial += [name for name, official in zip(names, (first, second), strict=True) if not official]
-        parts += _checked(folder / names[0], images[:, None], labels, (1, 28, 28), 10)
+        parts += _checked(folder / names[0], images[:, None], labels, (1, 28, 28), 10, folder / names[1])
     return Arrays(parts[0], parts[1], parts[2], parts[3], tuple(unofficial))
 
 
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], classes: int) -> list[np.ndarray]:
-    """Images and labels, if they fit each other and the data set."""
+def _checked(
+    path: Path, images: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], classes: int, labels_path: Path | None = None
+) -> list[np.ndarray]:
+    """Images and labels, if they fit each other and the data set; ``labels_path``: their own file, if they have one."""
     if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
         raise ExperimentError(f"{path}: expected uint8 images of {shape}, got {images.dtype} of {images.shape[1:]}, {len(images)} images")
     if labels.shape != (len(images),):
         raise ExperimentError(f"{path}: {len(images)} images, but {labels.size} labels")
     if labels.min() < 0 or labels.max() >= classes:
-        raise ExperimentError(f"{path}: labels must be in [0, {classes}), got {labels.min()} to {labels.max()}")
+        raise ExperimentError(f"{labels_path or path}: labels must be in [0, {classes}), got {labels.min()} to {labels.max()}")
     return [images, labels.astype(np.int64)]
 
 

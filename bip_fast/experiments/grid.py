@@ -13,14 +13,14 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import ExperimentError, data
 from .methods import METHODS, first_epoch, rounds, stages
-from .settings import FIELDS, PATHS, Settings
+from .settings import FIELDS, PATHS, Settings, unused
 
 __all__ = ["Cell", "Grid", "read"]
 
@@ -28,7 +28,7 @@ FORMAT = 2  # enters every address: one more when the same settings mean another
 # All that decides a dense network.
 DENSE = (
     "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum",
-    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp",
+    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp", "threads",
 )  # fmt: skip
 
 
@@ -96,16 +96,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs of a file by address, each after the one it starts from; ``snapshots``: epochs of dense runs that others rewind to."""
+    """What a file stands for.
+
+    Args:
+        cells: runs by address, each after the one it starts from.
+        snapshots: epochs of dense runs that others rewind to.
+        rows: of the results; several may be of one run.
+    """
 
     name: str
     cells: dict[str, Cell]
     snapshots: dict[str, set[int]]
-
-    @property
-    def rows(self) -> list[Cell]:
-        """Runs that have a place in the results."""
-        return [cell for cell in self.cells.values() if cell.label]
+    rows: list[Cell]
 
 
 def read(path: Path, data_dir: Path | None = None) -> Grid:
@@ -118,11 +120,15 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
 
     try:
         text = path.read_text()
+        if repeated := _repeated_key(yaml.compose(text, yaml.SafeLoader)):
+            raise ExperimentError(f"{path}, line {repeated.start_mark.line + 1}: {repeated.value!r} is there twice")
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ExperimentError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ExperimentError:
+        raise
+    except Exception as error:  # dates and numbers that are none, and depths, raise other errors than YAML's own
+        raise ExperimentError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise ExperimentError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name != "methods"}
@@ -130,10 +136,24 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
     for label, own in content["methods"].items():
         if not isinstance(own, (dict, type(None))):
             raise ExperimentError(f"{path}: methods: {label}: expected settings, got {own!r}")
-        given = {**shared, **(own or {})}
+        given = {"threads": 1, **shared, **(own or {})}  # a fixed number, whatever else runs at the same time
         given.setdefault("method", str(label))
-        grid.add_row(str(label), given)
-    return Grid(path.stem, grid.cells, grid.snapshots)
+        grid.add_row(str(label), given, tuple(own or ()))
+    return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()))
+
+
+def _repeated_key(node: Any, depth: int = 3) -> Any:
+    """The first node that repeats a key, of which YAML would keep the last; None if there is none. ``depth``: file, methods, a method."""
+    if node is None or node.id != "mapping" or not depth:
+        return None
+    keys: set[str] = set()
+    for key, value in node.value:
+        if str(key.value) in keys:
+            return key
+        keys.add(str(key.value))
+        if (inner := _repeated_key(value, depth - 1)) is not None:
+            return inner
+    return None
 
 
 class _Builder:
@@ -141,9 +161,10 @@ class _Builder:
         self.path, self.fingerprint = path, fingerprint
         self.cells: dict[str, Cell] = {}
         self.snapshots: dict[str, set[int]] = {}
+        self.rows: dict[tuple[Any, ...], Cell] = {}
 
-    def add_row(self, label: str, given: Mapping[str, Any]) -> None:
-        """All runs of a label."""
+    def add_row(self, label: str, given: Mapping[str, Any], own: Sequence[str]) -> None:
+        """All runs of a label; ``own``: the settings of this row alone, of which each must have a meaning for its method."""
         for name in given:
             if name not in FIELDS or name in PATHS:
                 raise ExperimentError(f"{self.path}: methods: {label}: unknown setting {name!r}; there are {', '.join(FIELDS)}")
@@ -151,11 +172,16 @@ class _Builder:
         for name, given_values in lists.items():
             if not given_values:
                 raise ExperimentError(f"{self.path}: methods: {label}: {name} must have a value, got an empty list")
-        if "dense" in lists["method"]:
-            lists["sparsity"] = [0.0]
+            if (twice := next((x for i, x in enumerate(given_values) if x in given_values[:i]), None)) is not None:
+                raise ExperimentError(f"{self.path}: methods: {label}: {name} lists {twice!r} twice")
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
+        method = given["method"]
+        if isinstance(method, str) and method in METHODS and (useless := unused(method, own)) is not None:
+            raise ExperimentError(f"{self.path}: methods: {label}: method {method} makes no use of {useless}: leave it out")
         for values in itertools.product(*lists.values()):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
+            if combination["method"] == "dense":
+                combination |= {"sparsity": 0.0, "pattern": Settings.pattern}
             self._add(label, combination, tuple((name, combination[name]) for name in swept))
 
     def _add(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...]) -> None:
@@ -164,7 +190,10 @@ class _Builder:
         try:
             settings = Settings.of(given)
         except ExperimentError as error:
-            raise ExperimentError(f"{self.path}: methods: {label}: {str(error).removeprefix('--')}") from error
+            message = str(error).removeprefix("--")
+            if isinstance(given.get("pattern"), int) and message.startswith("pattern"):
+                message += ": YAML takes it for a number, quote it"
+            raise ExperimentError(f"{self.path}: methods: {label}: {message}") from error
         dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
         parent, files = dense, self.fingerprint(settings.data)
         if METHODS[settings.method].in_rounds:
@@ -173,10 +202,11 @@ class _Builder:
                 parent = self.cells.setdefault(parent.address, parent)
         cell = Cell(label, settings, parent, dense, swept, files)
         if settings.method == "dense" and not settings.epochs and dense is not None:
-            cell = replace(dense, label=label)
+            cell = replace(dense, label=label, swept=tuple((name, value) for name, value in swept if name in DENSE))
         elif dense is not None and settings.rewind not in (None, "lr"):
             self.snapshots[dense.address].add(first_epoch(settings))
         self.cells[cell.address] = cell
+        self.rows[label, cell.swept, cell.address] = cell
 
     def _dense(self, settings: Settings) -> Cell:
         """The dense run that a method with these settings starts from."""

@@ -38,7 +38,7 @@ from .run import (
     write_safetensors,
 )
 from .settings import Settings
-from .train import Cursor, evaluate, train
+from .train import Cursor, check_finite, evaluate, train
 
 __all__ = ["Job"]
 
@@ -267,22 +267,31 @@ class Job:
             raise _Enough
 
     def _after_step(self, cursor: Cursor) -> None:
-        epochs = self.stage.recipe.epochs
-        show = self.shown.wants() or (cursor.epoch == epochs and not cursor.step)
+        show = self.shown.wants() or (cursor.epoch == self.stage.recipe.epochs and not cursor.step)
         save = bool(self.signals) or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY
         if not show and not save:
             return
         with cursor.aside():
-            if show:
-                loss, accuracy = cursor.running()
-                epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
-                self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
+            unread = self._show(cursor) if show else None
             if not cursor.step:
                 self._keep(cursor.epoch)
-            if save:
+            if save or unread:
                 self._save()
+            if unread:
+                raise unread
             if self.signals:
                 raise Stop(self.signals[0])
+
+    def _show(self, cursor: Cursor) -> BrokenPipeError | None:
+        """Tell how far the run is; returns the error if nobody reads that any more, to be raised when the state is saved."""
+        loss, accuracy = cursor.running()
+        epochs = self.stage.recipe.epochs
+        epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
+        try:
+            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
+        except BrokenPipeError as error:
+            return error
+        return None
 
     def _save(self) -> None:
         self._meter()
@@ -307,8 +316,12 @@ class Job:
 
     def _score(self, name: str) -> None:
         score = evaluate(self.model, self.data)
+        check_finite(score.loss, self._part)
         self.done["scores"][name] = {"accuracy": score.accuracy, "loss": score.loss}
-        self.shown.say(f"{name}: {100 * score.accuracy:.2f} % of the {self._part} images right")
+
+    def _say_score(self, name: str) -> None:
+        """After everything is written: the reader of the progress may be gone."""
+        self.shown.say(f"{name}: {100 * self.done['scores'][name]['accuracy']:.2f} % of the {self._part} images right")
 
     def _end_stage(self) -> None:
         stage = self.stage
@@ -322,6 +335,8 @@ class Job:
                 self._score("dense")
             if stage.recipe.epochs:
                 self.folder.write("dense.safetensors", lambda path: write_safetensors(path, self.model))
+            if self.score_start:
+                self._say_score("dense")
         if isinstance(self.optimizer, FastBiP):
             self.decisions = [row.as_dict() for row in self.optimizer.report().decisions]
             self.optimizer.finalize()
@@ -355,4 +370,5 @@ class Job:
         }
         self.folder.write("curves.png", lambda path: curves(result, path))
         self.folder.write_json("report.json", result)
+        self._say_score("pruned")
         return result

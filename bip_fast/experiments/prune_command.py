@@ -13,12 +13,12 @@ from ..budgets import SCOPES
 from ..ops import kernels
 from ..report import Report, Row
 from . import ExperimentError, display
-from .data import load
+from .data import VALIDATION_IMAGES, load
 from .methods import METHODS
 from .models import MODELS
 from .prune import Job
 from .run import RunFolder, Stop
-from .settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings
+from .settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings, option, unused
 
 __all__ = ["add_options", "command"]
 
@@ -65,7 +65,13 @@ def add_options(commands: Any) -> None:
     what.add_argument(
         "--checkpoint", type=str, metavar="FILE", help="trained dense weights to prune (.safetensors or .pt): no dense training"
     )
-    add(what, "sparsity", float, "S", "fraction of zeros among all Conv and Linear weights, in [0, 1)")
+    add(
+        what,
+        "sparsity",
+        float,
+        "S",
+        "fraction of zeros among all Conv and Linear weights, or pruned share of the units of --pattern, in [0, 1)",
+    )
 
     add(what, "pattern", str, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")
     add(what, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
@@ -107,7 +113,7 @@ def add_options(commands: Any) -> None:
     training.add_argument(
         "--validate",
         action="store_true",
-        help="train on four fifths of the training images and measure on the others: for choosing options",
+        help=f"hold out {VALIDATION_IMAGES:,} training images, or a fifth if that is less, and measure on these: for choosing options",
     )
     training.add_argument(
         "--amp",
@@ -117,6 +123,9 @@ def add_options(commands: Any) -> None:
 
     run = prune.add_argument_group("the run")
     run.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    run.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads; sums, and so results, depend on their number; default: one for each core"
+    )
     run.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/<data>-<model>-<sparsity>-seed<seed>")
     run.add_argument(
         "--resume", nargs="?", type=Path, const=None, metavar="DIR", help="continue the run in DIR, or in the folder that the options name"
@@ -147,10 +156,14 @@ def command(options: dict[str, Any], device: torch.device) -> int:
         path = options.get("out", Path("runs") / Settings.of(given).folder_name)
     folder = RunFolder(path)
     settings = folder.settings(given) if resume else Settings.of(given)
+    if (useless := unused(settings.method, given)) is not None:
+        raise ExperimentError(f"--method {settings.method} makes no use of {option(useless)}: leave it out")
     if resume and folder.finished:
         print(f"{path} is finished; --overwrite runs it again", file=sys.stderr)
-        print_result(folder.read_json("report.json"), folder.path)
+        print_result(folder.read_report(), folder.path)
         return 0
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     data = load(settings.data, options.get("data_dir"))
     kernels()  # before anything is trained
     job = Job(settings, folder, data, device, display.make())

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..patterns import parse
 from .compare import Comparison
 from .grid import Cell
 from .methods import steps_of
 from .run import RunFolder, write_beside
 
-__all__ = ["Row", "collect", "group", "summary", "table", "write"]
+__all__ = ["Row", "collect", "group", "summary", "table", "units", "write"]
 
 Row = dict[str, Any]
 SWEPT = "setting_"  # in front of the columns of settings that the file gives a list of
@@ -27,7 +28,7 @@ def collect(comparison: Comparison) -> list[Row]:
 
     def report(cell: Cell) -> Row:
         if cell.address not in reports:
-            reports[cell.address] = RunFolder(comparison.folder(cell)).read_json("report.json")
+            reports[cell.address] = RunFolder(comparison.folder(cell)).read_report()
         return reports[cell.address]
 
     return [_row(cell, report) for cell in comparison.grid.rows if _all_there(comparison, cell)]
@@ -91,7 +92,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     """Mean and sample standard deviation over seeds; a deviation needs two."""
     found = []
     for key, own in group(rows).items():
-        line: Row = {**dict(zip(GROUP, key, strict=True)), "seeds": len(own)}
+        line: Row = {**dict(zip(GROUP, key, strict=True)), "method": own[0]["method"], "pattern": own[0]["pattern"], "seeds": len(own)}
         for name in ("accuracy", "dense_accuracy", "sparsity_exact", "epochs_total", "seconds_total", "joules_total"):
             values = [row[name] for row in own if row[name] is not None]
             line[name] = statistics.mean(values) if values else None
@@ -99,6 +100,11 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
         found.append(line)
     return found
+
+
+def units(lines: Sequence[Row]) -> str:
+    """What the sparsities of ``lines`` are shares of."""
+    return " or ".join(dict.fromkeys(parse(line["pattern"]).units for line in lines if line["method"] != "dense"))
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -120,24 +126,31 @@ def write(rows: Sequence[Row], out: Path) -> list[Path]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: for each data set and model, a line for each method, a column for each sparsity: accuracy in percent, mean and standard
-    deviation over seeds; then cost, of the sparsest where it differs: epochs of forward and backward passes, and minutes."""
+    deviation over seeds, that of a dense network in each; then cost, of the sparsest where it differs: epochs of forward and backward
+    passes, and minutes."""
     lines: list[str] = []
     found = summary(rows)
     for where in dict.fromkeys((line["data"], line["model"], line["width"]) for line in found):
         part = [line for line in found if (line["data"], line["model"], line["width"]) == where]
-        sparsities = sorted({line["sparsity"] for line in part if line["sparsity"]})
+        sparsities = sorted({line["sparsity"] for line in part if line["method"] != "dense"})
         name = f"{where[0]}, {where[1]}" + (f" of width {where[2]}" if where[2] else "")
+        of = "" if units(part) == "weights" else f" of the {units(part)}"
         lines += [
-            f"| {name} | " + " | ".join(f"{100 * s:.4g} %" for s in sparsities) + " | epochs | minutes |",
+            f"| {_escaped(name)} | " + " | ".join(f"{100 * s:.4g} %{of}" for s in sparsities) + " | epochs | minutes |",
             "|---" * (len(sparsities) + 3) + "|",
         ]
         for row in dict.fromkeys(line["row"] for line in part):
             own = {line["sparsity"]: line for line in part if line["row"] == row}
-            cells = [_accuracy(own.get(s, own.get(0.0))) for s in sparsities]
+            cells = [_accuracy(own.get(0.0 if own[max(own)]["method"] == "dense" else s)) for s in sparsities]
             last = own[max(own)]
-            lines.append(f"| {row} | " + " | ".join(cells) + f" | {last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g} |")
+            cost = f"{last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g}"
+            lines.append(f"| {' | '.join([_escaped(row), *cells, cost])} |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _accuracy(line: Row | None) -> str:

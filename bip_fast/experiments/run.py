@@ -11,11 +11,14 @@ report.json         every figure; written last, so a folder with one is finished
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +46,11 @@ __all__ = [
 ]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+# What others read of a report.
+REPORT = {
+    "layers": list, "kept": int, "total": int, "sparsity": float, "evaluated_on": str, "images": dict, "pruned": dict, "image_passes": dict,
+    "seconds": dict, "joules": dict, "versions": dict, "device": str,
+}  # fmt: skip
 
 
 def snapshot_name(epoch: int | str) -> str:
@@ -59,10 +67,15 @@ class DamagedCheckpoint(ExperimentError):
 
 
 class RunFolder:
-    """One folder of the files above; `open` decides whether a run may write there."""
+    """One folder of the files above; `open` decides whether a run may write there.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        patience: seconds to wait for another process that has the folder.
+        say: is told that it waits.
+    """
+
+    def __init__(self, path: Path, *, patience: float = 0.0, say: Callable[[str], None] = lambda text: None) -> None:
+        self.path, self.patience, self.say = path, patience, say
         self._held: int | None = None  # the folder itself, open and locked
 
     @property
@@ -117,12 +130,19 @@ class RunFolder:
         if fcntl is None:
             return
         self._held = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExperimentError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
-        except OSError:  # a file system without locks
-            pass
+        end = time.monotonic() + self.patience
+        say_once = functools.cache(self.say)
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise ExperimentError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
+            except OSError:  # a file system without locks
+                return
+            say_once("in use by another run, and waits for that to end")
+            time.sleep(0.1)
 
     def release(self) -> None:
         if self._held is not None:
@@ -159,6 +179,34 @@ class RunFolder:
             raise ExperimentError(f"{self.path / name} is damaged: expected an object")
         return value
 
+    def read_report(self) -> dict[str, Any]:
+        """Content of report.json.
+
+        Raises:
+            ExperimentError: it is damaged.
+        """
+        value = self.read_json("report.json")
+        for name, kind in REPORT.items():
+            if not isinstance(value.get(name), kind):
+                raise ExperimentError(f"{self.path / 'report.json'} is damaged: it has no {name}")
+        return value
+
+    def damaged(self) -> dict[Path, str]:
+        """The files of a finished run that others want to read and cannot, and why."""
+        from safetensors import safe_open
+
+        found = {}
+        for path in (self.path / "report.json", self.path / "model.safetensors", *self.path.glob(snapshot_name("*"))):
+            try:
+                if path.suffix == ".json":
+                    self.read_report()
+                else:
+                    with safe_open(path, "pt"):  # reads where its tensors are, which must be in the file
+                        pass
+            except Exception as error:  # safetensors raises errors of many kinds
+                found[path] = f"{path.name} is {'damaged' if path.exists() else 'missing'} ({_one_line(error)})"
+        return found
+
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 
@@ -173,7 +221,10 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
+        contents = io.BytesIO()
+        torch.save(state, contents)
+        self.write("checkpoint.pt", lambda path: path.write_bytes(contents.getbuffer()))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
@@ -194,6 +245,10 @@ def write_beside(target: Path, save: Callable[[Path], object]) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, target)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(target)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -205,9 +260,9 @@ def _one_line(error: BaseException) -> str:
 
 def write_safetensors(path: Path, model: nn.Module) -> None:
     """State dict of ``model``, each tensor contiguous and on the CPU. A tensor that has several names is written under each."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}, path)
+    path.write_bytes(save({name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

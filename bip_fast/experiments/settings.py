@@ -6,6 +6,8 @@ Defaults were chosen on a part of the training images (`--validate`), never on t
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
-from .methods import METHODS, stages
+from .methods import METHODS, STEPS, stages
 
 __all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
@@ -61,6 +63,7 @@ class Settings:
     validate: bool = False
     validation_images: int = VALIDATION_IMAGES
     amp: bool = False
+    threads: int | None = None  # of the CPU, which order the sums; None: as many as torch takes
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Settings:
@@ -70,18 +73,23 @@ class Settings:
             ExperimentError: a value is out of range.
         """
         data = given.get("data", cls.data)
-        if data not in DATA:
+        if not isinstance(data, str) or data not in DATA:
             raise ExperimentError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
         method = given.get("method", cls.method)
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ExperimentError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         try:
-            own = {"sparsity": parse(given["pattern"]).sparsity or cls.sparsity} if "pattern" in given else {}
+            sparsity = parse(given.get("pattern", cls.pattern)).sparsity
         except ValueError as error:
             raise ExperimentError(f"--{error}") from error
+        own = {} if sparsity is None else {"sparsity": sparsity}
         preset = PRESETS[data]
         decay = given.get("weight_decay", preset.get("weight_decay", cls.weight_decay))  # not that of a method that has its own
-        settings = cls(**{**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given})
+        values = {**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given}
+        for field in fields(cls):
+            if field.type == "float" and type(values.get(field.name)) is int:
+                values[field.name] = float(str(values[field.name]))  # 1 and 1.0 are one setting; inf for what is too large
+        settings = cls(**values)
         settings.check()
         return settings
 
@@ -104,11 +112,13 @@ class Settings:
             raise ExperimentError(f"--levels must be one of {', '.join(LEVELS)}, got {self.levels!r}")
         if self.score_start not in SCORE_STARTS:
             raise ExperimentError(f"--score-start must be one of {', '.join(SCORE_STARTS)}, got {self.score_start!r}")
-        if self.rewind not in (None, "init", "lr") and not str(self.rewind).isdecimal():
+        if self.rewind not in (None, "init", "lr") and not re.fullmatch("0|[1-9][0-9]*", self.rewind):
             raise ExperimentError(f"--rewind must be init, lr or a number of epochs, got {self.rewind!r}")
 
     def _check_method(self) -> None:
         method = METHODS[self.method]
+        if self.method == "dense" and self.sparsity:
+            raise ExperimentError(f"--sparsity must be 0 with --method dense, which prunes nothing, got {self.sparsity:g}")
         if self.checkpoint and not method.needs_dense:
             raise ExperimentError(f"--method {self.method} starts from random weights: leave --checkpoint out")
         rewinds = self.rewind not in (None, "lr")
@@ -137,7 +147,7 @@ class Settings:
             raise ExperimentError(f"--sparsity must be {own:g} with --pattern {self.pattern}, got {self.sparsity:g}")
         least_epochs = 0 if self.method == "dense" else 1
         leasts = {"pretrain_epochs": 0, "epochs": least_epochs, "batch_size": 2, "seed": 0, "width": 1, "train_images": 1, "stride": 1}
-        leasts["validation_images"] = 1
+        leasts |= {"validation_images": 1, "threads": 1}
         for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -167,6 +177,14 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def unused(method: str, names: Iterable[str]) -> str | None:
+    """The first of the settings ``names`` that has no meaning for a method; None if all have one."""
+    row = METHODS[method]
+    # A step size has one as soon as nothing is rewound.
+    meaningless = {*STEPS} - {*row.uses, "lr"} | (set() if row.in_rounds else {"per_round"})
+    return next((name for name in names if name in meaningless), None)
 
 
 def option(field: str) -> str:

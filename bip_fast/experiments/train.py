@@ -23,7 +23,7 @@ from ..report import weights
 from . import ExperimentError
 from .data import AnyData, Position, batch_count
 
-__all__ = ["Cursor", "Recipe", "Score", "evaluate", "kept_flags", "train"]
+__all__ = ["Cursor", "Recipe", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,7 @@ class Cursor:
 
     def end_epoch(self, model: nn.Module, lr: float) -> None:
         loss, accuracy = self.running()
-        if not math.isfinite(loss):
-            raise ExperimentError(
-                f"the training loss is {loss} in epoch {self.epoch + 1}; smaller --lr, --pretrain-lr or --mask-lr may help"
-            )
+        check_finite(loss, "training", f" in epoch {self.epoch + 1}")
         flags = kept_flags(model)
         changed = sum(int((flags[name] != self.flags[name]).sum()) for name in self.flags)
         total = sum(x.numel() for x in flags.values())
@@ -102,6 +99,12 @@ class Cursor:
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Cursor:
         flags = {name: x.to(device) for name, x in state["flags"].items()}
         return cls(**{**state, "sums": state["sums"].to(device), "flags": flags})
+
+
+def check_finite(loss: float, part: str, when: str = "") -> None:
+    """Raises ExperimentError for the loss of a network that has diverged."""
+    if not math.isfinite(loss):
+        raise ExperimentError(f"the {part} loss is {loss}{when}; smaller --lr, --pretrain-lr or --mask-lr may help")
 
 
 class Score(NamedTuple):

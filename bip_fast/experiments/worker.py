@@ -7,12 +7,15 @@ counts as one. Data sets stay loaded from cell to cell.
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +28,8 @@ from .run import DamagedCheckpoint, RunFolder, Stop, snapshot_name
 from .settings import Settings
 
 __all__ = ["Order", "finished", "work"]
+
+GRACE = 60.0  # seconds in which a process has to save and end, whose parent is gone
 
 
 class Order(NamedTuple):
@@ -67,15 +72,23 @@ class _Telling(display.Display):
         self._tell("note", text)
 
     def _tell(self, kind: str, what: object) -> None:
-        try:
+        with suppress(OSError):  # the parent is gone, as `end_with_parent` sees
             self.pipe.send((kind, self.address, what))
-        except OSError:  # the parent is gone
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int, alone: bool) -> None:
+def end_with_parent(grace: float = GRACE) -> None:
+    """Wait until the parent is gone, then ask this process to save and stop, and end it if it cannot within ``grace`` seconds, in a model
+    that is busy or hangs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(pipe: Connection, data_dir: Path | None, device_name: str, alone: bool) -> None:
     """Take orders from ``pipe`` until it closes; ``alone``: no other process does."""
-    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     device = torch.device(device_name)
     load = functools.lru_cache(maxsize=2)(data.load)
     while True:
@@ -83,6 +96,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, threads: int
             order: Order = pipe.recv()
         except (EOFError, OSError):
             return
+        torch.set_num_threads(order.settings.threads or 1)
         answer: tuple[str, str, str | None]
         try:
             _run(order, load(order.settings.data, data_dir), device, _Telling(pipe, order.address), alone)
@@ -114,7 +128,7 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telli
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
 
     def go(path: Path, snapshots: Collection[int], until: int | None = None, afresh: bool = False) -> None:
-        folder = RunFolder(path)
+        folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
         job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
         try:
             same = folder.began_with(settings)
