@@ -58,3 +58,13 @@ def double(monkeypatch):
         return Double.made
 
     return use
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Folder of a whole comparison; tests read it and leave it as it is."""
+    from compare_runs import compare, written
+
+    folder = tmp_path_factory.mktemp("compare")
+    assert compare(written(folder), folder / "out") == 0
+    return folder / "out"
