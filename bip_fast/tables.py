@@ -1,10 +1,10 @@
-"""Aligned tables for people."""
+"""Tables for people: aligned, or Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "escaped"]
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -18,3 +18,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 def _cell(text: str, column: int, width: int, left: int) -> str:
     return text.ljust(width) if column < left else text.rjust(width)
+
+
+def escaped(text: str) -> str:
+    """What stands for ``text`` in a cell of a Markdown table."""
+    return text.replace("|", "\\|")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..tables import escaped
 from .train import Recipe
 
 if TYPE_CHECKING:
@@ -268,5 +269,5 @@ def steps_of(settings: Settings) -> dict[str, Any]:
 def table() -> str:
     """Markdown: a line for each method."""
     lines = ["| method | what it does | cost | source |", "|---|---|---|---|"]
-    lines += [f"| `{name}` | {method.what} | {method.cost} | {method.source} |" for name, method in METHODS.items()]
+    lines += [f"| `{name}` | {escaped(method.what)} | {method.cost} | {method.source} |" for name, method in METHODS.items()]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..patterns import parse
+from ..tables import escaped
 from .compare import Comparison
 from .grid import Cell
 from .methods import steps_of
@@ -136,7 +137,7 @@ def table(rows: Sequence[Row]) -> str:
         name = f"{where[0]}, {where[1]}" + (f" of width {where[2]}" if where[2] else "")
         of = "" if units(part) == "weights" else f" of the {units(part)}"
         lines += [
-            f"| {_escaped(name)} | " + " | ".join(f"{100 * s:.4g} %{of}" for s in sparsities) + " | epochs | minutes |",
+            f"| {escaped(name)} | " + " | ".join(f"{100 * s:.4g} %{of}" for s in sparsities) + " | epochs | minutes |",
             "|---" * (len(sparsities) + 3) + "|",
         ]
         for row in dict.fromkeys(line["row"] for line in part):
@@ -144,13 +145,9 @@ def table(rows: Sequence[Row]) -> str:
             cells = [_accuracy(own.get(0.0 if own[max(own)]["method"] == "dense" else s)) for s in sparsities]
             last = own[max(own)]
             cost = f"{last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g}"
-            lines.append(f"| {' | '.join([_escaped(row), *cells, cost])} |")
+            lines.append(f"| {' | '.join([escaped(row), *cells, cost])} |")
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _accuracy(line: Row | None) -> str:

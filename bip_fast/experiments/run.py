@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import one_line
 from . import ExperimentError
 from .settings import FIELDS, PATHS, Settings, option
 
@@ -168,13 +169,13 @@ class RunFolder:
         try:
             return Settings.of(stored)
         except (ExperimentError, TypeError, ValueError, AttributeError) as error:
-            raise ExperimentError(f"{self.path / 'config.json'} is damaged: {_one_line(error)}") from error
+            raise ExperimentError(f"{self.path / 'config.json'} is damaged: {one_line(error, 160)}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:
             value = json.loads((self.path / name).read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise ExperimentError(f"{self.path / name} is damaged: {_one_line(error)}") from error
+            raise ExperimentError(f"{self.path / name} is damaged: {one_line(error, 160)}") from error
         if not isinstance(value, dict):
             raise ExperimentError(f"{self.path / name} is damaged: expected an object")
         return value
@@ -204,7 +205,7 @@ class RunFolder:
                     with safe_open(path, "pt"):  # reads where its tensors are, which must be in the file
                         pass
             except Exception as error:  # safetensors raises errors of many kinds
-                found[path] = f"{path.name} is {'damaged' if path.exists() else 'missing'} ({_one_line(error)})"
+                found[path] = f"{path.name} is {'damaged' if path.exists() else 'missing'} ({one_line(error, 160)})"
         return found
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -234,7 +235,7 @@ class RunFolder:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises nearly anything
-            raise DamagedCheckpoint(path, f"is damaged ({_one_line(error)})") from error
+            raise DamagedCheckpoint(path, f"is damaged ({one_line(error, 160)})") from error
 
 
 def write_beside(target: Path, save: Callable[[Path], object]) -> None:
@@ -251,11 +252,6 @@ def write_beside(target: Path, save: Callable[[Path], object]) -> None:
         raise
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def write_safetensors(path: Path, model: nn.Module) -> None:
@@ -282,7 +278,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except ModuleNotFoundError as error:
         raise ExperimentError(f"{path} needs {error.name}: pip install 'bip_fast[cli]'") from error
     except Exception as error:  # safetensors and torch raise errors of many kinds for a damaged file
-        raise ExperimentError(f"cannot read {path} as weights: {_one_line(error)}") from error
+        raise ExperimentError(f"cannot read {path} as weights: {one_line(error, 160)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

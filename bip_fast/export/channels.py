@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .errors import MEMORY, one_line
+from ..errors import MEMORY, one_line
 
 __all__ = ["Channels", "Reader", "as_inputs", "channels_of", "depthwise", "torch_pruning"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import one_line
 from ..experiments import ExperimentError, models
 from ..experiments.data import DATA, AnyData, load, prepared
 from ..experiments.run import RunFolder, load_into, read_state_dict
 from ..experiments.settings import Settings
-from .errors import one_line
 from .runtimes import RUNTIMES
 
 __all__ = ["add_options", "command"]

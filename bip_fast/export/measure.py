@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..benchmark import calls_in, synchronize
+from ..errors import one_line
 from ..ops import launch_guard
 from ..report import layer_table, weights
-from .errors import one_line
 from .measurement import Measurement, Timing, Variant, sentence
 from .runtimes import check_runtime, prepared_call, version
 from .semi_structured import OLDEST, Converted, to_semi_structured

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import MEMORY, one_line
 from .channels import Channels, graph_of, weight_of
-from .errors import MEMORY, one_line
 from .same import same
 
 __all__ = ["Removal", "checked", "restore"]

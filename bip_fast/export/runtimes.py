@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import one_line
+from ..errors import one_line
 from .same import near
 
 __all__ = ["RUNTIMES", "check_runtime", "prepared_call", "version"]
@@ -61,8 +61,8 @@ def prepared_call(runtime: str, network: nn.Module, inputs: tuple[Any, ...]) -> 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # Idle threads of one network would spin on the cores that the next one needs: up to twice its time on 2 cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Between calls the threads of one network must not spin on the cores that the next one needs: up to twice its time on 2 cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     expected = [x for x in tree_leaves(network(*inputs)) if isinstance(x, Tensor)]
     try:
         with tempfile.TemporaryDirectory() as folder, _quiet():

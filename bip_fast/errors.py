@@ -14,6 +14,6 @@ def one_line(error: BaseException, most: int = 200) -> str:
     text = " ".join(str(error).split())[:most]
     if isinstance(error, MEMORY):
         return f"not enough memory: {text}" if text else "not enough memory"
-    if text and isinstance(error, (ValueError, RuntimeError, ImportError)):
+    if text and isinstance(error, (ValueError, RuntimeError, ImportError, OSError)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
