@@ -42,7 +42,8 @@ def search_table(results: dict[str, Any]) -> str:
     sparsities = sorted({row["sparsity"] for row in rows})
     found: dict[tuple[Any, ...], dict[float, float]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in settings), {})[row["sparsity"]] = row["accuracy"]
+        chosen = {**row, "lr": row.get("setting_pretrain_lr") if row["lr"] is None else row["lr"]}  # of what trains from the beginning
+        found.setdefault(tuple(chosen[name] for name in settings), {})[row["sparsity"]] = row["accuracy"]
     lines = ["| " + " | ".join([*settings, *(f"{100 * s:g} %" for s in sparsities)]) + " |"]
     lines.append("|---" * (len(settings) + len(sparsities)) + "|")
     for key, accuracies in sorted(found.items(), key=str):
