@@ -29,7 +29,7 @@ from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import Cursor, train
 
 COUNTS = ("first", "missed", "crowded", "candidates", "flips")
-USUAL = {"method": "bip-paper", "lr": 0.05, "mask_lr": 1.0}
+USUAL = {"method": "bip-paper", "lr": 0.05, "mask_lr": 1.0, "weight_decay": 5e-4}
 BLUE, RED, GREY = "#0055aa", "#cc3311", "#777777"
 
 
