@@ -137,12 +137,12 @@ def roster_of(param_groups: Sequence[Mapping[str, Any]], known: Known) -> Roster
 
 
 def _check_effect(members: Mapping[Tensor, Member], param_groups: Sequence[Mapping[str, Any]], known: Known) -> None:
-    """ValueError when a list couples weights that are pruned, and none of them by filters."""
-    for tensors in known.coupled:
-        pruned = [members[p] for p in tensors if p in members and members[p].pruned]
-        if pruned and all(param_groups[m.row]["pattern"] != "filter" for m in pruned):
-            found = param_groups[pruned[0].row]["pattern"]
-            raise ValueError(f'coupled must hold weights of pattern "filter", got {pruned[0].label} of pattern {found!r}')
+    """ValueError when lists couple weights that are pruned, and none of them by filters. A list of weights that go by other patterns (as
+    ``overrides`` may say) has no filters to couple, and may be beside others."""
+    pruned = [members[p] for tensors in known.coupled for p in tensors if p in members and members[p].pruned]
+    if pruned and all(param_groups[m.row]["pattern"] != "filter" for m in pruned):
+        found = param_groups[pruned[0].row]["pattern"]
+        raise ValueError(f'coupled must hold weights of pattern "filter", got {pruned[0].label} of pattern {found!r}')
 
 
 def _join_units(

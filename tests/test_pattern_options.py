@@ -107,6 +107,16 @@ def test_couplings_without_effect_are_refused(options):
     FastBiP(model(), coupled=[["1.weight", "2.weight"]], exclude=["1", "2"], **options)
 
 
+def test_lists_of_other_patterns_beside_those_of_filters_couple_nothing():
+    """As where `coupled_filters` lists every layer, and one goes by another pattern."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    coupled = [["0.weight"], ["1.weight", "2.weight"]]
+    opt = FastBiP(model, sparsity=0.5, pattern="filter", overrides={"0": {"pattern": "unstructured"}}, coupled=coupled)
+    patterns = {row.name: row.pattern for row in opt.report().decisions}
+    assert patterns["0.weight"] == "unstructured"
+    assert patterns["1.weight"] == "filter"
+
+
 def test_frozen_vectors_are_not_masked_and_listed(backend):
     def made():
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).to(backend.device)
