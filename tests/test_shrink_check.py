@@ -153,6 +153,25 @@ def test_a_model_that_takes_the_example_alone_is_shrunk_by_what_nobody_reads():
     assert result.note == "checked with tensor 2 of example_input as it is, as the model takes no other numbers there"
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int64])
+def test_integers_of_every_kind_are_taken(dtype):
+    """Some have no arithmetic in torch, and one above the largest is no integer."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x, n):
+            return self.b(torch.relu(self.a(x))) * n.double().sigmoid()
+
+    model = Scaled().double().eval()
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+    for n in (torch.tensor([3, 200]), torch.tensor([0, torch.iinfo(dtype).max])):
+        assert shrink(model, (torch.randn(5, 6).double(), n.to(dtype))).model.a.out_features == 5
+
+
 def test_sparse_arguments_stay_as_they_are():
     class Graph(nn.Module):
         def __init__(self) -> None:
@@ -170,6 +189,7 @@ def test_sparse_arguments_stay_as_they_are():
     assert "tensor 2 of example_input as it is" in result.note
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_an_index_out_of_range_is_not_tried_on_a_gpu():
     model = Restricted(lambda x: True).cuda().eval()

@@ -102,15 +102,18 @@ def _on_cpu(arguments: Any) -> Any:
 
 
 def _one_integer(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool) and int(x.min()) == int(x.max())
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool) and len(x.unique()) == 1
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------------------------
 
 
 def _drawn(x: Tensor, draw: Callable[[Tensor, Generator], Tensor], seed: int) -> Tensor:
-    """A tensor drawn anew: on the CPU, so that it is the same everywhere."""
-    return torch.empty_like(x).copy_(draw(x.detach().cpu(), Generator().manual_seed(seed)))
+    """A tensor drawn anew: on the CPU, so that it is the same everywhere. As it is where torch has no such arithmetic for its dtype."""
+    try:
+        return torch.empty_like(x).copy_(draw(x.detach().cpu(), Generator().manual_seed(seed)))
+    except (NotImplementedError, RuntimeError):
+        return x
 
 
 def _anew(x: Tensor, generator: Generator) -> Tensor:
@@ -119,10 +122,10 @@ def _anew(x: Tensor, generator: Generator) -> Tensor:
         return x ^ (torch.rand(x.shape, generator=generator) < 0.25)
     if x.is_floating_point() or x.is_complex():
         return torch.randn(x.shape, generator=generator, dtype=torch.complex64 if x.is_complex() else torch.float32)
-    low, high = int(x.min()), int(x.max())
+    low, high = int(x.long().min()), int(x.long().max())
     if low == high:
         low, high = min(low, 0), max(high, 1)
-    return torch.randint(low, high + 1, x.shape, generator=generator)
+    return torch.randint(low, min(high, 2**63 - 2) + 1, x.shape, generator=generator)
 
 
 def _of_its_own(x: Tensor, generator: Generator) -> Tensor:
