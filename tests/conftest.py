@@ -19,6 +19,14 @@ else:
     settings.load_profile("bip_fast")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Marks as `gpu` what takes the CUDA backend; other tests that need a GPU are marked where they are."""
+    for item in items:
+        if "cuda" in item.fixturenames or (hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(params=BACKEND_NAMES)
 def backend(request, monkeypatch):
     """cpu: the C++ kernels. sim: the CUDA kernels on the host simulator. cuda: the CUDA kernels on a GPU."""

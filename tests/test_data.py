@@ -335,6 +335,7 @@ def test_a_batch_is_drawn_by_its_own_generator(tiny, mirror):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.gpu
 def test_batches_are_the_same_on_the_gpu_and_do_not_wait_for_it(tiny, monkeypatch):
     device = use_backend("cuda", monkeypatch).device
     position = Position(0, "prune", 0)

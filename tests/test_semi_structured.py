@@ -185,6 +185,7 @@ def test_the_table_is_aligned_and_json():
 SPARSE_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not SPARSE_CORES, reason="needs an NVIDIA GPU of compute capability 8.0 or newer")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_two_of_four_layers_are_converted(dtype):
