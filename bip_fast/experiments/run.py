@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import one_line
+from ..errors import MEMORY, one_line
 from . import ExperimentError
 from .settings import FIELDS, PATHS, Settings, option
 
@@ -40,6 +40,7 @@ __all__ = [
     "RunFolder",
     "Stop",
     "load_into",
+    "of_the_machine",
     "read_state_dict",
     "snapshot_name",
     "write_beside",
@@ -64,7 +65,13 @@ class DamagedCheckpoint(ExperimentError):
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(f"{path} {what}; --overwrite starts again")
-        self.why = f"{path.name} {what}"
+        self.path, self.why = path, f"{path.name} {what}"
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether an error while a file is read says nothing of the file: there may be memory, or a device, the next time."""
+    machine = (*MEMORY, OSError, getattr(torch, "AcceleratorError", OSError))
+    return isinstance(error, machine) or any(text in str(error) for text in ("CUDA error", "out of memory", "DefaultCPUAllocator"))
 
 
 class RunFolder:
@@ -128,7 +135,7 @@ class RunFolder:
         Raises:
             ExperimentError: another process has it.
         """
-        if fcntl is None:
+        if fcntl is None or self._held is not None:
             return
         self._held = os.open(self.path, os.O_RDONLY)
         end = time.monotonic() + self.patience
@@ -221,6 +228,11 @@ class RunFolder:
             for path in self.path.glob(f".*-{name}"):
                 path.unlink(missing_ok=True)
 
+    def set_aside(self, path: Path) -> None:
+        """Rename a damaged file, which is not read any more, for a person to look at."""
+        with suppress(FileNotFoundError):
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
         contents = io.BytesIO()
@@ -230,11 +242,13 @@ class RunFolder:
     def load_checkpoint(self) -> dict[str, Any] | None:
         """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
         path = self.path / "checkpoint.pt"
-        if not path.is_file():
-            return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
         except Exception as error:  # a damaged file raises nearly anything
+            if of_the_machine(error):
+                raise
             raise DamagedCheckpoint(path, f"is damaged ({one_line(error, 160)})") from error
 
 

@@ -127,23 +127,29 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telli
     settings.check()
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
 
-    def go(path: Path, snapshots: Collection[int], until: int | None = None, afresh: bool = False) -> None:
+    def resumed(job: Job) -> Job | None:
+        """The job where its checkpoint stands; None if that is damaged, which is then set aside."""
+        try:
+            job.resume()
+        except DamagedCheckpoint as error:
+            shown.note(f"{error.why}; it starts afresh")
+            job.folder.set_aside(error.path)
+            return None
+        return job
+
+    def go(path: Path, snapshots: Collection[int], until: int | None = None) -> None:
         folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
-        job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
+        new = functools.partial(Job, settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
         try:
             same = folder.began_with(settings)
             if folder.begun and not same:
                 shown.note("began with other settings; it starts afresh")
-            if same and not afresh:
-                job.resume()
-            else:
+            job = resumed(new()) if same else None
+            if job is None:  # and what one that could not resume had on the device is free
+                job = new()
                 job.start()
                 folder.open(settings, overwrite=True)
             job.run()
-        except DamagedCheckpoint as error:
-            folder.release()
-            shown.note(f"{error.why}; it starts afresh")
-            go(path, snapshots, until, afresh=True)
         finally:
             folder.release()
 
