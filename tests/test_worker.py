@@ -8,7 +8,7 @@ import torch
 from compare_runs import SHORT, written
 
 from bip_fast import cli
-from bip_fast.experiments import data, grid, worker
+from bip_fast.experiments import data, grid, run, worker
 
 if missing := cli.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
@@ -80,3 +80,38 @@ def test_a_damaged_checkpoint_is_set_aside(order):
     assert (order.folder / "checkpoint.pt.damaged").read_bytes() == b"half of a file"
     assert worker.finished(order.folder, ())
     assert not (order.folder / "checkpoint.pt").exists()
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(order, monkeypatch):
+    """The other one has the folder when this one comes, with a checkpoint and without a report."""
+    do(order)
+    report = order.folder / "report.json"
+    contents = report.read_bytes()
+    report.unlink()
+    (order.folder / "checkpoint.pt").write_bytes(b"of the other one")
+    other = run.RunFolder(order.folder)
+    other.lock()
+
+    def end(seconds):
+        report.write_bytes(contents)
+        other.release()
+
+    monkeypatch.setattr(run.time, "sleep", end)
+    before = {path.name: path.stat().st_mtime_ns for path in order.folder.glob("*.safetensors")}
+    pipe = Pipe()
+    do(order, pipe)
+    assert pipe.notes == ["in use by another run, and waits for that to end"]
+    assert report.read_bytes() == contents
+    assert {path.name: path.stat().st_mtime_ns for path in order.folder.glob("*.safetensors")} == before
+    assert not (order.folder / "checkpoint.pt").exists()
+
+
+def test_a_run_removes_its_checkpoint_while_it_has_the_folder(order, monkeypatch):
+    seen = []
+
+    def release(self):
+        seen.append((self._held is not None, (order.folder / "checkpoint.pt").exists()))
+
+    monkeypatch.setattr(run.RunFolder, "release", release)
+    do(order)
+    assert seen == [(True, False)]

@@ -117,8 +117,8 @@ class RunFolder:
             if self.finished:
                 raise ExperimentError(f"{self.path} holds a finished run; --overwrite runs it again, --out names another folder")
             raise ExperimentError(f"{self.path} holds a run that is not finished; --resume continues it, --overwrite starts again")
+        self.make()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             self.remove_leftovers()
             for name in FILES:
@@ -126,6 +126,17 @@ class RunFolder:
             for path in self.path.glob(snapshot_name("*")):
                 path.unlink()
             self.write_json("config.json", settings.as_dict())
+        except OSError as error:
+            raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def make(self) -> None:
+        """Make the folder if there is none.
+
+        Raises:
+            ExperimentError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
 

@@ -14,8 +14,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -137,29 +137,38 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telli
             return None
         return job
 
-    def go(path: Path, snapshots: Collection[int], until: int | None = None) -> None:
-        folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
+    def go(folder: RunFolder, snapshots: Collection[int], until: int | None = None) -> None:
         new = functools.partial(Job, settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
-        try:
-            same = folder.began_with(settings)
-            if folder.begun and not same:
-                shown.note("began with other settings; it starts afresh")
-            job = resumed(new()) if same else None
-            if job is None:  # and what one that could not resume had on the device is free
-                job = new()
-                job.start()
-                folder.open(settings, overwrite=True)
-            job.run()
-        finally:
-            folder.release()
+        same = folder.began_with(settings)
+        if folder.begun and not same:
+            shown.note("began with other settings; it starts afresh")
+        job = resumed(new()) if same else None
+        if job is None:  # and what one that could not resume had on the device is free
+            job = new()
+            job.start()
+            folder.open(settings, overwrite=True)
+        job.run()
 
-    if not RunFolder(order.folder).finished:
-        go(order.folder, order.snapshots)
-    (order.folder / "checkpoint.pt").unlink(missing_ok=True)
-    missing = sorted(epoch for epoch in order.snapshots if not (order.folder / snapshot_name(epoch)).is_file())
-    if missing:  # another file asks for them: trained again beside the finished run, as far as they go
-        beside = order.folder / f"until-{'-'.join(map(str, missing))}"
-        go(beside, missing, until=missing[-1])
-        for epoch in missing:
-            os.replace(beside / snapshot_name(epoch), order.folder / snapshot_name(epoch))
-        shutil.rmtree(beside)
+    with _held(order.folder, shown) as folder:  # first of all: whoever had it may have finished the run
+        if not folder.finished:
+            go(folder, order.snapshots)
+        (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        missing = sorted(epoch for epoch in order.snapshots if not (folder.path / snapshot_name(epoch)).is_file())
+        if missing:  # another file asks for them: trained again beside the finished run, as far as they go
+            with _held(folder.path / f"until-{'-'.join(map(str, missing))}", shown) as beside:
+                go(beside, missing, until=missing[-1])
+                for epoch in missing:
+                    os.replace(beside.path / snapshot_name(epoch), folder.path / snapshot_name(epoch))
+                shutil.rmtree(beside.path)
+
+
+@contextmanager
+def _held(path: Path, shown: _Telling) -> Iterator[RunFolder]:
+    """The folder, made where it is none, when no other process has it any more."""
+    folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
+    try:
+        folder.make()
+        folder.lock()
+        yield folder
+    finally:
+        folder.release()
