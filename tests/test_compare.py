@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from cli_runs import one_line
-from compare_runs import SHORT, TINY, compare, rows_of, written
+from compare_runs import SHORT, TINY, compare, rows_of, unreadable, written
 
 from bip_fast import cli
 from bip_fast.experiments.compare import Comparison
@@ -81,7 +81,24 @@ def test_a_run_whose_files_are_damaged_is_run_again(tmp_path, capsys):
     for folder, what in zip(folders, DAMAGE, strict=True):
         assert len([line for line in shown.splitlines() if line.startswith(folder.name) and what in line and "run again" in line]) == 1
     assert [(folder / "model.safetensors").read_bytes() for folder in folders] == before
+    assert os.path.getsize(folders[3] / "model.safetensors.damaged") == 4000
     assert len(rows_of(out / "runs.csv")) == len(DAMAGE)
+
+
+@pytest.mark.parametrize("name", ["report.json", "model.safetensors"])
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, capsys, name):
+    config, out = written(tmp_path, SHORT + "  dense: {epochs: 0}"), tmp_path / "out"
+    assert compare(config, out) == 0
+    (folder,) = out.glob("*/")
+    stored = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        unreadable(patch, folder / name)
+        assert compare(config, out) == 2
+    error = one_line(capsys.readouterr().err)
+    assert str(folder / name) in error
+    assert "Too many open files" in error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == stored
 
 
 @pytest.mark.parametrize(

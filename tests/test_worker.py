@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from compare_runs import SHORT, written
+from compare_runs import SHORT, unreadable, written
 
 from bip_fast import cli
-from bip_fast.experiments import data, grid, run, worker
+from bip_fast.experiments import ExperimentError, data, grid, run, worker
 
 if missing := cli.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
@@ -68,6 +68,14 @@ def test_an_error_of_the_machine_leaves_the_checkpoint(order, monkeypatch, where
         do(order)
     assert (order.folder / "checkpoint.pt").read_bytes() == b"kept"
     assert not (order.folder / "report.json").exists()
+
+
+def test_settings_that_cannot_be_read_are_not_other_ones(order, monkeypatch):
+    begin(order, b"kept")
+    unreadable(monkeypatch, order.folder / "config.json")
+    with pytest.raises(ExperimentError, match=r"cannot read .*config\.json: Too many open files"):
+        do(order)
+    assert (order.folder / "checkpoint.pt").read_bytes() == b"kept"
 
 
 def test_a_damaged_checkpoint_is_set_aside(order):

@@ -72,13 +72,13 @@ class Comparison:
         return cell.address in self._finished
 
     def _discard_damaged(self) -> None:
-        """Delete what others cannot read, and the report of that run, so that it counts as one that is not finished."""
+        """Set aside what is damaged, and the report of that run, so that it counts as one that is not finished."""
         for cell in self.grid.cells.values():
             folder = RunFolder(self.folder(cell))
             if folder.finished and (damaged := folder.damaged()):
                 self.shown.say(f"{cell.folder}: {', '.join(damaged.values())}: run again")
-                for path in (*damaged, folder.path / "report.json"):
-                    path.unlink(missing_ok=True)
+                for path in {*damaged, folder.path / "report.json"}:
+                    folder.set_aside(path)
 
     def run(self) -> None:
         """Run all that is not finished. Runs that fail, and those that start from them, are left out: `failed` says why.

@@ -60,6 +60,10 @@ def snapshot_name(epoch: int | str) -> str:
     return f"epoch-{epoch}.safetensors"
 
 
+class DamagedFile(ExperimentError):
+    """A file of a run folder is missing or has the wrong content; not one that could not be read this time."""
+
+
 class DamagedCheckpoint(ExperimentError):
     """A run cannot go on from its checkpoint; it could start again."""
 
@@ -98,7 +102,7 @@ class RunFolder:
         """Whether a run of these settings began here, wherever the files are that it starts from."""
         try:
             stored = self.read_json("config.json")
-        except ExperimentError:
+        except DamagedFile:
             return False
         return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
 
@@ -190,40 +194,57 @@ class RunFolder:
             raise ExperimentError(f"{self.path / 'config.json'} is damaged: {one_line(error, 160)}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """Content of a file.
+
+        Raises:
+            DamagedFile: it is missing, or does not hold an object.
+            ExperimentError: it cannot be read.
+        """
         try:
             value = json.loads((self.path / name).read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ExperimentError(f"{self.path / name} is damaged: {one_line(error, 160)}") from error
+        except (FileNotFoundError, ValueError, RecursionError) as error:
+            raise DamagedFile(f"{self.path / name} is damaged: {one_line(error, 160)}") from error
+        except OSError as error:
+            raise ExperimentError(f"cannot read {self.path / name}: {error.strerror or error}") from error
         if not isinstance(value, dict):
-            raise ExperimentError(f"{self.path / name} is damaged: expected an object")
+            raise DamagedFile(f"{self.path / name} is damaged: expected an object")
         return value
 
     def read_report(self) -> dict[str, Any]:
         """Content of report.json.
 
         Raises:
-            ExperimentError: it is damaged.
+            DamagedFile: it is missing, or has not what others read of it.
+            ExperimentError: it cannot be read.
         """
         value = self.read_json("report.json")
         for name, kind in REPORT.items():
             if not isinstance(value.get(name), kind):
-                raise ExperimentError(f"{self.path / 'report.json'} is damaged: it has no {name}")
+                raise DamagedFile(f"{self.path / 'report.json'} is damaged: it has no {name}")
         return value
 
     def damaged(self) -> dict[Path, str]:
-        """The files of a finished run that others want to read and cannot, and why."""
-        from safetensors import safe_open
+        """The files of a finished run that others want to read and that are missing or have the wrong content, and why.
+
+        Raises:
+            ExperimentError, OSError: one cannot be read, which says nothing of its content.
+        """
+        from safetensors import SafetensorError, safe_open
 
         found = {}
         for path in (self.path / "report.json", self.path / "model.safetensors", *self.path.glob(snapshot_name("*"))):
+            if not path.is_file():
+                found[path] = f"{path.name} is missing"
+                continue
             try:
                 if path.suffix == ".json":
                     self.read_report()
                 else:
+                    path.open("rb").close()  # says why a file cannot be opened; safetensors, only that it is missing
                     with safe_open(path, "pt"):  # reads where its tensors are, which must be in the file
                         pass
-            except Exception as error:  # safetensors raises errors of many kinds
-                found[path] = f"{path.name} is {'damaged' if path.exists() else 'missing'} ({one_line(error, 160)})"
+            except (DamagedFile, SafetensorError) as error:
+                found[path] = f"{path.name} is damaged ({one_line(error, 160)})"
         return found
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
