@@ -71,17 +71,27 @@ def test_a_run_whose_files_are_damaged_is_run_again(tmp_path, capsys):
     assert compare(config, out) == 0
     folders = sorted(path.parent for path in out.glob("*/epoch-1.safetensors"))
     before = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    snapshot = (folders[4] / "epoch-1.safetensors").read_bytes()
+    reports = [(folder / "report.json").stat().st_mtime_ns for folder in folders]
     for folder, damage in zip(folders, DAMAGE.values(), strict=True):
         damage(folder)
+    (folders[0] / "epoch-7.safetensors").write_bytes(b"of another file's rewind")
     capsys.readouterr()
     assert compare(config, out, "--list") == 0
     assert capsys.readouterr().out.count("to do") == len(DAMAGE) + 1
     assert compare(config, out) == 0
     shown = capsys.readouterr().err
     for folder, what in zip(folders, DAMAGE, strict=True):
-        assert len([line for line in shown.splitlines() if line.startswith(folder.name) and what in line and "run again" in line]) == 1
+        again = "made again" if what.startswith("epoch") else "run again"
+        (line,) = [line for line in shown.splitlines() if line.startswith(folder.name) and line.endswith(" again")]
+        assert what in line
+        assert line.endswith(again)
+        assert "epoch-7" not in line
     assert [(folder / "model.safetensors").read_bytes() for folder in folders] == before
+    after = [(folder / "report.json").stat().st_mtime_ns for folder in folders]
+    assert [x == y for x, y in zip(reports, after, strict=True)] == [False, False, False, False, True], "weights of an epoch are not a run"
     assert os.path.getsize(folders[3] / "model.safetensors.damaged") == 4000
+    assert (folders[4] / "epoch-1.safetensors").read_bytes() == snapshot
     assert len(rows_of(out / "runs.csv")) == len(DAMAGE)
 
 

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -223,8 +223,9 @@ class RunFolder:
                 raise DamagedFile(f"{self.path / 'report.json'} is damaged: it has no {name}")
         return value
 
-    def damaged(self) -> dict[Path, str]:
-        """The files of a finished run that others want to read and that are missing or have the wrong content, and why.
+    def damaged(self, snapshots: Collection[int] = ()) -> dict[Path, str]:
+        """The files of a finished run that are missing or have the wrong content, and why: of those that others want to read, which are
+        the report, the network and the weights after ``snapshots`` epochs.
 
         Raises:
             ExperimentError, OSError: one cannot be read, which says nothing of its content.
@@ -232,7 +233,8 @@ class RunFolder:
         from safetensors import SafetensorError, safe_open
 
         found = {}
-        for path in (self.path / "report.json", self.path / "model.safetensors", *self.path.glob(snapshot_name("*"))):
+        for name in ("report.json", "model.safetensors", *map(snapshot_name, sorted(snapshots))):
+            path = self.path / name
             if not path.is_file():
                 found[path] = f"{path.name} is missing"
                 continue
