@@ -15,7 +15,7 @@ from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
-from .methods import METHODS, STEPS, stages
+from .methods import METHODS, STEPS, stages, used
 
 __all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
@@ -179,11 +179,9 @@ class Settings:
         return asdict(self)
 
 
-def unused(method: str, names: Iterable[str]) -> str | None:
-    """The first of the settings ``names`` that has no meaning for a method; None if all have one."""
-    row = METHODS[method]
-    # A step size has one as soon as nothing is rewound.
-    meaningless = {*STEPS} - {*row.uses, "lr"} | (set() if row.in_rounds else {"per_round"})
+def unused(settings: Settings, names: Iterable[str]) -> str | None:
+    """The first of the settings ``names`` that has no meaning for a run; None if all have one."""
+    meaningless = {*STEPS} - used(settings) | (set() if METHODS[settings.method].in_rounds else {"per_round"})
     return next((name for name in names if name in meaningless), None)
 
 
