@@ -212,6 +212,7 @@ BAD = {
     "--method snip --lr 0.1": "--method snip makes no use of --lr",
     "--method omp --lr 0.1": "--method omp makes no use of --lr",
     "--method omp-finetune --lr 0.1 --rewind lr": "--method omp-finetune makes no use of --lr",
+    "--method dense --pattern 2:4": "--pattern must be unstructured with --method dense, which prunes nothing, got 2:4",
     "--method dense --sparsity 0.9": "--sparsity must be 0 with --method dense, which prunes nothing, got 0.9",
     "--rewind 01": "--rewind must be init, lr or a number of epochs, got '01'",
     "--levels both": "--levels must be one of alternating, joint, got 'both'",

@@ -106,6 +106,8 @@ class Settings:
     def _check_names(self) -> None:
         if self.checkpoint == "":
             raise ExperimentError("--checkpoint must name a file, got an empty name")
+        if self.method == "dense" and self.pattern != Settings.pattern:
+            raise ExperimentError(f"--pattern must be {Settings.pattern} with --method dense, which prunes nothing, got {self.pattern}")
         if self.scope not in SCOPES:
             raise ExperimentError(f"--scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.levels not in LEVELS:
