@@ -1,6 +1,8 @@
 """Comparisons that take seconds, for the tests of `bip-fast compare`."""
 
 import csv
+import errno
+from pathlib import Path
 
 from bip_fast import cli
 
@@ -45,3 +47,15 @@ def compare(config, out, *options):
 def rows_of(path):
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def unreadable(monkeypatch, path):
+    """The machine cannot open the file ``path``, which is whole."""
+    open_file = Path.open
+
+    def fail(self, *args, **more):
+        if self == path:
+            raise OSError(errno.EMFILE, "Too many open files", str(self))
+        return open_file(self, *args, **more)
+
+    monkeypatch.setattr(Path, "open", fail)

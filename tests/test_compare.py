@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from cli_runs import one_line
-from compare_runs import SHORT, TINY, compare, rows_of, written
+from compare_runs import SHORT, TINY, compare, rows_of, unreadable, written
 
 from bip_fast import cli
 from bip_fast.experiments.compare import Comparison
@@ -71,17 +71,44 @@ def test_a_run_whose_files_are_damaged_is_run_again(tmp_path, capsys):
     assert compare(config, out) == 0
     folders = sorted(path.parent for path in out.glob("*/epoch-1.safetensors"))
     before = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    snapshot = (folders[4] / "epoch-1.safetensors").read_bytes()
+    reports = [(folder / "report.json").stat().st_mtime_ns for folder in folders]
     for folder, damage in zip(folders, DAMAGE.values(), strict=True):
         damage(folder)
+    (folders[0] / "epoch-7.safetensors").write_bytes(b"of another file's rewind")
     capsys.readouterr()
     assert compare(config, out, "--list") == 0
     assert capsys.readouterr().out.count("to do") == len(DAMAGE) + 1
     assert compare(config, out) == 0
     shown = capsys.readouterr().err
     for folder, what in zip(folders, DAMAGE, strict=True):
-        assert len([line for line in shown.splitlines() if line.startswith(folder.name) and what in line and "run again" in line]) == 1
+        again = "made again" if what.startswith("epoch") else "run again"
+        (line,) = [line for line in shown.splitlines() if line.startswith(folder.name) and line.endswith(" again")]
+        assert what in line
+        assert line.endswith(again)
+        assert "epoch-7" not in line
     assert [(folder / "model.safetensors").read_bytes() for folder in folders] == before
+    after = [(folder / "report.json").stat().st_mtime_ns for folder in folders]
+    assert [x == y for x, y in zip(reports, after, strict=True)] == [False, False, False, False, True], "weights of an epoch are not a run"
+    assert os.path.getsize(folders[3] / "model.safetensors.damaged") == 4000
+    assert (folders[4] / "epoch-1.safetensors").read_bytes() == snapshot
     assert len(rows_of(out / "runs.csv")) == len(DAMAGE)
+
+
+@pytest.mark.parametrize("name", ["report.json", "model.safetensors"])
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, capsys, name):
+    config, out = written(tmp_path, SHORT + "  dense: {epochs: 0}"), tmp_path / "out"
+    assert compare(config, out) == 0
+    (folder,) = out.glob("*/")
+    stored = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        unreadable(patch, folder / name)
+        assert compare(config, out) == 2
+    error = one_line(capsys.readouterr().err)
+    assert str(folder / name) in error
+    assert "Too many open files" in error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == stored
 
 
 @pytest.mark.parametrize(

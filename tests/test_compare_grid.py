@@ -11,7 +11,7 @@ from test_data import write_fashion_mnist
 
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, grid
-from bip_fast.experiments.methods import rounds
+from bip_fast.experiments.methods import rounds, steps_of
 from bip_fast.experiments.settings import Settings
 
 if missing := cli.missing_extras():
@@ -166,6 +166,12 @@ def test_a_dense_network_is_a_row_for_each_setting_that_decides_it(tmp_path):
     assert sorted(rows) == [((("pretrain_epochs", n),), seed) for n in (2, 3) for seed in (0, 1)]
 
 
+def test_a_step_size_has_a_meaning_where_nothing_rewinds(tmp_path):
+    text = "rewind: lr\nmethods: {imp: {rewind: null, lr: 0.2}, bip: {lr: 0.2}, gmp: {lr: 0.2}, omp: }"
+    found = {cell.label: steps_of(cell.settings)["lr"] for cell in grid.read(written(tmp_path, text)).rows}
+    assert found == {"imp": 0.2, "bip": 0.2, "gmp": 0.2, "omp": None}
+
+
 def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
     text = 'pattern: "2:4"\nmethods: {dense: {epochs: 0}, bip: , "dense, longer": {method: dense, epochs: 2}}'
     rows = {cell.label: (cell.settings.sparsity, cell.settings.pattern) for cell in grid.read(written(tmp_path, text)).rows}
@@ -175,6 +181,8 @@ def test_a_pattern_with_one_sparsity_needs_none(tmp_path):
 BAD = {
     f"lr: 1{400 * '0'}\nmethods: {{bip: }}": "lr must be 0 or more, got inf",
     "methods: {gmp: {rewind: 3}}": "methods: gmp: method gmp makes no use of rewind: leave it out",
+    "methods: {snip: {lr: 0.2}}": "methods: snip: method snip makes no use of lr: leave it out",
+    "methods: {imp: {lr: 0.2}}": "methods: imp: method imp makes no use of lr: leave it out",
     "sparsity: [0.5, a]\nmethods: {bip: }": "sparsity must be float or int, got 'a'",
     "sparsity: [null, 0.5]\nmethods: {bip: }": "sparsity must be float or int, got None",
     "data: [[digits]]\nmethods: {bip: }": "imagenet, got ['digits']",

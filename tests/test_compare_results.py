@@ -122,6 +122,9 @@ def test_steps_are_written_for_the_methods_that_take_them():
         "lr": 0.05,
         "ramp": 0.5,
     }
+    for method in ("omp", "omp-finetune", "imp"):
+        assert steps_of(Settings.of({"method": method, "rewind": None, "lr": 0.2}))["lr"] == 0.2
+        assert steps_of(Settings.of({"method": method, "rewind": "lr"}))["lr"] is None
 
 
 def test_every_choice_of_the_committed_search_is_in_its_file():

@@ -136,6 +136,29 @@ def test_cifar_is_read_as_written(tmp_path, classes, form):
     assert read.classes == classes
 
 
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100"])
+def test_a_fingerprint_is_of_the_files_that_are_read(tmp_path, name):
+    def write(folder, **size):
+        if name == "fashion-mnist":
+            write_fashion_mnist(folder, **size)
+        else:
+            write_cifar(folder / ("cifar-10-batches-py" if name == "cifar10" else "cifar-100-python"), int(name[5:]), **size)
+
+    first, size = tmp_path / "first", {"train": 50} if name == "fashion-mnist" else {"n": 15}
+    write(first)
+    found = data.fingerprint(name, first)
+    (first / "tiny-imagenet-200" / "train").mkdir(parents=True)
+    (first / "notes").mkdir()
+    others = ["notes/train", "notes/data_batch_9", f"{name.replace('cifar', 'cifar-')}-python.tar.gz", "more-ubyte", IDX[0]]
+    for other in others:
+        (first / other).write_bytes(b"not read")
+    assert data.fingerprint(name, first) == found
+    data.load(name, first)
+    write(tmp_path / "second", **size)
+    assert data.fingerprint(name, tmp_path / "second") != found
+    assert data.fingerprint(name, tmp_path / "notes") == data.fingerprint(name, tmp_path)
+
+
 def test_a_missing_cifar_file_is_named_with_the_places(tmp_path):
     with pytest.raises(ExperimentError, match=r"data_batch_1 is missing; looked in .*cifar-10-batches-py and .*cifar-10-python\.tar\.gz"):
         data.load("cifar10", tmp_path)

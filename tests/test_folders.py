@@ -114,3 +114,12 @@ def test_pillow_is_named_where_it_is_missing(root, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match="needs Pillow: pip install"):
         folders.read_tiny_imagenet(root, 3)
+
+
+def test_the_fingerprint_is_of_classes_and_annotations(root):
+    found = data.fingerprint("tiny-imagenet", root)
+    (root / "train" / ".directory").write_text("of a file manager")
+    (root / "val" / "readme.txt").write_text("not read")
+    assert data.fingerprint("tiny-imagenet", root) == found
+    (root / "wnids.txt").write_text("\n".join(WNIDS[::-1]) + "\n")
+    assert data.fingerprint("tiny-imagenet", root) != found

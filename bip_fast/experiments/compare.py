@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .grid import Cell, Grid
 from .progress import Progress
-from .run import RunFolder, Stop, stop_requests
+from .run import RunFolder, Stop, snapshot_name, stop_requests
 from .worker import Order, finished, work
 
 __all__ = ["Comparison"]
@@ -64,21 +64,24 @@ class Comparison:
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether it has all that is asked of it, in whole files."""
-        folder = self.folder(cell)
-        if cell.address not in self._finished and finished(folder, self.grid.snapshots.get(cell.address, ())):
-            if RunFolder(folder).damaged():
+        folder, snapshots = self.folder(cell), self.grid.snapshots.get(cell.address, ())
+        if cell.address not in self._finished and finished(folder, snapshots):
+            if RunFolder(folder).damaged(snapshots):
                 return False
             self._finished.add(cell.address)
         return cell.address in self._finished
 
     def _discard_damaged(self) -> None:
-        """Delete what others cannot read, and the report of that run, so that it counts as one that is not finished."""
+        """Set aside what is damaged. Snapshots are made again beside a finished run; for anything else it runs again, so its report
+        goes as well."""
         for cell in self.grid.cells.values():
             folder = RunFolder(self.folder(cell))
-            if folder.finished and (damaged := folder.damaged()):
-                self.shown.say(f"{cell.folder}: {', '.join(damaged.values())}: run again")
-                for path in (*damaged, folder.path / "report.json"):
-                    path.unlink(missing_ok=True)
+            snapshots = self.grid.snapshots.get(cell.address, ())
+            if folder.finished and (damaged := folder.damaged(snapshots)):
+                kept = damaged.keys() <= {folder.path / snapshot_name(epoch) for epoch in snapshots}
+                self.shown.say(f"{cell.folder}: {', '.join(damaged.values())}: {'made' if kept else 'run'} again")
+                for path in damaged.keys() | (set() if kept else {folder.path / "report.json"}):
+                    folder.set_aside(path)
 
     def run(self) -> None:
         """Run all that is not finished. Runs that fail, and those that start from them, are left out: `failed` says why.

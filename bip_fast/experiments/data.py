@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import ExperimentError
 from .augment import Augment, normalised
-from .files import Arrays, read_cifar, read_fashion_mnist
+from .files import Arrays, cifar_files, fashion_mnist_files, read_cifar, read_fashion_mnist
 from .folders import read_tiny_imagenet
 from .streamed import Streamed, read_image_folders
 
@@ -35,24 +35,23 @@ __all__ = [
 
 class Source(NamedTuple):
     """What is fixed for a data set: ``shape`` of an image (channels, height, width), ``padding`` of the random crop in pixels, whether
-    images may be mirrored, the customary ``folders``, and the ``files`` in them that tell one such data set from another."""
+    images may be mirrored, and the customary ``folders``."""
 
     shape: tuple[int, int, int]
     classes: int
     padding: int
     mirror: bool
     folders: tuple[str, ...]
-    files: tuple[str, ...]
 
 
 DATA = {
-    "digits": Source((1, 8, 8), 10, 1, False, (), ()),
-    "fashion-mnist": Source((1, 28, 28), 10, 2, True, ("fashion-mnist", "FashionMNIST/raw"), ("*-ubyte", "*-ubyte.gz")),
-    "cifar10": Source((3, 32, 32), 10, 4, True, ("cifar10",), ("*_batch*", "*/*_batch*", "cifar-10-python.tar.gz")),
-    "cifar100": Source((3, 32, 32), 100, 4, True, ("cifar100",), ("train", "test", "*/train", "*/test", "cifar-100-python.tar.gz")),
-    "tiny-imagenet": Source((3, 64, 64), 200, 4, True, ("tiny-imagenet-200", "tiny-imagenet"), ("wnids.txt", "train/*", "val/*.txt")),
+    "digits": Source((1, 8, 8), 10, 1, False, ()),
+    "fashion-mnist": Source((1, 28, 28), 10, 2, True, ("fashion-mnist", "FashionMNIST/raw")),
+    "cifar10": Source((3, 32, 32), 10, 4, True, ("cifar10",)),
+    "cifar100": Source((3, 32, 32), 100, 4, True, ("cifar100",)),
+    "tiny-imagenet": Source((3, 64, 64), 200, 4, True, ("tiny-imagenet-200", "tiny-imagenet")),
     # Crops are not shifts, see streamed.py.
-    "imagenet": Source((3, 224, 224), 1000, 0, True, ("imagenet",), ("train/*", "val/*")),
+    "imagenet": Source((3, 224, 224), 1000, 0, True, ("imagenet",)),
 }
 
 
@@ -234,17 +233,28 @@ def _folder(name: str, data_dir: Path) -> Path:
 
 
 def fingerprint(name: str, data_dir: Path | None = None) -> str:
-    """Hash of names, sizes and first megabytes of the files of a data set; of folders only the names. Digits come with scikit-learn: ""."""
-    if data_dir is None or not DATA[name].files:
+    """Hash of names, sizes and first megabytes of the files that `load` reads, of folders only the names; "" for digits without any."""
+    if data_dir is None or name == "digits":
         return ""
     folder, found = _folder(name, data_dir), hashlib.sha256()
-    for path in sorted({path for pattern in DATA[name].files for path in folder.glob(pattern)}):
+    for path in sorted(path for path in _files(name, folder) if path.exists()):
         found.update(str(path.relative_to(folder)).encode())
         if path.is_file():
             found.update(f" {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 found.update(file.read(2**20))
     return found.hexdigest()
+
+
+def _files(name: str, folder: Path) -> list[Path]:
+    """What `load` reads in ``folder``, of images in folders for each class these folders; not all need be there."""
+    if name == "fashion-mnist":
+        return fashion_mnist_files(folder)
+    if name.startswith("cifar"):
+        return cifar_files(folder, DATA[name].classes)
+    parts = ["train"] if name == "tiny-imagenet" else ["train", "val"]
+    classes = [path for part in parts for path in (folder / part).glob("*") if path.is_dir()]
+    return [*classes, folder / "wnids.txt", folder / "val" / "val_annotations.txt"] if name == "tiny-imagenet" else classes
 
 
 def _read(name: str, folder: Path) -> Arrays:

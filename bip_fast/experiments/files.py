@@ -16,7 +16,6 @@ import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from . import ExperimentError
 
-__all__ = ["Arrays", "read_cifar", "read_fashion_mnist"]
+__all__ = ["Arrays", "cifar_files", "fashion_mnist_files", "read_cifar", "read_fashion_mnist"]
 
 # md5 of the official files; of the IDX files, unzipped, so that another compression level makes no difference.
 OFFICIAL = {
@@ -57,10 +56,21 @@ def _is_official(name: str, contents: bytes) -> bool:
     return hashlib.md5(contents, usedforsecurity=False).hexdigest() == OFFICIAL[name]
 
 
+def _idx_file(folder: Path, name: str) -> Path:
+    """The one to read; the zipped one where there are both."""
+    zipped = folder / f"{name}.gz"
+    return zipped if zipped.is_file() else folder / name
+
+
+def fashion_mnist_files(folder: Path) -> list[Path]:
+    """What `read_fashion_mnist` reads, whether it is there or not."""
+    return [_idx_file(folder, f"{part}-{what}") for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+
+
 def _idx(folder: Path, name: str, dimensions: int) -> tuple[np.ndarray, bool]:
     """Array of uint8 of one IDX file, and whether it is the official one."""
-    path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
-    if path is None:
+    path = _idx_file(folder, name)
+    if not path.is_file():
         raise ExperimentError(f"fashion-mnist: {name}.gz is missing; looked for it (and for {name}) in {folder}")
     try:
         contents = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -139,16 +149,33 @@ def _unpickled(path: Path, contents: bytes, label_key: bytes) -> tuple[np.ndarra
     return data.reshape(-1, 3, 32, 32), labels
 
 
-def _contents(folder: Path, inner: str, names: Sequence[str]) -> dict[str, tuple[Path, bytes]]:
-    """Path and bytes of each file: in ``folder``, in ``folder/inner``, or in the tar.gz as downloaded."""
-    archive_name = "cifar-10-python.tar.gz" if inner == "cifar-10-batches-py" else f"{inner}.tar.gz"
+def _cifar(classes: int) -> tuple[str, list[str], str]:
+    """Folder, names of the training files and name of the test file, as they are published."""
+    if classes == 10:
+        return "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch"
+    return "cifar-100-python", ["train"], "test"
+
+
+def cifar_files(folder: Path, classes: int) -> list[Path]:
+    """What `read_cifar` reads, whether it is there or not: the files in their folder, or in ``folder``, or else the published archive."""
+    inner, train, test = _cifar(classes)
     for place in (folder / inner, folder):
-        if any((place / name).is_file() for name in names):
-            for name in names:
-                if not (place / name).is_file():
-                    raise ExperimentError(f"{name} is missing in {place}")
-            return {name: (place / name, (place / name).read_bytes()) for name in names}
-    archive = folder / archive_name
+        if any((place / name).is_file() for name in (*train, test)):
+            return [place / name for name in (*train, test)]
+    return [folder / f"cifar-{classes}-python.tar.gz"]
+
+
+def _contents(folder: Path, classes: int) -> dict[str, tuple[Path, bytes]]:
+    """Path and bytes of each file, also of those in an archive."""
+    inner, train, test = _cifar(classes)
+    names = [*train, test]
+    files = cifar_files(folder, classes)
+    if len(files) == len(names):
+        for path in files:
+            if not path.is_file():
+                raise ExperimentError(f"{path.name} is missing in {path.parent}")
+        return {path.name: (path, path.read_bytes()) for path in files}
+    (archive,) = files
     if not archive.is_file():
         raise ExperimentError(f"{names[0]} is missing; looked in {folder / inner} and {folder}, and for {archive}")
     found: dict[str, tuple[Path, bytes]] = {}
@@ -173,10 +200,8 @@ def read_cifar(folder: Path, classes: int) -> Arrays:
     Raises:
         ExperimentError: a file is missing, damaged or of another shape.
     """
-    inner = "cifar-10-batches-py" if classes == 10 else "cifar-100-python"
-    train = [f"data_batch_{i}" for i in range(1, 6)] if classes == 10 else ["train"]
-    test = "test_batch" if classes == 10 else "test"
-    contents = _contents(folder, inner, [*train, test])
+    inner, train, test = _cifar(classes)
+    contents = _contents(folder, classes)
     parts: dict[str, list[np.ndarray]] = {}
     for name, (path, stored) in contents.items():
         images, labels = _unpickled(path, stored, b"labels" if classes == 10 else b"fine_labels")

@@ -175,16 +175,13 @@ class _Builder:
             if (twice := next((x for i, x in enumerate(given_values) if x in given_values[:i]), None)) is not None:
                 raise ExperimentError(f"{self.path}: methods: {label}: {name} lists {twice!r} twice")
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
-        method = given["method"]
-        if isinstance(method, str) and method in METHODS and (useless := unused(method, own)) is not None:
-            raise ExperimentError(f"{self.path}: methods: {label}: method {method} makes no use of {useless}: leave it out")
         for values in itertools.product(*lists.values()):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
             if combination["method"] == "dense":
                 combination |= {"sparsity": 0.0, "pattern": Settings.pattern}
-            self._add(label, combination, tuple((name, combination[name]) for name in swept))
+            self._add(label, combination, own, tuple((name, combination[name]) for name in swept))
 
-    def _add(self, label: str, given: dict[str, Any], swept: tuple[tuple[str, Any], ...]) -> None:
+    def _add(self, label: str, given: dict[str, Any], own: Sequence[str], swept: tuple[tuple[str, Any], ...]) -> None:
         if isinstance(given.get("rewind"), int):
             given["rewind"] = str(given["rewind"])
         try:
@@ -194,6 +191,8 @@ class _Builder:
             if isinstance(given.get("pattern"), int) and message.startswith("pattern"):
                 message += ": YAML takes it for a number, quote it"
             raise ExperimentError(f"{self.path}: methods: {label}: {message}") from error
+        if (useless := unused(settings, own)) is not None:
+            raise ExperimentError(f"{self.path}: methods: {label}: method {settings.method} makes no use of {useless}: leave it out")
         dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
         parent, files = dense, self.fingerprint(settings.data)
         if METHODS[settings.method].in_rounds:

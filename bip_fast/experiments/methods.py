@@ -18,7 +18,7 @@ from .train import Recipe
 if TYPE_CHECKING:
     from .settings import Settings
 
-__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "steps_of", "table"]
+__all__ = ["METHODS", "Method", "Stage", "first_epoch", "pretraining", "rounds", "stages", "steps_of", "table", "used"]
 
 PRETRAIN = "pretrain"
 STEPS = ("levels", "lr", "mask_lr", "mask_momentum", "gamma", "score_start", "ramp", "freeze", "rewind")
@@ -62,7 +62,7 @@ class Method:
         needs_dense: whether it starts from a trained dense network.
         plan: its stages after dense training.
         defaults: settings that differ from those of BiP.
-        uses: settings of its steps (`STEPS`) that have a meaning for it.
+        uses: settings of its steps (`STEPS`) that can have a meaning for it; `used` says which have.
         in_rounds: whether it trains in rounds, each from the network that the one before leaves.
         any_sparsity: whether it takes more sparsities than one on its way, which N:M has not.
     """
@@ -196,7 +196,7 @@ METHODS: dict[str, Method] = {
         True,
         _one_shot,
         {"rewind": "init"},
-        uses=("rewind",),
+        uses=("lr", "rewind"),
     ),
     "omp-finetune": Method(
         "one-shot magnitude pruning of the trained network, its weights fine-tuned under a restarted step size",
@@ -213,7 +213,7 @@ METHODS: dict[str, Method] = {
         True,
         _iterative,
         {"rewind": "init"},
-        uses=("rewind",),
+        uses=("lr", "rewind"),
         in_rounds=True,
         any_sparsity=True,
     ),
@@ -260,9 +260,17 @@ def stages(settings: Settings, start: float = 0.0) -> tuple[Stage, ...]:
     return (pretraining(settings), *own) if method.needs_dense else own
 
 
+def used(settings: Settings) -> set[str]:
+    """Settings of the steps that have a meaning for a run."""
+    uses = set(METHODS[settings.method].uses)
+    if settings.rewind is not None and uses == {"lr", "rewind"}:  # all its training goes by the schedule of dense training
+        uses.remove("lr")
+    return uses
+
+
 def steps_of(settings: Settings) -> dict[str, Any]:
-    """Settings of the steps by name; None where they have no meaning for the method."""
-    uses = METHODS[settings.method].uses
+    """Settings of the steps by name; None where they have no meaning for the run."""
+    uses = used(settings)
     return {name: getattr(settings, name) if name in uses else None for name in STEPS}
 
 

@@ -32,6 +32,7 @@ from .run import (
     RunFolder,
     Stop,
     load_into,
+    of_the_machine,
     read_state_dict,
     snapshot_name,
     stop_requests,
@@ -217,6 +218,8 @@ class Job:
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ExperimentError) as error:
+            if of_the_machine(error):
+                raise
             message = " ".join(f"{type(error).__name__}: {error}".split())
             raise DamagedCheckpoint(self.folder.path / "checkpoint.pt", f"does not fit this version ({message})") from error
 

@@ -156,7 +156,7 @@ def command(options: dict[str, Any], device: torch.device) -> int:
         path = options.get("out", Path("runs") / Settings.of(given).folder_name)
     folder = RunFolder(path)
     settings = folder.settings(given) if resume else Settings.of(given)
-    if (useless := unused(settings.method, given)) is not None:
+    if (useless := unused(settings, given)) is not None:
         raise ExperimentError(f"--method {settings.method} makes no use of {option(useless)}: leave it out")
     if resume and folder.finished:
         print(f"{path} is finished; --overwrite runs it again", file=sys.stderr)

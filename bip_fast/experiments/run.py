@@ -19,8 +19,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import one_line
+from ..errors import MEMORY, one_line
 from . import ExperimentError
 from .settings import FIELDS, PATHS, Settings, option
 
@@ -40,6 +40,7 @@ __all__ = [
     "RunFolder",
     "Stop",
     "load_into",
+    "of_the_machine",
     "read_state_dict",
     "snapshot_name",
     "write_beside",
@@ -59,12 +60,22 @@ def snapshot_name(epoch: int | str) -> str:
     return f"epoch-{epoch}.safetensors"
 
 
+class DamagedFile(ExperimentError):
+    """A file of a run folder is missing or has the wrong content; not one that could not be read this time."""
+
+
 class DamagedCheckpoint(ExperimentError):
     """A run cannot go on from its checkpoint; it could start again."""
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(f"{path} {what}; --overwrite starts again")
-        self.why = f"{path.name} {what}"
+        self.path, self.why = path, f"{path.name} {what}"
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether an error while a file is read says nothing of the file: there may be memory, or a device, the next time."""
+    machine = (*MEMORY, OSError, getattr(torch, "AcceleratorError", OSError))
+    return isinstance(error, machine) or any(text in str(error) for text in ("CUDA error", "out of memory", "DefaultCPUAllocator"))
 
 
 class RunFolder:
@@ -91,7 +102,7 @@ class RunFolder:
         """Whether a run of these settings began here, wherever the files are that it starts from."""
         try:
             stored = self.read_json("config.json")
-        except ExperimentError:
+        except DamagedFile:
             return False
         return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
 
@@ -110,8 +121,8 @@ class RunFolder:
             if self.finished:
                 raise ExperimentError(f"{self.path} holds a finished run; --overwrite runs it again, --out names another folder")
             raise ExperimentError(f"{self.path} holds a run that is not finished; --resume continues it, --overwrite starts again")
+        self.make()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             self.remove_leftovers()
             for name in FILES:
@@ -122,13 +133,24 @@ class RunFolder:
         except OSError as error:
             raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
 
+    def make(self) -> None:
+        """Make the folder if there is none.
+
+        Raises:
+            ExperimentError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExperimentError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
     def lock(self) -> None:
         """Hold the folder until `release`, or until this process ends, so that no two runs write into it.
 
         Raises:
             ExperimentError: another process has it.
         """
-        if fcntl is None:
+        if fcntl is None or self._held is not None:
             return
         self._held = os.open(self.path, os.O_RDONLY)
         end = time.monotonic() + self.patience
@@ -172,40 +194,59 @@ class RunFolder:
             raise ExperimentError(f"{self.path / 'config.json'} is damaged: {one_line(error, 160)}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """Content of a file.
+
+        Raises:
+            DamagedFile: it is missing, or does not hold an object.
+            ExperimentError: it cannot be read.
+        """
         try:
             value = json.loads((self.path / name).read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ExperimentError(f"{self.path / name} is damaged: {one_line(error, 160)}") from error
+        except (FileNotFoundError, ValueError, RecursionError) as error:
+            raise DamagedFile(f"{self.path / name} is damaged: {one_line(error, 160)}") from error
+        except OSError as error:
+            raise ExperimentError(f"cannot read {self.path / name}: {error.strerror or error}") from error
         if not isinstance(value, dict):
-            raise ExperimentError(f"{self.path / name} is damaged: expected an object")
+            raise DamagedFile(f"{self.path / name} is damaged: expected an object")
         return value
 
     def read_report(self) -> dict[str, Any]:
         """Content of report.json.
 
         Raises:
-            ExperimentError: it is damaged.
+            DamagedFile: it is missing, or has not what others read of it.
+            ExperimentError: it cannot be read.
         """
         value = self.read_json("report.json")
         for name, kind in REPORT.items():
             if not isinstance(value.get(name), kind):
-                raise ExperimentError(f"{self.path / 'report.json'} is damaged: it has no {name}")
+                raise DamagedFile(f"{self.path / 'report.json'} is damaged: it has no {name}")
         return value
 
-    def damaged(self) -> dict[Path, str]:
-        """The files of a finished run that others want to read and cannot, and why."""
-        from safetensors import safe_open
+    def damaged(self, snapshots: Collection[int] = ()) -> dict[Path, str]:
+        """The files of a finished run that are missing or have the wrong content, and why: of those that others want to read, which are
+        the report, the network and the weights after ``snapshots`` epochs.
+
+        Raises:
+            ExperimentError, OSError: one cannot be read, which says nothing of its content.
+        """
+        from safetensors import SafetensorError, safe_open
 
         found = {}
-        for path in (self.path / "report.json", self.path / "model.safetensors", *self.path.glob(snapshot_name("*"))):
+        for name in ("report.json", "model.safetensors", *map(snapshot_name, sorted(snapshots))):
+            path = self.path / name
+            if not path.is_file():
+                found[path] = f"{path.name} is missing"
+                continue
             try:
                 if path.suffix == ".json":
                     self.read_report()
                 else:
+                    path.open("rb").close()  # says why a file cannot be opened; safetensors, only that it is missing
                     with safe_open(path, "pt"):  # reads where its tensors are, which must be in the file
                         pass
-            except Exception as error:  # safetensors raises errors of many kinds
-                found[path] = f"{path.name} is {'damaged' if path.exists() else 'missing'} ({one_line(error, 160)})"
+            except (DamagedFile, SafetensorError) as error:
+                found[path] = f"{path.name} is damaged ({one_line(error, 160)})"
         return found
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -221,6 +262,11 @@ class RunFolder:
             for path in self.path.glob(f".*-{name}"):
                 path.unlink(missing_ok=True)
 
+    def set_aside(self, path: Path) -> None:
+        """Rename a damaged file, which is not read any more, for a person to look at."""
+        with suppress(FileNotFoundError):
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
         contents = io.BytesIO()
@@ -230,11 +276,13 @@ class RunFolder:
     def load_checkpoint(self) -> dict[str, Any] | None:
         """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
         path = self.path / "checkpoint.pt"
-        if not path.is_file():
-            return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
         except Exception as error:  # a damaged file raises nearly anything
+            if of_the_machine(error):
+                raise
             raise DamagedCheckpoint(path, f"is damaged ({one_line(error, 160)})") from error
 
 

@@ -15,7 +15,7 @@ from ..budgets import SCOPES
 from ..patterns import parse
 from . import ExperimentError
 from .data import DATA, VALIDATION_IMAGES
-from .methods import METHODS, STEPS, stages
+from .methods import METHODS, STEPS, stages, used
 
 __all__ = ["LEVELS", "PATHS", "PRESETS", "Settings"]
 
@@ -106,6 +106,8 @@ class Settings:
     def _check_names(self) -> None:
         if self.checkpoint == "":
             raise ExperimentError("--checkpoint must name a file, got an empty name")
+        if self.method == "dense" and self.pattern != Settings.pattern:
+            raise ExperimentError(f"--pattern must be {Settings.pattern} with --method dense, which prunes nothing, got {self.pattern}")
         if self.scope not in SCOPES:
             raise ExperimentError(f"--scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.levels not in LEVELS:
@@ -179,11 +181,9 @@ class Settings:
         return asdict(self)
 
 
-def unused(method: str, names: Iterable[str]) -> str | None:
-    """The first of the settings ``names`` that has no meaning for a method; None if all have one."""
-    row = METHODS[method]
-    # A step size has one as soon as nothing is rewound.
-    meaningless = {*STEPS} - {*row.uses, "lr"} | (set() if row.in_rounds else {"per_round"})
+def unused(settings: Settings, names: Iterable[str]) -> str | None:
+    """The first of the settings ``names`` that has no meaning for a run; None if all have one."""
+    meaningless = {*STEPS} - used(settings) | (set() if METHODS[settings.method].in_rounds else {"per_round"})
     return next((name for name in names if name in meaningless), None)
 
 

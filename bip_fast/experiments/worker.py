@@ -14,8 +14,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -127,33 +127,48 @@ def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telli
     settings.check()
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
 
-    def go(path: Path, snapshots: Collection[int], until: int | None = None, afresh: bool = False) -> None:
-        folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
-        job = Job(settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
+    def resumed(job: Job) -> Job | None:
+        """The job where its checkpoint stands; None if that is damaged, which is then set aside."""
         try:
-            same = folder.began_with(settings)
-            if folder.begun and not same:
-                shown.note("began with other settings; it starts afresh")
-            if same and not afresh:
-                job.resume()
-            else:
-                job.start()
-                folder.open(settings, overwrite=True)
-            job.run()
+            job.resume()
         except DamagedCheckpoint as error:
-            folder.release()
             shown.note(f"{error.why}; it starts afresh")
-            go(path, snapshots, until, afresh=True)
-        finally:
-            folder.release()
+            job.folder.set_aside(error.path)
+            return None
+        return job
 
-    if not RunFolder(order.folder).finished:
-        go(order.folder, order.snapshots)
-    (order.folder / "checkpoint.pt").unlink(missing_ok=True)
-    missing = sorted(epoch for epoch in order.snapshots if not (order.folder / snapshot_name(epoch)).is_file())
-    if missing:  # another file asks for them: trained again beside the finished run, as far as they go
-        beside = order.folder / f"until-{'-'.join(map(str, missing))}"
-        go(beside, missing, until=missing[-1])
-        for epoch in missing:
-            os.replace(beside / snapshot_name(epoch), order.folder / snapshot_name(epoch))
-        shutil.rmtree(beside)
+    def go(folder: RunFolder, snapshots: Collection[int], until: int | None = None) -> None:
+        new = functools.partial(Job, settings, folder, loaded, device, shown, snapshots=snapshots, until=until, **options)
+        same = folder.began_with(settings)
+        if folder.begun and not same:
+            shown.note("began with other settings; it starts afresh")
+        job = resumed(new()) if same else None
+        if job is None:  # and what one that could not resume had on the device is free
+            job = new()
+            job.start()
+            folder.open(settings, overwrite=True)
+        job.run()
+
+    with _held(order.folder, shown) as folder:  # first of all: whoever had it may have finished the run
+        if not folder.finished:
+            go(folder, order.snapshots)
+        (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        missing = sorted(epoch for epoch in order.snapshots if not (folder.path / snapshot_name(epoch)).is_file())
+        if missing:  # another file asks for them: trained again beside the finished run, as far as they go
+            with _held(folder.path / f"until-{'-'.join(map(str, missing))}", shown) as beside:
+                go(beside, missing, until=missing[-1])
+                for epoch in missing:
+                    os.replace(beside.path / snapshot_name(epoch), folder.path / snapshot_name(epoch))
+                shutil.rmtree(beside.path)
+
+
+@contextmanager
+def _held(path: Path, shown: _Telling) -> Iterator[RunFolder]:
+    """The folder, made where it is none, when no other process has it any more."""
+    folder = RunFolder(path, patience=GRACE + 30, say=shown.note)
+    try:
+        folder.make()
+        folder.lock()
+        yield folder
+    finally:
+        folder.release()
