@@ -1,6 +1,7 @@
 """Half of the filters, removed for good: accuracy and speed of ResNet-20 on digits and Fashion-MNIST.
 
     python3 -m bench.structured --data-dir DIR           train, prune, shrink, measure; JSON under bench/results/<device>, table
+    python3 -m bench.structured --data digits            the rows of one data set anew
 
 BiP (joint) beside one-shot group magnitude pruning: both start from the same dense network, keep half of the filters of every set of
 coupled layers, and get the same number of forward and backward passes on the same batches; "dense" is the network trained on for as long.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.report import folder_name
+from bench.report import folder_name, read
 from bench.workload import machine
 from bip_fast.experiments import models
 from bip_fast.experiments.data import Dataset, load, split
@@ -31,11 +32,12 @@ from bip_fast.experiments.run import RunFolder, load_into, read_state_dict, writ
 from bip_fast.experiments.settings import Settings
 from bip_fast.experiments.train import Cursor, evaluate, train
 from bip_fast.export.measure import measure
+from bip_fast.export.runtimes import RUNTIMES
 from bip_fast.export.shrink import shrink
 
 BATCH = 64
 BASE: dict[str, dict[str, Any]] = {
-    "digits": {"method": "bip-paper", "data": "digits", "model": "resnet20b"},
+    "digits": {"method": "bip-paper", "data": "digits", "model": "resnet20b", "weight_decay": 5e-4},
     "fashion-mnist": {
         "method": "bip-paper",
         "data": "fashion-mnist",
@@ -43,6 +45,7 @@ BASE: dict[str, dict[str, Any]] = {
         "pretrain_epochs": 10,
         "epochs": 10,
         "batch_size": 64,
+        "weight_decay": 5e-4,
     },
 }
 FILTERS = {"pattern": "filter", "scope": "layer", "sparsity": 0.5}
@@ -110,28 +113,43 @@ def rows_of(name: str, data_dir: Path | None, work: Path, seeds: list[int]) -> l
                 dense = model
             else:
                 small = shrink(model, data.test_images[:2].float())
-                measured = measure(model, data.test_images[:BATCH].float(), dense=dense, batch_sizes=[BATCH], seconds=20)
-                row |= {"shrunk_accuracy": evaluate(small.model, data).accuracy, **measured.as_dict(), **small.as_dict()}
+                row |= {"shrunk_accuracy": evaluate(small.model, data).accuracy, **small.as_dict()}
+                for runtime in RUNTIMES:
+                    example = data.test_images[:BATCH].float()
+                    measured = measure(model, example, dense=dense, batch_sizes=[BATCH], seconds=20, runtime=runtime)
+                    row[runtime] = measured.as_dict()
             rows.append(row)
             print(method, f"{100 * accuracy:.2f} %", flush=True)
     return rows
 
 
+def _pair(row: dict[str, Any], runtime: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of the dense and of the shrunk network."""
+    own = {variant["name"]: variant for variant in row[runtime]["variants"]}
+    return own["dense"], own["shrunk"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each data set, seed and method."""
     lines = [
-        "| data | seed | method | accuracy | shrunk | weights | MFLOPs | ms at batch 64 | faster |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| data | seed | method | accuracy | shrunk | weights | MFLOPs | ms, torch | faster | ms, ONNX Runtime | faster |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         cells = [row["data"], str(row["seed"]), row["method"], f"{100 * row['accuracy']:.2f} %"]
-        if "variants" in row:
-            dense, small = (next(v for v in row["variants"] if v["name"] == name) for name in ("dense", "shrunk"))
+        if "shrunk_accuracy" in row:
+            dense, small = _pair(row, "torch")
             cells += [f"{100 * row['shrunk_accuracy']:.2f} %", f"{small['parameters']:,} of {dense['parameters']:,}"]
-            milliseconds = " of ".join(f"{row_['milliseconds'][str(BATCH)]:.3g}" for row_ in (small, dense))
-            cells += [f"{small['flops'] / 1e6:.2f} of {dense['flops'] / 1e6:.2f}", milliseconds, f"{small['speedup'][str(BATCH)]:.2f}x"]
+            cells += [f"{small['flops'] / 1e6:.2f} of {dense['flops'] / 1e6:.2f}"]
+            for runtime in RUNTIMES:
+                if runtime not in row:
+                    cells += ["", ""]
+                    continue
+                dense, small = _pair(row, runtime)
+                milliseconds = " of ".join(f"{own['milliseconds'][str(BATCH)]:.3g}" for own in (small, dense))
+                cells += [milliseconds, f"{small['speedup'][str(BATCH)]:.2f}x"]
         else:
-            cells += [""] * 5
+            cells += [""] * 7
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -147,8 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "date": datetime.date.today().isoformat()}
-    results["rows"] = [row for name in options.data for row in rows_of(name, options.data_dir, options.work, options.seeds)]
     target = options.results / folder_name(results["machine"]["device"]) / "structured.json"
+    kept = [row for row in (read(target) or {"rows": []})["rows"] if row["data"] not in options.data]
+    rows = [row for name in options.data for row in rows_of(name, options.data_dir, options.work, options.seeds)]
+    results["rows"] = sorted(rows + kept, key=lambda row: list(BASE).index(row["data"]))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{table(results['rows'])}\n\n{target}")
