@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from .options import GROUP_KEYS
 from .patterns import Layer
 
 __all__ = ["OUTPUTS", "Given", "Known", "frozen_of", "param_groups_of", "split_names"]
@@ -160,6 +161,8 @@ def _overridden(given: Given, overrides: Mapping[str, Any], prunable: list[Tenso
         chosen = dict(value) if isinstance(value, Mapping) else {"sparsity": value}
         if chosen.keys() & {"params", "prune"} or None in chosen.values():
             raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
+        if unknown := sorted(map(str, chosen.keys() - {*GROUP_KEYS, "density"})):
+            raise ValueError(f"overrides must give options of a parameter group, got {', '.join(map(repr, unknown))} for {pattern!r}")
         for p in _named("overrides", pattern, prunable, given.aliases):
             options[p] = chosen
     groups = []

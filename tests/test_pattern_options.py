@@ -163,3 +163,11 @@ def test_refusals_of_memory_layouts():
     with pytest.raises(Refused, match="no entries"):
         parse("filter").divide((0, 4), (4, 1), Layer())
     assert parse("2:4").divide((8, 4), (4, 1), Layer()) == NofM(2, 4)
+
+
+def test_misspelt_options_of_overrides_are_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"overrides must give options of a parameter group, got 'sparsty' for '0'"):
+        FastBiP(model, sparsity=0.5, overrides={"0": {"sparsty": 0.9}})
+    opt = FastBiP(model, sparsity=0.5, overrides={"0": {"density": 0.25, "scope": "layer", "lr": 0.3}})
+    assert int(opt.mask_of(model[0].weight).sum()) == 16
