@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .errors import one_line
 from .experiments import ExperimentError
 
 __all__ = ["main"]
@@ -130,7 +131,7 @@ def command_report(options: dict[str, Any]) -> int:
     try:
         table = report(read_state_dict(path))
     except (ValueError, RuntimeError) as error:  # torch cannot count in every kind of tensor
-        raise ExperimentError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ExperimentError(f"{path}: {one_line(error)}") from error
     print(json.dumps(table.as_dict(), indent=2) if options["json"] else table)
     return 0
 

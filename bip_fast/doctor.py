@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .errors import one_line
 
 __all__ = ["doctor"]
 
@@ -45,7 +46,7 @@ def _build() -> tuple[dict[str, Any], str | None]:
     try:
         return ops.build_info(), None
     except Exception as error:  # a broken extension may fail in any way; the doctor reports it
-        return {}, " ".join(str(error).split()) or type(error).__name__
+        return {}, one_line(error)
 
 
 def _devices(built: bool) -> list[tuple[str, str]]:

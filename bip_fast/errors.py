@@ -9,11 +9,11 @@ __all__ = ["MEMORY", "one_line"]
 MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """What it says; with its type where that is needed to make sense of it."""
+def one_line(error: BaseException, most: int = 200, *, named: bool = False) -> str:
+    """What it says, up to ``most`` characters; with its type if that shall be ``named``, or is needed to make sense of it."""
     text = " ".join(str(error).split())[:most]
     if isinstance(error, MEMORY):
         return f"not enough memory: {text}" if text else "not enough memory"
-    if text and isinstance(error, (ValueError, RuntimeError, ImportError, OSError)):
+    if text and not named and isinstance(error, (ValueError, RuntimeError, ImportError, OSError)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

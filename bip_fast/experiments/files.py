@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ..errors import one_line
 from . import ExperimentError
 
 __all__ = ["Arrays", "cifar_files", "fashion_mnist_files", "read_cifar", "read_fashion_mnist"]
@@ -143,7 +144,7 @@ def _unpickled(path: Path, contents: bytes, label_key: bytes) -> tuple[np.ndarra
         batch = _ArrayUnpickler(io.BytesIO(contents), encoding="bytes").load()
         data, labels = batch[b"data"], np.asarray(batch[label_key])
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ExperimentError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ExperimentError(f"{path} is damaged: {one_line(error, named=True)}") from error
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or labels.dtype.kind not in "iu":
         raise ExperimentError(f"{path}: expected an array of rows of 3072 bytes and whole-number labels")
     return data.reshape(-1, 3, 32, 32), labels
@@ -187,7 +188,7 @@ def _contents(folder: Path, classes: int) -> dict[str, tuple[Path, bytes]]:
                 if stream is not None:
                     found[name] = (archive / name, stream.read())
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
-        raise ExperimentError(f"{archive} is damaged: {' '.join(str(error).split())}") from error
+        raise ExperimentError(f"{archive} is damaged: {one_line(error)}") from error
     for name in names:
         if name not in found:
             raise ExperimentError(f"{inner}/{name} is missing in {archive}")

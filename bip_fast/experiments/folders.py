@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import one_line
 from . import ExperimentError
 from .files import Arrays
 
@@ -99,7 +100,7 @@ def _decode_into(path: Path, out: np.ndarray) -> None:
         with Image.open(path, formats=["JPEG"]) as image:
             size, pixels = image.size, np.asarray(image.convert("RGB")) if image.size == SIZE else None
     except Exception as error:  # Pillow raises nearly anything for damaged files
-        raise ExperimentError(f"{path} is damaged: {' '.join(str(error).split())[:120]}") from error
+        raise ExperimentError(f"{path} is damaged: {one_line(error, 120)}") from error
     if pixels is None:
         raise ExperimentError(f"{path}: expected {SIZE[0]}x{SIZE[1]} pixels, got {size[0]}x{size[1]}")
     out[:] = pixels.transpose(2, 0, 1)

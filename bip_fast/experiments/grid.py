@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import one_line
 from . import ExperimentError, data
 from .methods import METHODS, first_epoch, rounds, stages
 from .settings import FIELDS, PATHS, Settings, unused
@@ -128,7 +129,7 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
     except ExperimentError:
         raise
     except Exception as error:  # dates and numbers that are none, and depths, raise other errors than YAML's own
-        raise ExperimentError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ExperimentError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise ExperimentError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name != "methods"}

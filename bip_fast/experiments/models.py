@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import one_line
 from . import ExperimentError
 from .resnet import cifar_resnet, imagenet_resnet
 from .vgg import vgg16bn
@@ -60,10 +61,7 @@ def build(name: str, channels: int, classes: int, width: int | None = None) -> n
     try:
         model = make()
     except Exception as error:  # the user's code may raise anything
-        message = " ".join(str(error).split())
-        raise ExperimentError(
-            f"--model {name} failed when called with ({channels}, {classes}): {type(error).__name__}: {message}"
-        ) from error
+        raise ExperimentError(f"--model {name} failed when called with ({channels}, {classes}): {one_line(error, named=True)}") from error
     if not isinstance(model, nn.Module):
         raise ExperimentError(f"--model {name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -76,8 +74,7 @@ def _of_library(library: str, name: str, channels: int, classes: int) -> Callabl
     except Exception as error:  # a build for another torch raises anything from OSError to RuntimeError
         if isinstance(error, ModuleNotFoundError) and error.name == library:
             raise ExperimentError(f"--model {library}:{name} needs {library}: pip install {library}") from error
-        message = " ".join(str(error).split())
-        raise ExperimentError(f"--model {library}:{name}: cannot import {library}: {type(error).__name__}: {message}") from error
+        raise ExperimentError(f"--model {library}:{name}: cannot import {library}: {one_line(error, named=True)}") from error
     known = list(module.list_models())
     # timm lists architectures; a tag after a dot names trained weights of one, and create_model takes both.
     listed = name.partition(".")[0] if library == "timm" else name

@@ -19,6 +19,7 @@ from torch import nn
 
 import bip_fast
 
+from ..errors import one_line
 from ..optimizer import FastBiP
 from ..report import report, weights
 from . import ExperimentError, display, models
@@ -56,8 +57,7 @@ def _check(model: nn.Module, settings: Settings, data: AnyData) -> None:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(shape))
     except Exception as error:  # the user's code may raise anything
-        message = " ".join(str(error).split())
-        raise ExperimentError(f"--model {name} failed on images of shape {shape}: {type(error).__name__}: {message}") from error
+        raise ExperimentError(f"--model {name} failed on images of shape {shape}: {one_line(error, named=True)}") from error
     expected = (2, data.classes)
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -72,8 +72,7 @@ def _check(model: nn.Module, settings: Settings, data: AnyData) -> None:
         if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
             raise TypeError("its state_dict() holds more than tensors")
     except Exception as error:  # the user's code may raise anything
-        message = " ".join(str(error).split())
-        raise ExperimentError(f"--model {name} cannot be trained and pruned: {type(error).__name__}: {message}") from error
+        raise ExperimentError(f"--model {name} cannot be trained and pruned: {one_line(error, named=True)}") from error
 
 
 class _Enough(Exception):
@@ -118,7 +117,7 @@ class Job:
         try:
             model = models.build(settings.model, data.channels, data.classes, settings.width)
         except (RuntimeError, MemoryError) as error:
-            raise ExperimentError(f"cannot build --model {settings.model}: {' '.join(str(error).split())[:160]}") from error
+            raise ExperimentError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
         _check(model, settings, self.data)
         torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

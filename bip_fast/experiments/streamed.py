@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import one_line
 from . import ExperimentError
 from .augment import normalised
 
@@ -60,7 +61,7 @@ class _Decoder(torch.utils.data.Dataset[Any]):
         try:
             image = loader(path)
         except (OSError, SyntaxError, ValueError) as error:
-            return f"{path} is damaged: {' '.join(str(error).split())[:120]}"
+            return f"{path} is damaged: {one_line(error, 120)}"
         if numbers is None:
             image = functional.center_crop(functional.resize(image, RESIZED), [SIZE, SIZE])
         else:
@@ -202,7 +203,7 @@ def read_image_folders(folder: Path, name: str, classes: int) -> Streamed:
         try:
             parts.append(image_folder(str(folder / part)))
         except (OSError, RuntimeError) as error:  # FileNotFoundError where a class is empty
-            raise ExperimentError(f"{folder / part}: {' '.join(str(error).split())[:160]}") from error
+            raise ExperimentError(f"{folder / part}: {one_line(error, 160)}") from error
     train, test = parts
     if train.class_to_idx != test.class_to_idx or len(train.class_to_idx) != classes:
         found = f"{len(train.class_to_idx)} and {len(test.class_to_idx)}"

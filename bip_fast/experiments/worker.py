@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import one_line
 from . import ExperimentError, data, display
 from .run import DamagedCheckpoint, RunFolder, Stop, snapshot_name
 from .settings import Settings
@@ -107,8 +108,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, alone: bool)
             answer = ("failed", order.address, str(error))
         except Exception as error:  # of the user's model, or a defect: the other runs go on
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(str(error).split())[:300]
-            answer = ("failed", order.address, f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})")
+            answer = ("failed", order.address, f"{one_line(error, 300, named=True)} ({Path(where.filename).name}:{where.lineno})")
         try:
             pipe.send(answer)
         except OSError:

@@ -104,7 +104,7 @@ def _settings(run: RunFolder) -> Settings:
     try:
         return Settings.of(run.read_json("config.json"))
     except (ExperimentError, TypeError, ValueError, AttributeError) as error:
-        raise ExperimentError(f"{run.path / 'config.json'} is damaged, or of another version: {' '.join(str(error).split())}") from error
+        raise ExperimentError(f"{run.path / 'config.json'} is damaged, or of another version: {one_line(error)}") from error
 
 
 def _data(settings: Settings, data_dir: Path | None) -> tuple[AnyData | None, str]:
@@ -132,7 +132,7 @@ def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
     try:
         model = models.build(settings.model, channels, DATA[settings.data].classes, settings.width)
     except (RuntimeError, MemoryError) as error:
-        raise ExperimentError(f"cannot build --model {settings.model}: {' '.join(str(error).split())[:160]}") from error
+        raise ExperimentError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
     load_into(model, read_state_dict(file), file)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..errors import one_line
 from ..experiments.run import write_beside
 from ..optimizer import FastBiP
 from ..report import weights
+from .channels import zero_outputs
 
 __all__ = ["AttachedMasks", "apply_masks", "attach_masks", "load_masks", "masks_of", "save_masks"]
 
@@ -76,19 +78,11 @@ def _looked_at(name: str, x: Tensor) -> bool:
     return True
 
 
-def _zero_filters(layer: nn.Module) -> Tensor:
-    """Bool, for every output: all weights that make it are 0."""
-    zero = layer.weight.detach() == 0  # type: ignore[operator]
-    if getattr(layer, "transposed", False):
-        zero = zero.unflatten(0, (int(layer.groups), -1)).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
-    return zero.flatten(1).all(1)
-
-
 def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
     """Masks of what goes with zero filters. A model does not say which batch-norm follows which layer, and one may start at 0 (the last of
     a residual block), so that such a one must have the zeros of a layer, entry by entry."""
     layers = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear)) and m.weight.numel()]
-    filters = [(layer, zero) for layer in layers if bool((zero := _zero_filters(layer)).any())]
+    filters = [(layer, zero) for layer in layers if bool((zero := zero_outputs(layer)).any())]
     dead = {layer.bias: zero & (layer.bias.detach() == 0) for layer, zero in filters if layer.bias is not None}
     for norm in model.modules():
         if isinstance(norm, _BatchNorm) and norm.affine:
@@ -151,7 +145,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
             packed = {name: file.get_tensor(name) for name in file.keys()} if metadata.get("format") == FORMAT else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{source} is not a mask file, or damaged: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source} is not a mask file, or damaged: {one_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{source} is not a mask file: its metadata must have the format {FORMAT!r}, got {metadata.get('format')!r}")
     if metadata.get("version") != VERSION:

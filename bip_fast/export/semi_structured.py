@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from ..errors import one_line
 from ..ops import is_ordinary
 from ..tables import aligned
 
@@ -183,7 +184,7 @@ def _packed(layer: nn.Linear, weight: Tensor) -> tuple[nn.Parameter | None, str]
         sparse = _backend().from_dense(weight.contiguous())
         return nn.Parameter(sparse, requires_grad=False), _trial(layer, weight, sparse)
     except Exception as error:  # a backend that is not built in, a GPU that it does not know: whatever it raises is a reason
-        return None, f"torch refused it: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return None, f"torch refused it: {one_line(error, 160, named=True)}"
 
 
 @torch.no_grad()
