@@ -28,8 +28,9 @@ from bip_fast.experiments import models
 from bip_fast.experiments.data import Dataset, load, split
 from bip_fast.experiments.methods import stages
 from bip_fast.experiments.optimizers import dense_optimizer, pruner
-from bip_fast.experiments.run import RunFolder, load_into, read_state_dict, write_safetensors
+from bip_fast.experiments.run import RunFolder
 from bip_fast.experiments.settings import Settings
+from bip_fast.experiments.state_files import load_into, read_state_dict, write_safetensors
 from bip_fast.experiments.train import Cursor, evaluate, train
 from bip_fast.export.measure import measure
 from bip_fast.export.runtimes import RUNTIMES

@@ -122,7 +122,7 @@ def pick_device(name: str) -> Any:
 
 
 def command_report(options: dict[str, Any]) -> int:
-    from .experiments.run import read_state_dict
+    from .experiments.state_files import read_state_dict
     from .report import report
 
     path: Path = options["file"]

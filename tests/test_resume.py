@@ -15,6 +15,7 @@ from cli_runs import FILES, OWN, SMALL, Interrupting, one_line, prune
 import bip_fast
 from bip_fast import cli
 from bip_fast.experiments import ExperimentError, display, run
+from bip_fast.experiments.state_files import write_safetensors
 
 if missing := cli.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
@@ -211,7 +212,7 @@ def test_a_full_disk_is_named(tmp_path):
     folder, model = run.RunFolder(tmp_path), torch.nn.Linear(100, 100)
     for name, save in (
         ("checkpoint.pt", lambda: folder.save_checkpoint(model.state_dict())),
-        ("model.safetensors", lambda: folder.write("model.safetensors", lambda path: run.write_safetensors(path, model))),
+        ("model.safetensors", lambda: folder.write("model.safetensors", lambda path: write_safetensors(path, model))),
     ):
         (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / name}'"):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from .grid import Cell, Grid
 from .progress import Progress
-from .run import RunFolder, Stop, snapshot_name, stop_requests
+from .run import RunFolder, snapshot_name
+from .signals import Stop, stop_requests
 from .worker import Order, finished, work
 
 __all__ = ["Comparison"]

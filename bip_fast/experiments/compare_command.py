@@ -12,7 +12,8 @@ import torch
 from . import ExperimentError, progress, results
 from .compare import Comparison
 from .grid import read
-from .run import RunFolder, Stop
+from .run import RunFolder
+from .signals import Stop
 
 __all__ = ["add_options", "command"]
 

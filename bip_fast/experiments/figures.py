@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..files import write_beside
 from .results import SWEPT, Row, summary, units
-from .run import write_beside
 
 __all__ = ["draw"]
 

@@ -27,19 +27,10 @@ from .data import AnyData, batch_count, prepared
 from .energy import joules
 from .methods import METHODS, PRETRAIN, Stage, first_epoch, stages
 from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
-from .run import (
-    STOP_SIGNALS,
-    DamagedCheckpoint,
-    RunFolder,
-    Stop,
-    load_into,
-    of_the_machine,
-    read_state_dict,
-    snapshot_name,
-    stop_requests,
-    write_safetensors,
-)
+from .run import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
 from .settings import Settings
+from .signals import STOP_SIGNALS, Stop, stop_requests
+from .state_files import load_into, read_state_dict, write_safetensors
 from .train import Cursor, check_finite, evaluate, train
 
 __all__ = ["Job"]

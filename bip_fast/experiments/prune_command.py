@@ -17,8 +17,9 @@ from .data import VALIDATION_IMAGES, load
 from .methods import METHODS
 from .models import MODELS
 from .prune import Job
-from .run import RunFolder, Stop
+from .run import RunFolder
 from .settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings, option, unused
+from .signals import Stop
 
 __all__ = ["add_options", "command"]
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_beside
 from ..patterns import parse
 from ..tables import escaped
 from .compare import Comparison
 from .grid import Cell
 from .methods import steps_of
-from .run import RunFolder, write_beside
+from .run import RunFolder
 
 __all__ = ["Row", "collect", "group", "summary", "table", "units", "write"]
 

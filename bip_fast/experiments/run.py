@@ -16,35 +16,26 @@ import importlib
 import io
 import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..errors import MEMORY, one_line
+from ..files import write_beside
 from . import ExperimentError
 from .settings import FIELDS, PATHS, Settings, option
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 __all__ = [
-    "STOP_SIGNALS",
     "DamagedCheckpoint",
     "RunFolder",
-    "Stop",
-    "load_into",
     "of_the_machine",
-    "read_state_dict",
     "snapshot_name",
-    "write_beside",
-    "write_safetensors",
 ]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
@@ -284,108 +275,3 @@ class RunFolder:
             if of_the_machine(error):
                 raise
             raise DamagedCheckpoint(path, f"is damaged ({one_line(error, 160)})") from error
-
-
-def write_beside(target: Path, save: Callable[[Path], object]) -> None:
-    """Run ``save`` on a file beside ``target``, bring it to the disk, then take its place: an old one stays whole until then."""
-    beside = target.with_name(f".{os.getpid()}-{target.name}")  # keeps the ending, which decides the format of a picture
-    try:
-        save(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(target)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_safetensors(path: Path, model: nn.Module) -> None:
-    """State dict of ``model``, each tensor contiguous and on the CPU. A tensor that has several names is written under each."""
-    from safetensors.torch import save
-
-    path.write_bytes(save({name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}))
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors file or from a state dict saved by torch, also inside of "state_dict" or "model".
-
-    Raises:
-        ExperimentError: the file is missing, damaged, or something else.
-    """
-    if not path.is_file():
-        raise ExperimentError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError as error:
-        raise ExperimentError(f"{path} needs {error.name}: pip install 'bip_fast[cli]'") from error
-    except Exception as error:  # safetensors and torch raise errors of many kinds for a damaged file
-        raise ExperimentError(f"cannot read {path} as weights: {one_line(error, 160)}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) and isinstance(name, str) for name, x in state.items()):
-        raise ExperimentError(f"{path} does not hold a state dict (names and tensors)")
-    return {name.removeprefix("module."): x for name, x in state.items()}  # DataParallel's prefix
-
-
-def load_into(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load a state dict of exactly the model's names and shapes.
-
-    Raises:
-        ExperimentError: a tensor is missing, left over, or of another shape.
-    """
-    own = model.state_dict()
-    for name in own:
-        if name not in state:
-            raise ExperimentError(f"{source} does not fit the model: {name} is missing")
-        if own[name].shape != state[name].shape:
-            shapes = f"expected shape {tuple(own[name].shape)}, got {tuple(state[name].shape)}"
-            raise ExperimentError(f"{source} does not fit the model: {name}: {shapes}")
-    for name in state:
-        if name not in own:
-            raise ExperimentError(f"{source} does not fit the model: the model has no {name}")
-    model.load_state_dict(state)
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stop(Exception):
-    """A signal asked the run to stop; raised between two batches, when all state is whole."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-@contextmanager
-def stop_requests(numbers: Sequence[int] = STOP_SIGNALS) -> Iterator[list[int]]:
-    """Collect signals in the list that is yielded, instead of raising in the middle of a step.
-
-    The second one is not collected: it does what it did before, for a user who does not want to wait.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen  # only the main thread may set handlers
-        return
-    previous = {number: signal.getsignal(number) for number in numbers}
-
-    def collect(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-    try:
-        for number in previous:
-            signal.signal(number, collect)
-        yield seen
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -25,8 +25,9 @@ import torch
 
 from ..errors import one_line
 from . import ExperimentError, data, display
-from .run import DamagedCheckpoint, RunFolder, Stop, snapshot_name
+from .run import DamagedCheckpoint, RunFolder, snapshot_name
 from .settings import Settings
+from .signals import Stop
 
 __all__ = ["Order", "finished", "work"]
 

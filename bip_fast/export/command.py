@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..errors import one_line
 from ..experiments import ExperimentError, models
 from ..experiments.data import DATA, AnyData, load, prepared
-from ..experiments.run import RunFolder, load_into, read_state_dict
+from ..experiments.run import RunFolder
 from ..experiments.settings import Settings
+from ..experiments.state_files import load_into, read_state_dict
 from .runtimes import RUNTIMES
 
 __all__ = ["add_options", "command"]

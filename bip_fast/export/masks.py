@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import one_line
-from ..experiments.run import write_beside
+from ..files import write_beside
 from ..optimizer import FastBiP
 from ..report import weights
 from .channels import zero_outputs

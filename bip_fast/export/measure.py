@@ -223,7 +223,7 @@ def _bytes_of(x: Tensor) -> int:
 
 def _file_bytes(network: nn.Module) -> int | None:
     """Size of its safetensors file, which is written and deleted; None if that cannot be."""
-    from ..experiments.run import write_safetensors
+    from ..experiments.state_files import write_safetensors
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
