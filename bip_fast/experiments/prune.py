@@ -15,55 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import bip_fast
 
 from ..errors import one_line
 from ..optimizer import FastBiP
-from ..report import report, weights
+from ..report import report
 from . import ExperimentError, display, models
 from .data import AnyData, batch_count, prepared
 from .energy import joules
 from .methods import METHODS, PRETRAIN, Stage, first_epoch, stages
-from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, pruner, scored_images
+from .optimizers import before_step, begin, dense_optimizer, moving, optimizer_of, scored_images
 from .run import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
 from .settings import Settings
 from .signals import STOP_SIGNALS, Stop, stop_requests
 from .state_files import load_into, read_state_dict, write_safetensors
 from .train import Cursor, check_finite, evaluate, train
+from .trial import check_model
 
 __all__ = ["Job"]
 
 SAVE_EVERY = 60.0  # seconds between checkpoints inside of an epoch
-
-
-def _check(model: nn.Module, settings: Settings, data: AnyData) -> None:
-    """Raises ExperimentError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved.
-
-    All on a copy, so that a long training does not end in an error that could have been seen before it.
-    """
-    name, shape = settings.model, (2, *data.shape)
-    try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(shape))
-    except Exception as error:  # the user's code may raise anything
-        raise ExperimentError(f"--model {name} failed on images of shape {shape}: {one_line(error, named=True)}") from error
-    expected = (2, data.classes)
-    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ExperimentError(f"--model {name} must give logits of shape {expected} for images of shape {shape}, got {found}")
-    if not weights(model):
-        raise ExperimentError(f"--model {name} has no Conv or Linear layer to prune")
-    try:
-        trial = copy.deepcopy(model).train()
-        optimizer = pruner(trial, settings, data)
-        trial(torch.zeros(shape)).sum().backward()
-        optimizer.step()
-        if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
-            raise TypeError("its state_dict() holds more than tensors")
-    except Exception as error:  # the user's code may raise anything
-        raise ExperimentError(f"--model {name} cannot be trained and pruned: {one_line(error, named=True)}") from error
 
 
 class _Enough(Exception):
@@ -109,7 +81,7 @@ class Job:
             model = models.build(settings.model, data.channels, data.classes, settings.width)
         except (RuntimeError, MemoryError) as error:
             raise ExperimentError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
-        _check(model, settings, self.data)
+        check_model(model, settings, self.data)
         torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.steps = batch_count(self.data, settings.batch_size)
