@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -91,14 +91,7 @@ def measure(
             rows[name] = _with_facts(rows[name], network, _batch(inputs, 1))
         if "2:4" in networks:
             rows["2:4"] = replace(rows["2:4"], nonzeros=rows["masked"].nonzeros, sparsity=rows["masked"].sparsity)
-        times: dict[str, dict[int, Timing]] = {name: {} for name in networks}
-        rounds: dict[int, int] = {}
-        for size in sizes:
-            batch = _batch(inputs, size)
-            taken = _race([prepared_call(runtime, network, batch) for network in networks.values()], where, seconds)
-            rounds[size] = len(taken[0])
-            for name, own in zip(networks, taken, strict=True):
-                times[name][size] = _timing(own, taken[0])
+        times, rounds = _timed(networks, {size: _batch(inputs, size) for size in sizes}, runtime, where, seconds)
         scores = _accuracies(networks, data, where)
     if dense is None:
         scores["dense"] = None
@@ -107,6 +100,20 @@ def measure(
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type.upper()
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "no parameters")
     return Measurement(told, name, torch.get_num_threads(), dtype, version(runtime), rounds)
+
+
+def _timed(
+    networks: Mapping[str, nn.Module], batches: Mapping[int, tuple[Any, ...]], runtime: str, where: torch.device, seconds: float
+) -> tuple[dict[str, dict[int, Timing]], dict[int, int]]:
+    """Times of every network and the number of rounds, by batch size."""
+    times: dict[str, dict[int, Timing]] = {name: {} for name in networks}
+    rounds: dict[int, int] = {}
+    for size, batch in batches.items():
+        taken = _race([prepared_call(runtime, network, batch) for network in networks.values()], where, seconds)
+        rounds[size] = len(taken[0])
+        for name, own in zip(networks, taken, strict=True):
+            times[name][size] = _timing(own, taken[0])
+    return times, rounds
 
 
 # --- the networks --------------------------------------------------------------------------------------------------------------------
