@@ -1,25 +1,21 @@
-"""Every method of the table: what its stages do to weights and masks, what it costs, and that a stopped run goes on with the same bits."""
+"""Every method of the table: what its stages do to weights, scores and masks."""
 
 import itertools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from cli_runs import Interrupting, load_weights, one_line, prune
+from cli_runs import load_weights, prune
+from method_stages import begun, flat_weights, network, run_stage, settings_of
 
 import bip_fast
 from bip_fast import cli
-from bip_fast.experiments import data, display, methods, models, optimizers
-from bip_fast.experiments.methods import METHODS, rounds, stages
-from bip_fast.experiments.settings import Settings
-from bip_fast.experiments.train import Cursor, train
+from bip_fast.experiments import data, models, optimizers
+from bip_fast.experiments.methods import rounds, stages
 from bip_fast.report import report, weights
 
 if missing := cli.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
-
-PRUNING = [name for name in METHODS if name != "dense"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,26 +30,6 @@ def one_thread():
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits")
-
-
-def network(seed=0, width=2):
-    torch.manual_seed(seed)
-    return models.build("resnet20", 1, 10, width=width)
-
-
-def settings_of(method, **given):
-    return Settings.of({"method": method, "width": 2, "batch_size": 200, "pretrain_epochs": 2, "epochs": 3, "sparsity": 0.8, **given})
-
-
-def begun(method, digits, model, number=0, **given):
-    """The first stage of a method that prunes, begun on ``model``."""
-    settings = settings_of(method, **given)
-    stage = [stage for stage in stages(settings) if stage.sparsity is not None][number]
-    return stage, optimizers.begin(stage, model, settings, digits)
-
-
-def flat_weights(model):
-    return torch.cat([x.detach().flatten() for _, x in weights(model)])
 
 
 # --- masks at the beginning --------------------------------------------------------------------------------------------------------------
@@ -123,12 +99,6 @@ def test_methods_keep_different_weights(digits):
 
 
 # --- what stages move --------------------------------------------------------------------------------------------------------------------
-
-
-def run_stage(stage, opt, model, digits, epochs=1):
-    recipe = replace(stage.recipe, epochs=epochs)
-    with optimizers.moving(stage, opt):
-        train(model, opt, digits, recipe, Cursor(), before_step=optimizers.before_step(stage, opt))
 
 
 def test_hydra_learns_scores_while_everything_else_stays(digits):
@@ -304,130 +274,12 @@ def test_rounds_remove_a_share_of_what_is_left(start, end, found):
     assert all(x < 1 for x in rounds(start, 0.9999999, 0.5))
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------------------------
+EVERY = itertools.product(["bip", "gmp", "hydra", "snip", "synflow", "omp"], ["filter", "channel", "block:2x2", "2:4"])
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A finished run of every method."""
-    folders = {}
-    for method in METHODS:
-        folders[method] = tmp_path_factory.mktemp("methods") / method
-        own = {"imp": ["--per-round", "0.5"], "dense": ["--sparsity", "0"]}.get(method, [])
-        assert prune(folders[method], "--method", method, *own) == 0
-    return folders
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_exactly_k_and_the_cost_of_the_table(whole, method):
-    result = json.loads((whole[method] / "report.json").read_text())
-    n = result["total"]
-    assert result["kept"] == (n if method == "dense" else n - round(0.8 * n))
-    extra = {"snip": 200, "grasp": 3 * 200, "synflow": 100}.get(method, 0)
-    own = {"imp": 9}.get(method, 3)  # three rounds of three epochs
-    assert sum(result["image_passes"].values()) == (2 + own) * 5 * 200 + extra
-    assert ("dense" in result) is METHODS[method].needs_dense
-    assert sum(row["epoch"] > 0 for rows in result["history"].values() for row in rows) == 2 + own
-    assert (whole[method] / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("method", PRUNING)
-@pytest.mark.parametrize("after", [3, 13, 21])
-def test_stopped_and_resumed(whole, tmp_path, monkeypatch, capsys, method, after):
-    options = ["--method", method, *(["--per-round", "0.5"] if method == "imp" else [])]
-    monkeypatch.setattr(display, "make", lambda: Interrupting(after))
-    assert prune(tmp_path / "run", *options) == 130
-    assert "continue with" in one_line(capsys.readouterr().err)
-    monkeypatch.setattr(display, "make", display.Display)
-    assert cli.main(["prune", "--resume", str(tmp_path / "run")]) == 0
-    for name in ("model.safetensors",):
-        assert (tmp_path / "run" / name).read_bytes() == (whole[method] / name).read_bytes()
-
-
-def test_checkpoint_and_rewind_checkpoint_stand_in_for_dense_training(whole, tmp_path):
-    folder = whole["omp"]
-    options = ["--checkpoint", str(folder / "dense.safetensors"), "--rewind-checkpoint", str(folder / "epoch-0.safetensors")]
-    assert prune(tmp_path / "run", "--method", "omp", *options) == 0
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    result = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert result["image_passes"]["pretrain"] == 0
-
-
-def test_retraining_runs_the_dense_schedule_from_the_epoch(tmp_path):
-    assert prune(tmp_path / "run", "--rewind", "1") == 0
-    result = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [row["epoch"] for row in result["history"]["retrain"]] == [2]
-    assert result["history"]["retrain"][0]["lr"] == pytest.approx(result["history"]["pretrain"][1]["lr"])
-    assert result["history"]["retrain"][0]["mask_changes"] == 0
-
-
-def test_weight_decay_of_dense_training_is_its_own(digits):
-    """It goes with the schedule of dense training, whoever trains by it."""
-
-    def decays(method, **given):
-        settings = settings_of(method, weight_decay=1e-4, pretrain_weight_decay=5e-4, **given)
-        found = []
-        for stage in stages(settings):
-            model = network()
-            saved = {name: x.clone() for name, x in model.state_dict().items()}
-            opt = optimizers.begin(stage, model, settings, digits, lambda m=model, s=saved: m.load_state_dict(s))
-            found.append({group["weight_decay"] for group in opt.param_groups})
-        return [value for (value,) in found]
-
-    assert decays("bip") == decays("omp-finetune") == decays("gmp") == decays("dense", sparsity=0.0) == [5e-4, 1e-4]
-    assert decays("hydra") == [5e-4, 1e-4, 1e-4]
-    assert decays("omp") == decays("imp", sparsity=0.2, rewind="lr") == [5e-4, 5e-4]
-    assert decays("bip", rewind="1") == [5e-4, 1e-4, 5e-4]
-    assert decays("snip") == decays("random") == [5e-4]
-
-
-@pytest.mark.parametrize(
-    ("given", "pruning", "dense"),
-    [
-        ({}, 5e-4, 5e-4),
-        ({"weight_decay": 1e-3}, 1e-3, 1e-3),
-        ({"method": "bip-paper"}, 1e-4, 5e-4),
-        ({"method": "bip-paper", "weight_decay": 1e-3}, 1e-3, 1e-3),
-        ({"method": "bip-paper", "data": "cifar10"}, 1e-4, 5e-4),
-        ({"data": "imagenet"}, 1e-4, 1e-4),
-        ({"method": "bip-paper", "data": "imagenet"}, 1e-4, 1e-4),
-        ({"weight_decay": 1e-3, "pretrain_weight_decay": 0.0}, 1e-3, 0.0),
-    ],
-)
-def test_default_weight_decays(given, pruning, dense):
-    settings = Settings.of(given)
-    assert (settings.weight_decay, settings.pretrain_weight_decay) == (pruning, dense)
-
-
-@pytest.mark.parametrize("method", ["bip", "bip-paper"])
-def test_rewinding_to_the_trained_network_starts_its_schedule_over(tmp_path, method):
-    assert prune(tmp_path / "run", "--method", method, "--epochs", "1", "--rewind", "2") == 0
-    files = tmp_path / "run"
-    assert (files / "epoch-2.safetensors").read_bytes() == (files / "dense.safetensors").read_bytes()
-    result = json.loads((files / "report.json").read_text())
-    assert [row["epoch"] for row in result["history"]["retrain"]] == [1, 2]
-    assert result["history"]["retrain"][0]["lr"] == pytest.approx(result["history"]["pretrain"][0]["lr"])
-
-
-def test_retraining_is_as_long_as_dense_training_however_long_the_masks_took():
-    for method in ("bip", "bip-paper"):
-        assert stages(settings_of(method, pretrain_epochs=30, epochs=3, rewind="20"))[-1].recipe.epochs == 30
-
-
-def test_learning_rate_rewinding_keeps_the_weights(digits):
-    settings = settings_of("imp", rewind="lr")
-    own = stages(settings)[1]
-    assert (own.rewind, own.recipe.lr, own.recipe.first_epoch) == (False, settings.pretrain_lr, 0)
-    fine = stages(settings_of("omp-finetune"))[1]
-    assert (fine.rewind, fine.recipe.lr) == (False, settings.lr)
-
-
-@pytest.mark.parametrize("pattern", ["filter", "channel", "block:2x2", "2:4"])
-@pytest.mark.parametrize("method", ["bip", "gmp", "hydra", "snip", "synflow", "omp"])
+@pytest.mark.parametrize(("method", "pattern"), [pair for pair in EVERY if pair != ("synflow", "2:4")])  # which is refused
 def test_methods_take_every_pattern(digits, method, pattern):
     """One epoch: masks are whole units, and what is not kept is 0."""
-    if (method, pattern) == ("synflow", "2:4"):
-        pytest.skip("refused: it prunes in rounds")
     settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
     torch.manual_seed(0)
     model = models.build("resnet20b", 1, 10, width=4)
@@ -438,50 +290,16 @@ def test_methods_take_every_pattern(digits, method, pattern):
     kept = {name: opt.mask_of(x) for name, x in weights(model) if x in set(opt.pruned_params)}
     assert len(kept) > 10
     for name, mask in kept.items():
+        assert not model.get_parameter(name)[~mask].any(), name
         if pattern == "filter":
             assert torch.equal(mask.flatten(1).all(1), mask.flatten(1).any(1)), name
         if pattern == "channel":
             channels = mask.transpose(0, 1).flatten(1)
             assert torch.equal(channels.all(1), channels.any(1)), name
+        if pattern == "block:2x2":
+            rows, cols = (n // 2 * 2 for n in mask.flatten(1).shape)
+            blocks = mask.flatten(1)[:rows, :cols].unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+            assert torch.equal(blocks.all(2), blocks.any(2)), name
         if pattern == "2:4":
-            assert mask.sum() == mask.numel() // 2
+            assert (mask.view(-1, 4).sum(1) == 2).all(), name
     assert 0.25 < sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values()) < 0.7
-
-
-BAD = {
-    "--method magic": "--method must be one of bip, bip-paper, hydra",
-    "--method snip --checkpoint x.pt": "--method snip starts from random weights: leave --checkpoint out",
-    "--method omp --checkpoint x.pt": "--rewind init with --checkpoint needs --rewind-checkpoint",
-    "--rewind-checkpoint x.pt": "--rewind-checkpoint needs --checkpoint",
-    "--method imp --sparsity 0": "--sparsity must be more than 0 with --method imp",
-    "--method imp --pattern 2:4 --sparsity 0.5": "--method imp prunes in rounds, and --pattern 2:4 has one sparsity only",
-    "--method synflow --pattern 2:4 --sparsity 0.5": "--method synflow prunes in rounds, and --pattern 2:4 has one sparsity only",
-    "--method imp --rewind 3": "--rewind must be an epoch before the last of 2, or 2, the trained network, got 3",
-    "--method bip-paper --rewind 3": "--rewind must be an epoch before the last of 2, or 2, the trained network, got 3",
-    "--method omp --epochs 1 --rewind 1": "--rewind must be an epoch before the last of 1, or 2, the trained network, got 1",
-    "--method omp --rewind never": "--rewind must be init, lr or a number of epochs, got 'never'",
-    "--method imp --per-round 1": "--per-round must be in (0, 1), got 1",
-    "--ramp 1.5": "--ramp must be in [0, 1], got 1.5",
-    "--mask-momentum 1": "--mask-momentum must be in [0, 1), got 1",
-    "--train-images 5000": "--train-images must be at most 1,198 for --data digits, got 5,000",
-    "--stride 0": "--stride must be at least 1, got 0",
-}
-
-
-@pytest.mark.parametrize("options", BAD)
-def test_wrong_options_are_one_line(options, tmp_path, capsys):
-    assert prune(tmp_path / "run", *options.split()) == 2
-    assert BAD[options] in one_line(capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-
-
-def test_imp_from_a_network_that_is_sparse_enough(whole, tmp_path, capsys):
-    options = ["--method", "imp", "--rewind", "lr", "--checkpoint", str(whole["imp"] / "model.safetensors"), "--sparsity", "0.7"]
-    assert prune(tmp_path / "run", *options) == 2
-    assert "--checkpoint has 80 % zeros already, and --sparsity asks for 0.7" in one_line(capsys.readouterr().err)
-
-
-def test_the_table_names_every_method():
-    text = methods.table()
-    assert all(f"| `{name}` |" in text for name in METHODS)
-    assert stages(replace(Settings(), checkpoint="x"))[0].recipe == replace(stages(Settings())[0].recipe, epochs=0)
