@@ -26,14 +26,14 @@ struct Context {
   std::atomic<int64_t> nonfinite{0};
 };
 
-// Adds the terms of `count` neighbouring columns to their sums. Returns how many gradients are not finite.
-template <class Kept>
+// Adds the terms of `count` neighbouring columns to their sums, or to 0 if these are `kNew`. Returns how many gradients are not finite.
+template <bool kNew, class Kept>
 BIP_HD int add_terms(const float* __restrict g, const float* __restrict theta, const Kept& kept, int count, float scale, const Hyper& hyper,
                      float* __restrict sums) {
   int nonfinite = 0;
   for (int i = 0; i < count; ++i) {
     const float gradient = g[i] * scale;
-    sums[i] += term(kept(i), gradient, theta[i], hyper);
+    sums[i] = (kNew ? 0.0f : sums[i]) + term(kept(i), gradient, theta[i], hyper);
     nonfinite += !is_finite(gradient);
   }
   return nonfinite;
@@ -53,21 +53,26 @@ BIP_HD float add_in_pairs(const float* x) {
   return z[0] + z[1];
 }
 
-// The sums of neighbouring units of `width` < kLanes columns each: what 32 partial sums would give, the missing ones being 0.
+// The sums of neighbouring units of `width` <= kLanes columns each: what 32 partial sums would give, the missing ones being 0. Whole units whose
+// width is a power of two are folded where they are.
 BIP_HD void fold_units(const float* columns, int count, int width, float* sums) {
   int padded = 1;
   while (padded < width) padded *= 2;
-  float x[2 * kItemColumns] = {}, y[kItemColumns];
+  float x[2 * kItemColumns], y[kItemColumns];
   const int units = (count + width - 1) / width;
-  if (padded == width)
-    std::copy_n(columns, count, x);
-  else
+  const float* from = columns;
+  int size = units * padded;
+  if (count < size) {
+    std::fill_n(x, size, 0.0f);
     for (int i = 0, unit = 0; unit < units; ++unit)
       for (int j = 0; j < width && i < count; ++j) x[unit * padded + j] = columns[i++];
-  float *from = x, *to = y;
-  for (int size = units * padded; padded > 1; padded /= 2) {
+    from = x;
+  }
+  float *to = y, *other = x;
+  for (; padded > 1; padded /= 2) {
     add_neighbours(from, size /= 2, to);
-    std::swap(from, to);
+    from = to;
+    std::swap(to, other);
   }
   std::copy_n(from, units, sums);
 }
@@ -84,12 +89,12 @@ struct Source {
   BIP_HD bool kept(int64_t unit) const { return mask[unit / kBlock] >> (unit % kBlock) & 1u; }
 
   // Adds the terms of columns [col, col + count) in one row, count <= kItemColumns.
-  template <class Kept>
+  template <bool kNew = false, class Kept>
   BIP_HD int add_row(int64_t row, int64_t col, int count, const Kept& is_kept, float* sums) const {
     float buffer[kItemColumns];
     const int64_t entry = row * part.cols + col;
     const float* g = gradients_of(gradient, {&tensor, entry, count}, buffer);
-    return add_terms(g, tensor.theta + entry, is_kept, count, scale, hyper, sums);
+    return add_terms<kNew>(g, tensor.theta + entry, is_kept, count, scale, hyper, sums);
   }
 };
 
@@ -112,13 +117,13 @@ BIP_HD void spell_out(const Source& source, const Item& item, int count, int wid
 }
 
 BIP_HD int sum_narrow(const Source& source, const Item& item, float* sums) {
-  float columns[kItemColumns] = {};
+  float columns[kItemColumns];
   uint32_t kept[kItemColumns];
   const int count = static_cast<int>(item.cols), width = static_cast<int>(source.part.block_cols);
   spell_out(source, item, count, width, kept);
-  int nonfinite = 0;
-  for (int64_t row = item.row; row < item.row + item.rows; ++row)
-    nonfinite += source.add_row(row, item.col, count, [&](int i) { return kept[i] != 0; }, columns);
+  const auto is_kept = [&](int i) { return kept[i] != 0; };
+  int nonfinite = source.add_row<true>(item.row, item.col, count, is_kept, columns);
+  for (int64_t row = item.row + 1; row < item.row + item.rows; ++row) nonfinite += source.add_row(row, item.col, count, is_kept, columns);
   fold_units(columns, count, width, sums);
   return nonfinite;
 }
@@ -159,7 +164,7 @@ BIP_HD int64_t sum_part(const Context& context, const Part& part, int64_t begin,
     if (!gradient.data)
       std::fill_n(sums, item.units, not_a_number());
     else
-      nonfinite += part.block_cols < kLanes ? sum_narrow(source, item, sums) : sum_wide(source, item, sums);
+      nonfinite += part.block_cols <= kLanes ? sum_narrow(source, item, sums) : sum_wide(source, item, sums);
   }
   return nonfinite;
 }
