@@ -19,7 +19,7 @@ import torch
 
 from bench.report import folder_name
 from bench.workload import machine
-from bip_fast.experiments import results as compared
+from bip_fast.experiments.compare import results as compared
 
 
 def _value(text: str) -> Any:

@@ -26,7 +26,7 @@ from bench.workload import machine
 def one_run(seed: int, out: Path) -> dict[str, Any]:
     """What report.json says of `bip-fast prune --seed SEED`, and its seconds."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "bip_fast.cli", "prune", "--seed", str(seed), "--out", str(out)]
+    command = [sys.executable, "-m", "bip_fast", "prune", "--seed", str(seed), "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - began
     report = json.loads((out / "report.json").read_text())

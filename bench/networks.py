@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bip_fast.experiments import models
+from bip_fast.experiments.models import names as models
 
 
 class Block(nn.Module):

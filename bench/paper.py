@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from bench.report import folder_name
 from bench.workload import machine
 from bip_fast import reference
-from bip_fast.experiments import models
-from bip_fast.experiments.data import AnyData, Position, batch_count, load, prepared
-from bip_fast.experiments.methods import stages
-from bip_fast.experiments.optimizers import dense_optimizer
-from bip_fast.experiments.settings import Settings
-from bip_fast.experiments.train import Cursor, evaluate, train
+from bip_fast.engine.report import weights
+from bip_fast.experiments.data.sets import AnyData, Position, batch_count, load, prepared
+from bip_fast.experiments.methods.begin import dense_optimizer
+from bip_fast.experiments.methods.table import stages
+from bip_fast.experiments.models import names as models
+from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.runs.training import Cursor, evaluate, train
 from bip_fast.reference import PAPER, Hyper, State, Variant
-from bip_fast.report import weights
 
 SPARSITIES = (0.95,)
 # The paper's own, 0.01 and 0.1, move hardly any mask in so few epochs.

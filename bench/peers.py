@@ -1,6 +1,6 @@
 """Who is compared: FastBiP's steps and the same steps in torch, each as a function of (workload, case) that returns what to call.
 
-`bip_fast.plain` has the steps in plain torch. Here they are once more with foreach operations, and compiled: one fused kernel before
+`bip_fast.timing.plain` has the steps in plain torch. Here they are once more with foreach operations, and compiled: one fused kernel before
 the selection and one after it, the threshold by torch.topk, all in a CUDA graph. The compiled one keeps everything that ties with the
 threshold, so not exactly k: the strongest that torch offers, not the same contract.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.workload import Case, Workload
 from bip_fast import FastBiP
-from bip_fast.plain import GAMMA, LR, MASK_LR, MOMENTUM, STEPS, WEIGHT_DECAY, PlainState, plain_state, select
+from bip_fast.timing.plain import GAMMA, LR, MASK_LR, MOMENTUM, STEPS, WEIGHT_DECAY, PlainState, plain_state, select
 
 Step = Callable[[PlainState, list[Tensor]], None]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import compare, digits, paper, patterns, report, structured, targets, window
-from bip_fast.experiments import methods
+from bip_fast.experiments.methods import table as methods
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -24,14 +24,14 @@ from torch import nn
 
 from bench.report import folder_name, read
 from bench.workload import machine
-from bip_fast.experiments import models
-from bip_fast.experiments.data import Dataset, load, split
-from bip_fast.experiments.methods import stages
-from bip_fast.experiments.optimizers import dense_optimizer, pruner
-from bip_fast.experiments.run import RunFolder
-from bip_fast.experiments.settings import Settings
-from bip_fast.experiments.state_files import load_into, read_state_dict, write_safetensors
-from bip_fast.experiments.train import Cursor, evaluate, train
+from bip_fast.experiments.data.sets import Dataset, load, split
+from bip_fast.experiments.methods.begin import dense_optimizer, pruner
+from bip_fast.experiments.methods.table import stages
+from bip_fast.experiments.models import names as models
+from bip_fast.experiments.runs.folder import RunFolder
+from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.runs.state_dicts import load_into, read_state_dict, write_safetensors
+from bip_fast.experiments.runs.training import Cursor, evaluate, train
 from bip_fast.export.measure import measure
 from bip_fast.export.runtimes import RUNTIMES
 from bip_fast.export.shrink import shrink

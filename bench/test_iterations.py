@@ -20,7 +20,7 @@ from bench import clock
 from bench.networks import DEFAULT_NETWORKS, NETWORKS, missing
 from bench.workload import DENSITY
 from bip_fast import FastBiP
-from bip_fast.plain import LR, MASK_LR, MOMENTUM, STEPS, WEIGHT_DECAY, plain_state
+from bip_fast.timing.plain import LR, MASK_LR, MOMENTUM, STEPS, WEIGHT_DECAY, plain_state
 
 PHASES = {"iteration": ("lower", "upper"), "joint iteration": ("joint",)}
 GRAPH = ", CUDA graph"
@@ -100,7 +100,7 @@ class Training:
         return lambda phase: self.opt.step()
 
     def plain_torch(self, weights: list[Tensor]) -> Callable[[str], object]:
-        """Masked weights by `bip_fast.plain`, everything else by SGD."""
+        """Masked weights by `bip_fast.timing.plain`, everything else by SGD."""
         others = [p for p in self.model.parameters() if not any(p is weight for weight in weights)]
         sgd = torch.optim.SGD(others, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=True)
         # Flat in memory order, as channels_last weights are not contiguous in theirs.

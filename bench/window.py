@@ -21,12 +21,12 @@ import torch
 
 from bench.report import folder_name
 from bench.workload import machine
-from bip_fast.experiments import models
-from bip_fast.experiments.data import load
-from bip_fast.experiments.methods import stages
-from bip_fast.experiments.optimizers import dense_optimizer, pruner
-from bip_fast.experiments.settings import Settings
-from bip_fast.experiments.train import Cursor, train
+from bip_fast.experiments.data.sets import load
+from bip_fast.experiments.methods.begin import dense_optimizer, pruner
+from bip_fast.experiments.methods.table import stages
+from bip_fast.experiments.models import names as models
+from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.runs.training import Cursor, train
 
 COUNTS = ("first", "missed", "crowded", "candidates", "flips")
 USUAL = {"method": "bip-paper", "lr": 0.05, "mask_lr": 1.0, "weight_decay": 5e-4}

@@ -1,4 +1,4 @@
-# Types of the compiled module (csrc/bindings.cpp). All pointers are integers; bip_fast/ops.py checks what reaches them.
+# Types of the compiled module (csrc/bindings.cpp). All pointers are integers; bip_fast/engine/native.py checks what reaches them.
 from typing import Any, Protocol, TypedDict
 
 import numpy as np

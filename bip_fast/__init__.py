@@ -5,7 +5,7 @@
 """
 
 from . import reference
-from .ops import build_info, topk_mask
+from .engine.native import build_info, topk_mask
 from .optimizer import FastBiP
 from .schedule import SparsitySchedule
 

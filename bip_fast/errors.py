@@ -1,12 +1,16 @@
-"""An error of somebody else's code, such as a model's, told in one line."""
+"""Errors: those that the user can mend, and those of somebody else's code, such as a model's, told in one line."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["MEMORY", "one_line"]
+__all__ = ["MEMORY", "UserError", "one_line"]
 
 MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+class UserError(Exception):
+    """Something the user can mend: the command line prints it as one line and exits with code 2."""
 
 
 def one_line(error: BaseException, most: int = 200, *, named: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""`FastBiP`: the optimizer. Validation, state and phases; the arithmetic is in the kernels, the storage in `bip_fast.arena`."""
+"""`FastBiP`: the optimizer. Validation, state and phases; the arithmetic is in the kernels, the storage in `bip_fast.engine.arena`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arena import Arena, Slot
-from .checkpoint import EXTRA, extra, fitting
-from .engine import Engine
-from .members import is_pruned
-from .ops import StepPlan
-from .options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
-from .phases import Phases
-from .prunable import Known, param_groups_of, split_names
-from .report import Report
+from .engine.arena import Arena, Slot
+from .engine.checkpoint import EXTRA, extra, fitting
+from .engine.coverage import Known, param_groups_of, split_names
+from .engine.engine import Engine
+from .engine.members import is_pruned
+from .engine.native import StepPlan
+from .engine.options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
+from .engine.phases import Phases
+from .engine.report import Report
 
 __all__ = ["FastBiP"]
 
@@ -54,7 +54,7 @@ class FastBiP(torch.optim.Optimizer):
         weight_decay: L2 penalty of theta.
         nesterov: Nesterov momentum for theta.
         pattern: what is kept or dropped as one: "unstructured", single weights; "filter", output channels, with the bias of a layer;
-            "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`bip_fast.patterns`). A unit of
+            "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`engine.patterns`). A unit of
             several weights has one score, at the start the mean of abs(theta), and moves by the sum of its weights' gradients. What a
             pattern does not fit stays dense, with the reason in `report`; so does, being taken for the outputs of a Module, its last layer
             ("filter"), and for its inputs its first ("channel"), in the order in which they were made. A model that returns the outputs of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .engine.options import check_count
 from .optimizer import FastBiP
-from .options import check_count
 
 __all__ = ["CURVES", "SparsitySchedule"]
 

@@ -1,4 +1,4 @@
-// pybind11 and nothing else: integers and numpy tables in, bip::cpu and bip::cuda calls out. Pointers were checked in bip_fast/ops.py.
+// pybind11 and nothing else: integers and numpy tables in, bip::cpu and bip::cuda calls out. Pointers were checked in bip_fast/engine/native.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

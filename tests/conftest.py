@@ -1,13 +1,7 @@
 """Fixtures. Every test that reaches a kernel takes `backend` and so runs on each of them."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # `helpers`, `lockstep` and `sim`, whatever pytest's import mode
-
 from helpers import BACKEND_NAMES, use_backend
 
 try:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..atomic import write_beside
+from ..engine.report import weights
 from ..errors import one_line
-from ..files import write_beside
 from ..optimizer import FastBiP
-from ..report import weights
 from .channels import zero_outputs
 
 __all__ = ["AttachedMasks", "apply_masks", "attach_masks", "load_masks", "masks_of", "save_masks"]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..benchmark import calls_in, synchronize
+from ..engine.native import launch_guard
+from ..engine.report import layer_table, weights
 from ..errors import one_line
-from ..ops import launch_guard
-from ..report import layer_table, weights
+from ..timing.steps import calls_in, synchronize
 from .measurement import Measurement, Timing, Variant, sentence
 from .runtimes import check_runtime, prepared_call, version
 from .semi_structured import OLDEST, Converted, to_semi_structured
@@ -230,7 +230,7 @@ def _bytes_of(x: Tensor) -> int:
 
 def _file_bytes(network: nn.Module) -> int | None:
     """Size of its safetensors file, which is written and deleted; None if that cannot be."""
-    from ..experiments.state_files import write_safetensors
+    from ..experiments.runs.state_dicts import write_safetensors
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from ..engine.native import is_ordinary
 from ..errors import one_line
-from ..ops import is_ordinary
 from ..tables import aligned
 
 __all__ = ["Conversion", "Converted", "refusals", "to_semi_structured", "violations"]

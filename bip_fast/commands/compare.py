@@ -1,0 +1,107 @@
+"""Options and output of `bip-fast compare`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..experiments.compare import progress, results
+from ..experiments.compare.execution import Comparison
+from ..experiments.compare.grid import read
+from ..experiments.runs.folder import RunFolder
+from ..experiments.runs.signals import Stop
+
+__all__ = ["add_options", "command"]
+
+
+def add_options(commands: Any) -> None:
+    """Add `compare` to the subcommands."""
+    compare = commands.add_parser(
+        "compare",
+        help="run a grid of methods, sparsities and seeds; tables and pictures",
+        description="Run every combination of data, model, method, sparsity and seed that a YAML file names, several at a time, and make "
+        "runs.csv, summary.csv and pictures. Stopped or killed, the same command goes on where every run stood; a finished run is never "
+        "repeated.",
+    )
+    compare.add_argument("config", metavar="CONFIG", type=Path, help="YAML file; configs/ has some")
+    compare.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data sets")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs and results; default: runs/<name of CONFIG>")
+    compare.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    compare.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at the same time, which changes no result; default: as many as the CPU cores have room for, or 1 on a GPU; "
+        "each has one CPU thread, or as many as the setting `threads` of CONFIG says",
+    )
+    compare.add_argument("--list", action="store_true", help="only list the runs, what they cost, and which are finished")
+
+
+def command(options: dict[str, Any], device: torch.device) -> int:
+    """Run `bip-fast compare`; returns the exit code: 1 when a run failed.
+
+    Raises:
+        UserError: the input is not what it should be.
+    """
+    data_dir = options["data_dir"]
+    grid = read(options["config"], data_dir)
+    out: Path = options["out"] or Path("runs") / grid.name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cell.settings.threads or 1 for cell in grid.cells.values())
+    jobs = options["jobs"] if options["jobs"] is not None else (max(1, cores // threads) if device.type == "cpu" else 1)
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    for name in sorted({cell.settings.data for cell in grid.cells.values()} - {"digits"}):
+        if data_dir is None:
+            raise UserError(f"data {name} needs --data-dir, the folder with its files")
+    comparison = Comparison(grid, out, data_dir, str(device), jobs, progress.make())
+    if options["list"]:
+        _list(comparison)
+        return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
+    folder = RunFolder(out)
+    folder.lock()
+    comparison.after_cell = lambda: _write(comparison)
+    try:
+        comparison.run()
+    except Stop as stop:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + stop.number
+    finally:
+        folder.release()
+    return _finish(comparison)
+
+
+def _write(comparison: Comparison) -> None:
+    results.write(results.collect(comparison), comparison.out)
+
+
+def _list(comparison: Comparison) -> None:
+    for cell in comparison.grid.cells.values():
+        mark = "finished" if comparison.is_finished(cell) else "to do"
+        print(f"{mark:8}  {cell.epochs:5} epochs  {cell.name}  {cell.folder}")
+    epochs = sum(cell.epochs for cell in comparison.grid.cells.values() if not comparison.is_finished(cell))
+    print(f"{len(comparison.grid.cells)} runs, {epochs} epochs to do")
+
+
+def _finish(comparison: Comparison) -> int:
+    from ..experiments.compare import figures
+
+    rows = results.collect(comparison)
+    if rows:
+        made = [*results.write(rows, comparison.out), *figures.draw(rows, comparison.out)]
+        part = "validation" if rows[0]["evaluated_on"] == "validation" else "test"
+        print(f"Accuracy on {part} images in percent, mean ± standard deviation over seeds; epochs and minutes with dense training.\n")
+        print(results.table(rows))
+        print(f"\nin {comparison.out}: {', '.join(path.name for path in made)}")
+    for address, why in comparison.failed.items():
+        print(f"failed: {comparison.grid.cells[address].folder}: {why}", file=sys.stderr)
+    return 1 if comparison.failed else 0

@@ -1,0 +1,112 @@
+"""What a saved state must look like to be loaded: checked as a whole before anything is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import Blocks
+from .arena import Arena, Slot, in_memory_order
+from .options import check_group
+from .patterns import NofM
+from .phases import Phases
+from .units import unpack_mask
+
+__all__ = ["EXTRA", "extra", "fitting"]
+
+EXTRA = "bip"  # the key of a state_dict for what belongs to no parameter
+_MAY_BE_MISSING = "score_momentum"  # zero until a mask_momentum asks for it
+
+
+def extra(arena: Arena, phases: Phases) -> dict[str, Any]:
+    """What is saved under `EXTRA`: the cycle of phases, the counter, and how many weights the masks keep, to notice damage."""
+    return {**phases.state(), "num_nonfinite": arena.num_nonfinite.clone(), "kept": int(arena.kept())}
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in state.items() if name != _MAY_BE_MISSING}
+
+
+def fitting(
+    arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
+    """`_fitting`, with every way in which a damaged state can fail as a ValueError."""
+    try:
+        return _fitting(arena, phases, param_groups, state_dict)
+    except (AttributeError, KeyError, TypeError, RuntimeError, IndexError) as error:  # NotImplementedError is a RuntimeError
+        raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with {type(error).__name__}: {error}") from error
+
+
+def _fitting(
+    arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
+    """Groups, and the state of every slot of ``arena``, of a ``state_dict`` that fits an optimizer with ``param_groups``.
+
+    Raises:
+        ValueError: it is from another optimizer, for other parameters or groups, damaged, or has options out of range.
+    """
+    if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not extra(arena, phases).keys() <= state_dict[EXTRA].keys():
+        raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with the keys {list(state_dict)}")
+    phases.check_state(state_dict[EXTRA])
+    if torch.as_tensor(state_dict[EXTRA]["num_nonfinite"]).numel() != 1:
+        raise ValueError("state_dict must hold one number as num_nonfinite, got several")
+    groups = state_dict["param_groups"]
+    expected, given = (
+        [(len(group["params"]), group.get("prune"), group.get("pattern")) for group in side] for side in (param_groups, groups)
+    )
+    if expected != given:
+        raise ValueError(f"state_dict must have parameter groups of (length, prune, pattern) {expected}, got {given}")
+    for group, own in zip(groups, param_groups, strict=True):
+        check_group({**own, **group})
+    params = [p for group in param_groups for p in group["params"]]
+    number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
+    states, kept = [], 0
+    for slot in arena.slots:
+        state, own_shapes = state_dict["state"].get(number[slot.member.param], {}), _shapes(arena.state_of(slot))
+        if _shapes(state) != own_shapes:
+            raise ValueError(f"state_dict must hold {own_shapes} for {slot.member.label}, got {_shapes(state)}")
+        _check_values(slot, state)
+        if slot.member.pruned and groups[slot.member.row].get("sparsity") is None and param_groups[slot.member.row]["sparsity"] is not None:
+            raise ValueError(f"state_dict must have a sparsity for {slot.member.label}, got None")
+        kept += int(unpack_mask(state["mask"], slot.numel).sum()) if slot.member.masked else 0
+        states.append(state)
+    if kept != state_dict[EXTRA]["kept"]:
+        raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {state_dict[EXTRA]['kept']} were saved")
+    return groups, states
+
+
+def _check_values(slot: Slot, state: dict[str, Tensor]) -> None:
+    """ValueError for a tensor of another kind than was saved."""
+    for name, x in state.items():
+        kind = x.dtype == torch.int32 if name == "mask" else x.is_floating_point()
+        if not kind or x.layout != torch.strided or x.device.type == "meta":
+            expected = "int32" if name == "mask" else "a floating-point type"
+            raise ValueError(
+                f"state_dict must hold {name} as a dense tensor of {expected} for {slot.member.label}, got {x.dtype} on {x.device}"
+            )
+    if slot.member.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
+        raise ValueError(f"state_dict must hold scores in [0, 1] for {slot.member.label}, got others")
+    u = state.get(_MAY_BE_MISSING)
+    if u is not None and (not slot.member.pruned or u.shape != state["scores"].shape):
+        shape = tuple(state["scores"].shape) if slot.member.pruned else "none"
+        raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {slot.member.label}, got {tuple(u.shape)}")
+    if slot.member.division is not None:
+        _check_division(slot, unpack_mask(state["mask"].cpu(), slot.numel).view(slot.shape), slot.member.division)
+
+
+def _check_division(slot: Slot, mask: Tensor, division: Blocks | NofM) -> None:
+    """ValueError for a mask that keeps parts of units, or another number of neighbours than its pattern says."""
+    flat = in_memory_order(torch.empty_strided(slot.shape, slot.stride, dtype=torch.bool).copy_(mask))
+    if isinstance(division, NofM):
+        right = bool((flat.view(-1, division.of).sum(1) == division.keep).all())
+        expected, found = f"{division.keep} of every {division.of} neighbours", "other numbers in places"
+    else:
+        units = flat.view(division.rows, division.cols)[:: division.block_rows, :: division.block_cols]
+        right = torch.equal(reference.expand(units.flatten(), division), flat)
+        expected, found = "whole units", "parts of some"
+    if not right:
+        raise ValueError(f"state_dict must hold {expected}, got a mask of {slot.member.label} with {found} (another memory layout?)")

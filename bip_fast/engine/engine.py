@@ -1,0 +1,196 @@
+"""What runs the steps of one optimizer: its arena, the launch plan for it, and the options that both were made for, kept in agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arena import Arena
+from .coverage import Known
+from .members import roster_of
+from .native import StepPlan, backend
+from .options import GROUP_KEYS, check_group, hyper_table
+from .patterns import NofM
+from .report import Report, Row, Selection, Units, layer_row
+
+__all__ = ["Engine"]
+
+
+def _value(option: Any) -> Any:
+    """A tensor's value at this moment, so that a change in place is seen."""
+    return option.tolist() if isinstance(option, Tensor) and option.device.type != "meta" else option
+
+
+class Engine:
+    """Kernels over the parameters of some groups.
+
+    Args:
+        param_groups: of the optimizer; looked at again in every step, so that schedulers are followed.
+        known: names of the parameters, which of them stay dense, and what belongs together.
+        states: saved states of parameters that were trained before; all others start as their magnitude says.
+        project: select the masks anew from all scores.
+
+    Raises:
+        ValueError: a parameter or an option cannot be used. Nothing was written then.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        known: Known,
+        states: Mapping[Tensor, dict[str, Tensor]],
+        project: bool,
+    ) -> None:
+        self._groups, self._known = param_groups, known
+        self._members, self.decisions = roster_of(param_groups, known)
+        if not any(member.pruned for member in self._members):
+            why = "; ".join(f"{row.name}: {row.reason}" for row in self.decisions[:5])
+            raise ValueError(
+                "nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions" + (why and f" ({why})")
+            )
+        self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
+        device = self._members[0].param.device
+        backend(device)
+        self._checked: Any = None  # the options that were last found valid
+        self._check_options()
+        # Nothing is written before all memory is there.
+        self.arena = Arena(self._members, device)
+        self.replan()
+        for slot in self.arena.slots:
+            if slot.member.param in states:
+                self.arena.load(slot, states[slot.member.param])
+            else:
+                self.arena.start(slot)
+        for number, unit_set in enumerate(self.arena.units.sets):
+            if not any(self.arena.slots[part.slot].member.param in states for part in unit_set.parts if part.counts):
+                self.arena.start_units(number)
+        self.arena.record()
+        if project:
+            self._project()
+
+    def _project(self) -> None:
+        """Masks from the scores as they are."""
+        self.plan.run("upper", self.arena.no_gradients(), self.arena.num_nonfinite)
+        self.arena.mark_written()
+
+    @torch.no_grad()
+    def rescore(self, scores: Mapping[Tensor, Tensor]) -> bool:
+        """Take ``scores`` of parameters, shaped like them, and select the masks anew; True when that needed a new plan."""
+        new = self.refresh("upper")
+        for slot in self.arena.pruned:
+            self.arena.rescore(slot, scores)
+        for number in range(len(self.arena.units.sets)):
+            self.arena.rescore_units(number, scores)
+        self._project()
+        return new
+
+    def _options(self) -> list[tuple[Any, ...]]:
+        """What the selection depends on, of every parameter group."""
+        return [(group["sparsity"], group["scope"], group["min_kept"]) for group in self._groups]
+
+    def replan(self) -> None:
+        """Make the plan for the options as they are now."""
+        if any(group["mask_momentum"] > 0 for group in self._groups):
+            self.arena.ensure_score_momentum()
+        self._planned = self._options()
+        self._selection = self.arena.selection(self._groups)
+        self._with_score_momentum = self.arena.score_momentum is not None
+        least = [int(group["min_kept"]) for group in self._groups]
+        self.plan: StepPlan = self.arena.plan(self._selection, hyper_table(self._groups), least)
+
+    def refresh(self, phase: str) -> bool:
+        """Bring the plan up to date with the options, before a step of ``phase``; True when it is a new one.
+
+        Step sizes and numbers of kept weights are written where the plan has them. A new plan is needed only when other tensors compete
+        with each other, or when a mask momentum needs memory.
+        """
+        self._check_options()
+        new = False
+        if phase != "lower":
+            if not self._with_score_momentum and any(group["mask_momentum"] > 0 for group in self._groups):
+                new = True
+            elif self._planned != self._options():
+                selection = self.arena.selection(self._groups)
+                new = [group.members for group in selection] != [group.members for group in self._selection]
+                new = new or [options[2] for options in self._planned] != [options[2] for options in self._options()]
+                if not new:
+                    self._planned, self._selection = self._options(), selection
+                    self.plan.set_kept([group.kept for group in selection])
+        if new:
+            self.replan()
+        else:
+            self.plan.set_hypers(hyper_table(self._groups))
+        return new
+
+    def _check_options(self) -> None:
+        """Check the options of all groups if they have changed since the last time."""
+        seen = [tuple(_value(group.get(key)) for key in (*GROUP_KEYS, "density")) for group in self._groups]
+        if seen == self._checked:
+            return
+        for group in self._groups:
+            check_group(group)
+        for group, (pattern, prune) in zip(self._groups, self._fixed, strict=True):
+            if group["pattern"] != pattern:
+                raise ValueError(f"pattern of a parameter group cannot change any more, was {pattern!r}, got {group['pattern']!r}")
+            if bool(group["prune"]) != prune:
+                raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r}")
+        for member in self._members:
+            if member.pruned and self._groups[member.row]["sparsity"] is None and not isinstance(member.division, NofM):
+                raise ValueError(f"give one of sparsity and density, got neither, for {member.label}")
+        self._checked = seen
+
+    def kernels(self, phase: str, grad_scale: Any = None, found_inf: Any = None) -> Callable[[StepPlan], None]:
+        """What starts the kernels of a step of ``phase``, once, with the gradients that the parameters have at this moment.
+
+        Args:
+            grad_scale, found_inf: scalars as a GradScaler sets them; what is no tensor is none.
+
+        Raises:
+            RuntimeError: a gradient cannot be used.
+        """
+        gradients, alive = self.arena.gradients()
+        scalars = [x.to(device=self.arena.device, dtype=torch.float32) if isinstance(x, Tensor) else None for x in (grad_scale, found_inf)]
+
+        def launch(plan: StepPlan) -> None:
+            plan.run(phase, gradients, self.arena.num_nonfinite, *scalars)
+            alive.clear()  # the kernels are launched; memory freed now is reused behind them on the stream
+
+        return launch
+
+    def selections(self) -> tuple[Selection, ...]:
+        """How the selection of every group went; waits for the device."""
+        rows = []
+        for group, counters in zip(self._selection, self.plan.counters(), strict=True):
+            counts = {key: counters[key].item() for key in Selection._fields if key in (counters.dtype.names or ())}
+            rows.append(Selection(name=self.arena.label_of(group), numel=group.numel, kept=group.kept, **counts))
+        return tuple(rows)
+
+    def report(self) -> Report:
+        """The layers, and how their masks came about; waits for the device."""
+        rows: list[Row] = []
+        units: dict[int, Units] = {}
+        for slot in self.arena.pruned:
+            row = layer_row(slot.member.label, slot.member.param)._replace(pattern=str(self._groups[slot.member.row]["pattern"]))
+            if not slot.member.scored:
+                number = slot.member.unit_set
+                units[number] = Units(str(row.pattern), *self.arena.units.kept(number))
+                row = row._replace(units=units[number][1:])
+            rows.append(row)
+        totals: dict[str, Units] = {}
+        for pattern, kept, total in units.values():
+            before = totals.get(pattern, Units(pattern, 0, 0))
+            totals[pattern] = Units(pattern, before.kept + kept, before.total + total)
+        return Report(tuple(rows), self.selections(), self.decisions, tuple(totals.values()))
+
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Views of every parameter's state."""
+        return {slot.member.param: self.arena.state_of(slot) for slot in self.arena.slots}
+
+    def saved_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """`state`, in the form that a checkpoint has."""
+        return {slot.member.param: self.arena.saved_state_of(slot) for slot in self.arena.slots}

@@ -1,0 +1,165 @@
+"""Options of `FastBiP`: which there are, what values each may have, and what a wrong one says."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .budgets import SCOPES
+from .native import kernels
+from .patterns import parse
+
+__all__ = [
+    "GROUP_KEYS",
+    "HYPER_KEYS",
+    "LEVELS",
+    "check_count",
+    "check_group",
+    "check_levels",
+    "check_lower_steps",
+    "hyper_table",
+    "resolve_density",
+    "resolve_pattern",
+]
+
+LEVELS = ("alternating", "joint")
+HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
+GROUP_KEYS = (*HYPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")
+_OF_THE_OPTIMIZER = ("levels", "lower_steps", "exclude", "overrides", "coupled")
+
+
+class _Range(NamedTuple):
+    expected: str
+    contains: Callable[[float], bool]
+
+
+_LARGEST = float(np.finfo(np.float32).max)  # what the kernels can hold
+_NOT_NEGATIVE = _Range("a finite float32 number of at least 0", lambda x: 0 <= x <= _LARGEST)
+_RANGES = {
+    "sparsity": _Range("in [0, 1)", lambda x: 0 <= x < 1),
+    "density": _Range("in (0, 1]", lambda x: 0 < x <= 1),
+    "lr": _NOT_NEGATIVE,
+    "mask_lr": _NOT_NEGATIVE,
+    "gamma": _Range("greater than 0", lambda x: x > 0 and 1 / x <= _LARGEST),
+    "momentum": _NOT_NEGATIVE,
+    "mask_momentum": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+}
+_CHOICES = {"levels": LEVELS, "scope": SCOPES}
+
+
+def _check_number(name: str, value: Any) -> None:
+    """A number, or for what schedulers move a tensor with one."""
+    number = isinstance(value, Real) or (name in HYPER_KEYS and isinstance(value, torch.Tensor) and value.numel() == 1)
+    if number and isinstance(value, torch.Tensor) and (value.is_complex() or value.device.type == "meta"):
+        number = False
+    if not number or not _RANGES[name].contains(float(value)):
+        raise ValueError(f"{name} must be {_RANGES[name].expected}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any) -> None:
+    if value not in _CHOICES[name]:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, _CHOICES[name]))}, got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_levels(levels: Any) -> str:
+    """``levels`` if it is one of `LEVELS`; else ValueError."""
+    _check_choice("levels", levels)
+    return str(levels)
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """``value`` as an int of at least ``least``; else ValueError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
+
+
+def check_lower_steps(lower_steps: Any) -> int:
+    """``lower_steps`` as an int of at least 1; else ValueError."""
+    return check_count("lower_steps", lower_steps, 1)
+
+
+def resolve_density(options: dict[str, Any]) -> None:
+    """Turn ``density`` into ``sparsity = 1 - density``, in place.
+
+    Raises:
+        ValueError: ``k`` is given, or density and sparsity are, or the density is out of range.
+    """
+    if "k" in options:
+        raise ValueError("k is not an option: say which fraction of the weights becomes zero with sparsity, or stays with density")
+    density = options.pop("density", None)
+    if density is None:
+        return
+    if options.get("sparsity") is not None:
+        raise ValueError(f"give one of sparsity and density, got both: sparsity={options['sparsity']!r} and density={density!r}")
+    _check_number("density", density)
+    # Rounded, so that density=0.7 and sparsity=0.3 are one selection group and not two that differ in the last bit.
+    options["sparsity"] = round(1 - float(density), 12)
+    if options["sparsity"] >= 1:
+        raise ValueError(f"density must be at least 1e-12, got {density!r}")
+
+
+def resolve_pattern(options: dict[str, Any]) -> None:
+    """Leave out the sparsity of a pattern that has one of its own, in place.
+
+    Raises:
+        ValueError: the pattern is none, or another sparsity is given beside it.
+    """
+    if "pattern" not in options:
+        return
+    own = parse(options["pattern"]).sparsity
+    if own is None:
+        return
+    given = options.get("sparsity")
+    if given is not None and (not isinstance(given, Real) or abs(float(given) - own) > 1e-9):
+        raise ValueError(f"sparsity must be {own:g} or left out with pattern {options['pattern']!r}, got {given!r}")
+    options["sparsity"] = None
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the options of one parameter group.
+
+    Raises:
+        ValueError: names the first option out of range, what was expected and what came.
+    """
+    for name in _OF_THE_OPTIMIZER:
+        if name in group:
+            raise ValueError(f"{name} belongs to the optimizer, not to a parameter group, got {group[name]!r}")
+    if group.get("density") is not None:
+        raise ValueError(f"density of a group that exists is its sparsity: set sparsity to 1 - density, got density={group['density']!r}")
+    for name in HYPER_KEYS[:-1]:
+        _check_number(name, group[name])
+    _check_flag("nesterov", group["nesterov"])
+    _check_flag("prune", group["prune"])
+    resolve_pattern({"pattern": group["pattern"], "sparsity": group["sparsity"]})
+    check_count("min_kept", group["min_kept"], 0)
+    _check_choice("scope", group["scope"])
+    if group["nesterov"] and not group["momentum"] > 0:
+        raise ValueError(f"nesterov needs a momentum greater than 0, got momentum={group['momentum']!r}")
+    if group["sparsity"] is not None:
+        _check_number("sparsity", group["sparsity"])
+
+
+def hyper_table(groups: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Hyper-parameters for the kernels: a row of ``hyper_dtype`` per parameter group."""
+    table = np.zeros(len(groups), dtype=kernels().hyper_dtype)
+    for key in HYPER_KEYS:
+        if key != "gamma":
+            table[key] = [float(group[key]) for group in groups]
+    table["inv_gamma"] = [1 / float(group["gamma"]) for group in groups]
+    return table

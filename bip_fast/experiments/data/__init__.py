@@ -1,0 +1,1 @@
+"""Data sets: readers by format, splits, batches and augmentation."""

@@ -1,0 +1,1 @@
+"""Ways to prune that can be compared."""

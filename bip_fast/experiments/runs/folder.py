@@ -1,0 +1,277 @@
+"""Run folders: what is in one, written so that a run killed at any moment leaves whole files only.
+
+config.json         the settings; written first, so a folder with one belongs to a run
+checkpoint.pt       everything needed to continue, with the same bits
+dense.safetensors   the dense network; `--checkpoint` starts another run from it
+epoch-E.safetensors weights after E epochs of dense training, where a method or another run rewinds to them
+model.safetensors   the pruned network: the keys of the plain model, exact zeros
+curves.png          loss, accuracy and mask changes
+report.json         every figure; written last, so a folder with one is finished
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import MEMORY, one_line
+from ...atomic import write_beside
+from ...errors import UserError
+from .settings import FIELDS, PATHS, Settings, option
+
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+
+__all__ = [
+    "DamagedCheckpoint",
+    "RunFolder",
+    "of_the_machine",
+    "snapshot_name",
+]
+
+FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+# What others read of a report.
+REPORT = {
+    "layers": list, "kept": int, "total": int, "sparsity": float, "evaluated_on": str, "images": dict, "pruned": dict, "image_passes": dict,
+    "seconds": dict, "joules": dict, "versions": dict, "device": str,
+}  # fmt: skip
+
+
+def snapshot_name(epoch: int | str) -> str:
+    """File with the weights after so many epochs of dense training."""
+    return f"epoch-{epoch}.safetensors"
+
+
+class DamagedFile(UserError):
+    """A file of a run folder is missing or has the wrong content; not one that could not be read this time."""
+
+
+class DamagedCheckpoint(UserError):
+    """A run cannot go on from its checkpoint; it could start again."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path} {what}; --overwrite starts again")
+        self.path, self.why = path, f"{path.name} {what}"
+
+
+def of_the_machine(error: Exception) -> bool:
+    """Whether an error while a file is read says nothing of the file: there may be memory, or a device, the next time."""
+    machine = (*MEMORY, OSError, getattr(torch, "AcceleratorError", OSError))
+    return isinstance(error, machine) or any(text in str(error) for text in ("CUDA error", "out of memory", "DefaultCPUAllocator"))
+
+
+class RunFolder:
+    """One folder of the files above; `open` decides whether a run may write there.
+
+    Args:
+        patience: seconds to wait for another process that has the folder.
+        say: is told that it waits.
+    """
+
+    def __init__(self, path: Path, *, patience: float = 0.0, say: Callable[[str], None] = lambda text: None) -> None:
+        self.path, self.patience, self.say = path, patience, say
+        self._held: int | None = None  # the folder itself, open and locked
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "report.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def began_with(self, settings: Settings) -> bool:
+        """Whether a run of these settings began here, wherever the files are that it starts from."""
+        try:
+            stored = self.read_json("config.json")
+        except DamagedFile:
+            return False
+        return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
+
+    def open(self, settings: Settings, *, overwrite: bool) -> None:
+        """Make the folder and write its config.
+
+        Raises:
+            UserError: it belongs to another run and ``overwrite`` is not set, or it cannot be written.
+        """
+        there = [name for name in FILES if (self.path / name).exists()]
+        if not self.begun and not overwrite and there:
+            raise UserError(f"{self.path} has {', '.join(there)}, but no run; --overwrite replaces them, --out names another folder")
+        if settings.checkpoint and Path(settings.checkpoint).resolve() in [(self.path / name).resolve() for name in FILES]:
+            raise UserError(f"--checkpoint {settings.checkpoint} would be overwritten by the run in {self.path}; give another --out")
+        if self.begun and not overwrite:
+            if self.finished:
+                raise UserError(f"{self.path} holds a finished run; --overwrite runs it again, --out names another folder")
+            raise UserError(f"{self.path} holds a run that is not finished; --resume continues it, --overwrite starts again")
+        self.make()
+        try:
+            self.lock()
+            self.remove_leftovers()
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+            for path in self.path.glob(snapshot_name("*")):
+                path.unlink()
+            self.write_json("config.json", settings.as_dict())
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def make(self) -> None:
+        """Make the folder if there is none.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from error
+
+    def lock(self) -> None:
+        """Hold the folder until `release`, or until this process ends, so that no two runs write into it.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if fcntl is None or self._held is not None:
+            return
+        self._held = os.open(self.path, os.O_RDONLY)
+        end = time.monotonic() + self.patience
+        say_once = functools.cache(self.say)
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise UserError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
+            except OSError:  # a file system without locks
+                return
+            say_once("in use by another run, and waits for that to end")
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def settings(self, given: dict[str, Any]) -> Settings:
+        """Settings of the run that began here; ``given`` options must agree with them.
+
+        Raises:
+            UserError: there is no run, its config is damaged, or an option says something else.
+        """
+        if not self.begun:
+            raise UserError(f"nothing to resume: there is no run in {self.path}")
+        stored = self.read_json("config.json")
+        unknown = set(stored) - set(FIELDS)
+        if unknown:
+            raise UserError(f"{self.path / 'config.json'} has unknown settings: {', '.join(sorted(unknown))}")
+        for name, value in given.items():
+            own = stored.get(name, getattr(Settings, name, None))  # a setting that is younger than the run had its default
+            if own != value:
+                raise UserError(f"--resume continues a run with {option(name)} {own}, got {value}; leave {option(name)} out")
+        try:
+            return Settings.of(stored)
+        except (UserError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path / 'config.json'} is damaged: {one_line(error, 160)}") from error
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Content of a file.
+
+        Raises:
+            DamagedFile: it is missing, or does not hold an object.
+            UserError: it cannot be read.
+        """
+        try:
+            value = json.loads((self.path / name).read_text())
+        except (FileNotFoundError, ValueError, RecursionError) as error:
+            raise DamagedFile(f"{self.path / name} is damaged: {one_line(error, 160)}") from error
+        except OSError as error:
+            raise UserError(f"cannot read {self.path / name}: {error.strerror or error}") from error
+        if not isinstance(value, dict):
+            raise DamagedFile(f"{self.path / name} is damaged: expected an object")
+        return value
+
+    def read_report(self) -> dict[str, Any]:
+        """Content of report.json.
+
+        Raises:
+            DamagedFile: it is missing, or has not what others read of it.
+            UserError: it cannot be read.
+        """
+        value = self.read_json("report.json")
+        for name, kind in REPORT.items():
+            if not isinstance(value.get(name), kind):
+                raise DamagedFile(f"{self.path / 'report.json'} is damaged: it has no {name}")
+        return value
+
+    def damaged(self, snapshots: Collection[int] = ()) -> dict[Path, str]:
+        """The files of a finished run that are missing or have the wrong content, and why: of those that others want to read, which are
+        the report, the network and the weights after ``snapshots`` epochs.
+
+        Raises:
+            UserError, OSError: one cannot be read, which says nothing of its content.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        found = {}
+        for name in ("report.json", "model.safetensors", *map(snapshot_name, sorted(snapshots))):
+            path = self.path / name
+            if not path.is_file():
+                found[path] = f"{path.name} is missing"
+                continue
+            try:
+                if path.suffix == ".json":
+                    self.read_report()
+                else:
+                    path.open("rb").close()  # says why a file cannot be opened; safetensors, only that it is missing
+                    with safe_open(path, "pt"):  # reads where its tensors are, which must be in the file
+                        pass
+            except (DamagedFile, SafetensorError) as error:
+                found[path] = f"{path.name} is damaged ({one_line(error, 160)})"
+        return found
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
+
+    def write(self, name: str, save: Callable[[Path], object]) -> None:
+        """`write_beside` for a file of this folder."""
+        write_beside(self.path / name, save)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run was writing; such files are never read."""
+        for name in (*FILES, snapshot_name("*")):
+            for path in self.path.glob(f".*-{name}"):
+                path.unlink(missing_ok=True)
+
+    def set_aside(self, path: Path) -> None:
+        """Rename a damaged file, which is not read any more, for a person to look at."""
+        with suppress(FileNotFoundError):
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
+        contents = io.BytesIO()
+        torch.save(state, contents)
+        self.write("checkpoint.pt", lambda path: path.write_bytes(contents.getbuffer()))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
+        path = self.path / "checkpoint.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # a damaged file raises nearly anything
+            if of_the_machine(error):
+                raise
+            raise DamagedCheckpoint(path, f"is damaged ({one_line(error, 160)})") from error

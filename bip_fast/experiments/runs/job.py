@@ -1,0 +1,341 @@
+"""The main job: one run of one method, from its settings to its report.
+
+The stages of the method (`methods.stages`) follow each other in one training loop. Test images are looked at twice: after dense training,
+if there is some, and at the end, for the report. Nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import platform
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bip_fast
+
+from ...errors import one_line
+from ...optimizer import FastBiP
+from ...engine.report import report
+from ...errors import UserError
+from . import display
+from ..models import names as models
+from ..data.sets import AnyData, batch_count, prepared
+from .energy import joules
+from ..methods.table import METHODS, PRETRAIN, Stage, first_epoch, stages
+from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of, scored_images
+from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
+from .settings import Settings
+from .signals import STOP_SIGNALS, Stop, stop_requests
+from .state_dicts import load_into, read_state_dict, write_safetensors
+from .training import Cursor, check_finite, evaluate, train
+from .trial import check_model
+
+__all__ = ["Job"]
+
+SAVE_EVERY = 60.0  # seconds between checkpoints inside of an epoch
+
+
+class _Enough(Exception):
+    """All weights that were wanted are kept."""
+
+
+class Job:
+    """One run: everything between its settings and its report.
+
+    Args:
+        settings: of the run.
+        folder: that it writes to.
+        data: as loaded; the run takes the part that its settings name.
+        shown: tells a person how far it is.
+        snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
+        until: epoch of dense training to end after, if only the weights of ``snapshots`` are wanted.
+        score_start: whether to look at the test images before pruning as well.
+        alone: whether nothing else of ours uses the device meanwhile, so that what its counter of energy says is of this run.
+        start: sparsity that was asked of the network of ``settings.checkpoint``; None: as it is found.
+        stop_on: signals at which `run` saves and stops.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        data: AnyData,
+        device: torch.device,
+        shown: display.Display,
+        *,
+        snapshots: Collection[int] = (),
+        until: int | None = None,
+        score_start: bool = True,
+        alone: bool = True,
+        start: float | None = None,
+        stop_on: Sequence[int] = STOP_SIGNALS,
+    ) -> None:
+        self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
+        self.score_start, self.stop_on, self.asked = score_start, stop_on, start
+        self.data = prepared(data, settings).to(device)
+        torch.manual_seed(settings.seed)
+        try:
+            model = models.build(settings.model, data.channels, data.classes, settings.width)
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
+        check_model(model, settings, self.data)
+        torch.manual_seed(settings.seed)
+        self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.steps = batch_count(self.data, settings.batch_size)
+        self.stages: tuple[Stage, ...] = ()
+        self.at = 0  # number of the stage
+        self.cursor = Cursor()
+        # Of finished stages; ``start`` is the sparsity of the network that the run began with.
+        self.done: dict[str, Any] = {"start": {}, "history": {}, "seconds": {}, "image_passes": {}, "joules": {}, "scores": {}}
+        self.optimizer = dense_optimizer(self.model, settings)
+        self.snapshots, self.until = set(snapshots), until
+        self.decisions: list[dict[str, Any]] = []
+        self.count_joules: Callable[[], float | None] = (lambda: joules(device)) if alone else lambda: None
+        self.energy = self.count_joules()
+        self.saved = time.monotonic()
+        self.signals: list[int] = []
+        self.say_once = functools.cache(shown.say)  # every stage may have the same to say
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.at]
+
+    def run(self) -> dict[str, Any]:
+        """Go from where the job stands to its end; returns the content of report.json, or nothing if it ends earlier (``until``).
+
+        Raises:
+            Stop: a signal came; the checkpoint holds the state after the last batch.
+        """
+        try:
+            return self._run()
+        except _Enough:
+            return {}
+
+    def _run(self) -> dict[str, Any]:
+        total = self.steps * sum(self._epochs(stage) for stage in self.stages)
+        with stop_requests(self.stop_on) as self.signals, self.shown:
+            self.shown.begin(total, self._batches_done())
+            if not self.at and not self.cursor.epoch and not self.cursor.step:
+                self._keep(0)
+            while True:
+                with moving(self.stage, self.optimizer):
+                    self._train()
+                self._end_stage()
+                if self.at + 1 == len(self.stages):
+                    return self._finish()
+                self._begin_stage(self.at + 1)
+                self._save()
+
+    def start(self) -> None:
+        """Load the weights that the settings name, if any.
+
+        Raises:
+            UserError: they cannot be read or do not fit the model, or leave nothing to do.
+        """
+        source = self.settings.checkpoint
+        if source:
+            load_into(self.model, read_state_dict(Path(source)), Path(source))
+        if self.settings.rewind_checkpoint:
+            self._rewind(check_only=True)
+        start = self.asked if self.asked is not None else report(self.model).sparsity if source else 0.0
+        self.done["start"] = {"sparsity": start}
+        self._plan(start)
+        if self.stage.name != PRETRAIN:
+            self._begin_stage(0)
+
+    def _plan(self, start: float) -> None:
+        self.stages = stages(self.settings, start)
+        if len(self.stages) == 1 and METHODS[self.settings.method].in_rounds:
+            raise UserError(f"--checkpoint has {100 * start:.4g} % zeros already, and --sparsity asks for {self.settings.sparsity:g}")
+        if any(stage.rewind for stage in self.stages) and not self.settings.rewind_checkpoint:
+            self.snapshots.add(first_epoch(self.settings))
+
+    def resume(self) -> None:
+        """Take up the state of the checkpoint, or start if the run did not get that far.
+
+        Raises:
+            DamagedCheckpoint: the checkpoint cannot be read, or does not fit the model or this version.
+            UserError: another run has the folder.
+        """
+        self.folder.lock()
+        self.folder.remove_leftovers()
+        state = self.folder.load_checkpoint()
+        if state is None:
+            self.start()
+            return
+        try:
+            load_into(self.model, state["model"], self.folder.path / "checkpoint.pt")
+            self.done = {name: dict(state["done"][name]) for name in self.done}
+            self._plan(float(self.done["start"]["sparsity"]))
+            self.at = [stage.name for stage in self.stages].index(state["stage"])
+            self.optimizer = optimizer_of(self.stage, self.model, self.settings, self.data)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.cursor = Cursor.from_state(state["cursor"], self.device)
+            if not (0 <= self.cursor.epoch <= self.stage.recipe.epochs and 0 <= self.cursor.step < self.steps):
+                raise ValueError(f"epoch {self.cursor.epoch}, batch {self.cursor.step} are not in this run")
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, UserError) as error:
+            if of_the_machine(error):
+                raise
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DamagedCheckpoint(self.folder.path / "checkpoint.pt", f"does not fit this version ({message})") from error
+
+    def _epochs(self, stage: Stage) -> int:
+        return stage.recipe.epochs - stage.recipe.first_epoch
+
+    def _batches_done(self) -> int:
+        before = sum(self._epochs(stage) for stage in self.stages[: self.at])
+        return (before + self.cursor.epoch - self.stage.recipe.first_epoch) * self.steps + self.cursor.step
+
+    def _train(self) -> None:
+        train(
+            self.model,
+            self.optimizer,
+            self.data,
+            self.stage.recipe,
+            self.cursor,
+            self._after_step,
+            before_step=before_step(self.stage, self.optimizer),
+            amp=self.settings.amp,
+            say=self.say_once,
+        )
+
+    def _begin_stage(self, number: int) -> None:
+        self.at = number
+        self.cursor = Cursor(epoch=self.stage.recipe.first_epoch)
+        began = time.perf_counter()
+        self.optimizer = begin(self.stage, self.model, self.settings, self.data, self._rewind)
+        self.cursor.seconds = time.perf_counter() - began
+        if isinstance(self.optimizer, FastBiP):
+            for line in self.optimizer.report().decision_lines():
+                self.say_once(line)
+
+    def _rewind(self, *, check_only: bool = False) -> None:
+        """Load the weights that the run goes back to."""
+        given = self.settings.rewind_checkpoint
+        source = Path(given) if given else self.folder.path / snapshot_name(first_epoch(self.settings))
+        model = copy.deepcopy(self.model) if check_only else self.model
+        load_into(model, read_state_dict(source), source)
+
+    def _keep(self, epoch: int) -> None:
+        """Keep the weights of an epoch of dense training, if someone will want them."""
+        if self.stage.name != PRETRAIN:
+            return
+        if epoch in self.snapshots:
+            self.folder.write(snapshot_name(epoch), lambda path: write_safetensors(path, self.model))
+        if epoch == self.until:
+            raise _Enough
+
+    def _after_step(self, cursor: Cursor) -> None:
+        show = self.shown.wants() or (cursor.epoch == self.stage.recipe.epochs and not cursor.step)
+        save = bool(self.signals) or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY
+        if not show and not save:
+            return
+        with cursor.aside():
+            unread = self._show(cursor) if show else None
+            if not cursor.step:
+                self._keep(cursor.epoch)
+            if save or unread:
+                self._save()
+            if unread:
+                raise unread
+            if self.signals:
+                raise Stop(self.signals[0])
+
+    def _show(self, cursor: Cursor) -> BrokenPipeError | None:
+        """Tell how far the run is; returns the error if nobody reads that any more, to be raised when the state is saved."""
+        loss, accuracy = cursor.running()
+        epochs = self.stage.recipe.epochs
+        epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
+        try:
+            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
+        except BrokenPipeError as error:
+            return error
+        return None
+
+    def _save(self) -> None:
+        self._meter()
+        self.folder.save_checkpoint({
+            "stage": self.stage.name,
+            "cursor": self.cursor.state_dict(),
+            "done": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        })  # fmt: skip
+        self.saved = time.monotonic()
+
+    def _meter(self) -> None:
+        """Add what the device has used since the last time; a stage of which any part was not counted has None."""
+        before, now = self.energy, self.count_joules()
+        so_far = self.done["joules"].get(self.stage.name, 0.0)
+        lost = before is None or now is None or now < before or so_far is None
+        self.done["joules"][self.stage.name] = None if lost else so_far + now - before
+        self.energy = now
+
+    def _score(self, name: str) -> None:
+        score = evaluate(self.model, self.data)
+        check_finite(score.loss, self._part)
+        self.done["scores"][name] = {"accuracy": score.accuracy, "loss": score.loss}
+
+    def _say_score(self, name: str) -> None:
+        """After everything is written: the reader of the progress may be gone."""
+        self.shown.say(f"{name}: {100 * self.done['scores'][name]['accuracy']:.2f} % of the {self._part} images right")
+
+    def _end_stage(self) -> None:
+        stage = self.stage
+        self._meter()
+        self.done["history"][stage.name] = self.cursor.history
+        self.done["seconds"][stage.name] = self.cursor.seconds
+        passes = self._epochs(stage) * self.steps * min(self.settings.batch_size, len(self.data.train_labels))
+        self.done["image_passes"][stage.name] = passes + scored_images(stage, self.settings, self.data)
+        if stage.name == PRETRAIN:
+            if self.score_start:
+                self._score("dense")
+            if stage.recipe.epochs:
+                self.folder.write("dense.safetensors", lambda path: write_safetensors(path, self.model))
+            if self.score_start:
+                self._say_score("dense")
+        if isinstance(self.optimizer, FastBiP):
+            self.decisions = [row.as_dict() for row in self.optimizer.report().decisions]
+            self.optimizer.finalize()
+
+    @property
+    def _part(self) -> str:
+        return "validation" if self.settings.validate else "test"
+
+    def _finish(self) -> dict[str, Any]:
+        from .curves import curves
+
+        self._score("pruned")
+        self.folder.write("model.safetensors", lambda path: write_safetensors(path, self.model))
+        result = {
+            "data": self.settings.data,
+            "note": self.data.note,
+            "model": self.settings.model,
+            "method": self.settings.method,
+            "evaluated_on": self._part,
+            "images": {"train": len(self.data.train_labels), self._part: len(self.data.test_labels)},
+            **self.done["scores"],
+            **report(self.model).as_dict(),
+            "decisions": self.decisions,
+            "image_passes": self.done["image_passes"],
+            "seconds": self.done["seconds"],
+            "joules": self.done["joules"],
+            "history": self.done["history"],
+            "settings": self.settings.as_dict(),
+            "versions": {"bip_fast": bip_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        }
+        self.folder.write("curves.png", lambda path: curves(result, path))
+        self.folder.write_json("report.json", result)
+        self._say_score("pruned")
+        return result

@@ -1,0 +1,205 @@
+"""The one training loop: dense training and pruning differ in the optimizer they are given and in nothing else.
+
+An epoch passes over the training images once, one forward and one backward pass a batch. With alternating levels the optimizer takes
+a lower step on one batch and an upper step on the next. Step sizes follow half a cosine, as functions of the position alone, so nothing
+but the model, the optimizer and a `Cursor` is needed to continue at any batch with the same bits. On CUDA an iteration is a graph.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...graphs import GraphedIteration
+from ...engine.report import weights
+from ...errors import UserError
+from ..data.sets import AnyData, Position, batch_count
+
+__all__ = ["Cursor", "Recipe", "Score", "check_finite", "evaluate", "kept_flags", "train"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of a run.
+
+    Args:
+        stage: its name; enters the random order of the images.
+        lr, mask_lr: step sizes at the start, for weights and scores.
+        freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
+        first_epoch: of the schedule, that a rewound stage starts with.
+        weight_decay: of the optimizer that it is trained with.
+    """
+
+    stage: str
+    epochs: int
+    batch_size: int
+    seed: int
+    lr: float
+    mask_lr: float = 0.0
+    freeze: float = 1.0
+    first_epoch: int = 0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Cursor:
+    """Where a stage stands. Sums are over the epoch that has begun; ``history`` has one row for each finished epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss, right answers, images
+    seconds: float = 0.0
+    flags: dict[str, Tensor] = field(default_factory=dict)  # which weights were kept when the epoch began
+    history: list[dict[str, float]] = field(default_factory=list)
+    began: float = 0.0  # when the time that is not in ``seconds`` yet began
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside takes no time of the stage. Waits first until the device has done what it was given, which does."""
+        self.sums.cpu()
+        self.seconds += time.perf_counter() - self.began
+        try:
+            yield
+        finally:
+            self.began = time.perf_counter()
+
+    def running(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch so far, or of the last one; waits for the device."""
+        if not self.step and self.history:
+            return self.history[-1]["loss"], self.history[-1]["accuracy"]
+        loss, right, images = self.sums.tolist()
+        return loss / max(images, 1), right / max(images, 1)
+
+    def end_epoch(self, model: nn.Module, lr: float) -> None:
+        loss, accuracy = self.running()
+        check_finite(loss, "training", f" in epoch {self.epoch + 1}")
+        flags = kept_flags(model)
+        changed = sum(int((flags[name] != self.flags[name]).sum()) for name in self.flags)
+        total = sum(x.numel() for x in flags.values())
+        self.epoch, self.step = self.epoch + 1, 0
+        row = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "lr": lr, "mask_changes": changed / max(total, 1)}
+        self.history.append({**row, "seconds": self.seconds})
+        self.sums.zero_()
+        self.flags = flags
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {**vars(self), "sums": self.sums.cpu(), "flags": {name: x.cpu() for name, x in self.flags.items()}}
+        del state["began"]
+        return state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Cursor:
+        flags = {name: x.to(device) for name, x in state["flags"].items()}
+        return cls(**{**state, "sums": state["sums"].to(device), "flags": flags})
+
+
+def check_finite(loss: float, part: str, when: str = "") -> None:
+    """Raises UserError for the loss of a network that has diverged."""
+    if not math.isfinite(loss):
+        raise UserError(f"the {part} loss is {loss}{when}; smaller --lr, --pretrain-lr or --mask-lr may help")
+
+
+class Score(NamedTuple):
+    """Accuracy in [0, 1] and mean loss on held-out images."""
+
+    accuracy: float
+    loss: float
+
+
+def kept_flags(model: nn.Module) -> dict[str, Tensor]:
+    """Boolean tensor of every Conv and Linear weight: which entries are not 0."""
+    return {name: x.detach() != 0 for name, x in weights(model)}
+
+
+def evaluate(model: nn.Module, data: AnyData) -> Score:
+    """Score on the test images of ``data``, in eval mode; leaves the model in it."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=data.test_labels.device)
+    with torch.no_grad():
+        for images, labels in data.test_batches():
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([(logits.argmax(1) == labels).sum(), loss]).double()
+    right, loss_sum = (sums / len(data.test_labels)).tolist()
+    return Score(right, loss_sum)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
+    """Half a cosine from the full step sizes at 0 to 0 at 1; returns the step size of the weights."""
+    factor = 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * factor
+        if "mask_lr" in group:
+            group["mask_lr"] = recipe.mask_lr * factor
+    return recipe.lr * factor
+
+
+def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and what it adds to the sums of a `Cursor`."""
+    loss = F.cross_entropy(logits, labels)
+    right = (logits.detach().argmax(1) == labels).sum()
+    return loss, torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))]).double()
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: AnyData,
+    recipe: Recipe,
+    cursor: Cursor,
+    after_step: Callable[[Cursor], None] = lambda cursor: None,
+    *,
+    before_step: Callable[[int, int], None] = lambda done, total: None,
+    amp: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Run a stage from ``cursor`` to its end.
+
+    Args:
+        optimizer: `torch.optim.SGD`, or `FastBiP`, whose masks are frozen at ``recipe.freeze``.
+        cursor: moved in place.
+        after_step: may raise to stop between two batches; its time counts, but for what it does in `Cursor.aside`.
+        before_step: is told the batches done and all batches of the schedule; may change the optimizer's options and scores.
+        amp: bfloat16 autocast.
+        say: is told once, and why, when the iterations cannot be graphs although the device has them.
+    """
+    steps = batch_count(data, recipe.batch_size)
+    total = recipe.epochs * steps
+    frozen = recipe.freeze >= 1 or not hasattr(optimizer, "freeze_masks")
+    cursor.sums = cursor.sums.to(data.train_labels.device)
+    if not cursor.flags:
+        cursor.flags = kept_flags(model)
+    iteration = GraphedIteration(model, optimizer, measured, autocast=torch.bfloat16 if amp else None)
+    said = iteration.reason is not None  # a device without graphs is no news
+    model.train()
+    while cursor.epoch < recipe.epochs:
+        cursor.began = time.perf_counter()
+        batches = data.epoch(recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
+        while cursor.step < steps:
+            done = cursor.epoch * steps + cursor.step
+            before_step(done, total)
+            if not frozen and done >= recipe.freeze * total:
+                optimizer.freeze_masks()  # type: ignore[attr-defined]
+                frozen = True
+            lr = set_rates(optimizer, recipe, done / total)
+            _, sums = iteration(*batches.batch(cursor.step))
+            cursor.sums += sums
+            if iteration.reason is not None and not said:
+                say(f"no CUDA graphs: {iteration.reason}")
+                said = True
+            cursor.step += 1
+            if cursor.step < steps:
+                after_step(cursor)
+                continue
+            with cursor.aside():
+                cursor.end_epoch(model, lr)
+            after_step(cursor)
+            break

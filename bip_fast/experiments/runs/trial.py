@@ -1,0 +1,45 @@
+"""A trial of a model before its run: what would end in an error after hours ends in one at once."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ...errors import one_line
+from ...engine.report import weights
+from ...errors import UserError
+from ..data.sets import AnyData
+from ..methods.begin import pruner
+from .settings import Settings
+
+__all__ = ["check_model"]
+
+
+def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
+    """Raises UserError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved.
+
+    All on a copy, so that a long training does not end in an error that could have been seen before it.
+    """
+    name, shape = settings.model, (2, *data.shape)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(shape))
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"--model {name} failed on images of shape {shape}: {one_line(error, named=True)}") from error
+    expected = (2, data.classes)
+    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(f"--model {name} must give logits of shape {expected} for images of shape {shape}, got {found}")
+    if not weights(model):
+        raise UserError(f"--model {name} has no Conv or Linear layer to prune")
+    try:
+        trial = copy.deepcopy(model).train()
+        optimizer = pruner(trial, settings, data)
+        trial(torch.zeros(shape)).sum().backward()
+        optimizer.step()
+        if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
+            raise TypeError("its state_dict() holds more than tensors")
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"--model {name} cannot be trained and pruned: {one_line(error, named=True)}") from error

@@ -1,0 +1,166 @@
+"""Times on this machine: lower, upper and joint steps and `topk_mask`, beside a copy of the same bytes and beside plain torch.
+
+The short form of the project's benchmarks, behind `bip-fast bench`. It needs torch alone. The benchmarks of the source tree use the same
+clock, byte counts and plain steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.native import topk_mask
+from ..optimizer import FastBiP
+from .plain import LR, MASK_LR, STEPS, WEIGHT_DECAY, plain_state
+
+TOPK_BYTES = 5.0  # read a score, write a mask byte
+LINE = 128  # bytes of a cache line on a GPU
+MAX_COPY = {"cpu": 5e8, "cuda": 2e9}  # bytes of the copy that is measured; more of them take as long each
+
+
+def step_bytes(phase: str, density: float, itemsize: int = 4) -> float:
+    """Compulsory traffic of a step in bytes per weight, with parameters and gradients of ``itemsize`` bytes.
+
+    A line of z is written when it holds a kept weight: at 10 % density nearly all are. 0.15 bytes are what flips cost.
+    """
+    g, theta, v, s, mask, flips = itemsize, 8, 8, 8, 1 / 8, 0.15  # theta, v and s: read and write
+    z = itemsize * (1 - (1 - density) ** (LINE / itemsize))
+    lower = g + theta + v + mask + z
+    return {"lower": lower, "upper": g + s + theta / 2 + mask + flips, "joint": lower + s + flips}[phase]
+
+
+# --- the clock -----------------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def calls_in(seconds: float, device: torch.device) -> int:
+    """How many calls of ``seconds`` make one round: on a GPU enough that one synchronisation does not count."""
+    return 1 if device.type == "cpu" else max(1, min(20, int(2e-3 / max(seconds, 1e-6))))
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, budget: float = 1.0, least: int = 3) -> float:
+    """Median time of ``call``, over at least ``least`` and at most 30 rounds in about ``budget`` seconds."""
+
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    synchronize(device)
+    timed(1)
+    one = timed(1)
+    calls = calls_in(one, device)
+    rounds = max(least, min(30, int(budget / max(one * calls, 1e-6))))
+    return statistics.median(timed(calls) for _ in range(rounds))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes that may stay in the cache between two calls: the L2 of a GPU; for the CPU a common last level."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64 << 20
+
+
+def copy_call(num_bytes: float, device: torch.device) -> tuple[Callable[[], object], float]:
+    """A copy that moves ``num_bytes``, half of them read and half written, from cold memory like the steps; and how many are needed."""
+    moved = min(num_bytes, MAX_COPY.get(device.type, 5e8))
+    entries = max(1, int(moved / 8))
+    count = 2 + min(62, int(2 * cache_bytes(device) / moved))
+    pairs = cycle([(torch.zeros(entries, device=device), torch.ones(entries, device=device)) for _ in range(count)])
+
+    def call() -> None:
+        target, source = next(pairs)
+        target.copy_(source)
+
+    for _ in range(count):
+        call()
+    return call, num_bytes / moved
+
+
+def copy_seconds(num_bytes: float, device: torch.device, budget: float = 0.15) -> float:
+    """Median time of a copy that moves ``num_bytes``."""
+    call, times = copy_call(num_bytes, device)
+    return times * median_seconds(call, device, budget, least=7)
+
+
+def too_large(n: int, device: torch.device, bytes_each: int = 72) -> str | None:
+    """Why ``n`` weights do not fit, or None. 72 bytes a weight: 12 to 20 of weights and gradients, 20 of state, 32 for torch.topk."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        file = Path("/proc/meminfo")
+        lines = file.read_text().splitlines() if file.exists() else []
+        free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 8 << 30)
+    need = n * bytes_each
+    return f"needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if need > free else None
+
+
+# --- the short form --------------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """Seconds of one operation: a copy of its compulsory bytes, bip_fast, plain torch."""
+
+    name: str
+    copy: float
+    ours: float
+    plain: float
+
+
+def measure(numel: int, device: torch.device, density: float = 0.1, budget: float = 2.0) -> list[Row]:
+    """Times of every step and of the mask on ``numel`` weights of a trained network's size, fp32, in about ``budget`` seconds a time."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(1, numel, generator=generator, device=device) * scale
+
+    weight, gradients = normal(0.02), [normal(0.01) for _ in range(3)]
+    param = torch.nn.Parameter(weight.clone())
+    opt = FastBiP([param], density=density, lr=LR, mask_lr=MASK_LR, weight_decay=WEIGHT_DECAY)
+    state, turn = plain_state([weight], density), 0
+
+    def gradient() -> Tensor:
+        nonlocal turn
+        turn += 1
+        return gradients[turn % len(gradients)]
+
+    def ours(phase: str) -> Callable[[], None]:
+        def call() -> None:
+            param.grad = gradient()
+            with getattr(opt, phase)():
+                opt.step()
+
+        return call
+
+    rows = []
+    for phase, step in STEPS.items():
+        copy = copy_seconds(numel * step_bytes(phase, density), device, budget / 4)
+        mine = median_seconds(ours(phase), device, budget / 2)
+        rows.append(Row(f"{phase} step", copy, mine, median_seconds(lambda step=step: step(state, [gradient()]), device, budget)))  # type: ignore[misc]
+    scores, k = state.s[0].view(-1), state.kept[0]
+    mine = median_seconds(lambda: topk_mask(scores, k), device, budget / 2)
+    plain_time = median_seconds(
+        lambda: torch.zeros_like(scores, dtype=torch.bool).scatter_(0, torch.topk(scores, k).indices, True), device, budget
+    )
+    return [*rows, Row("topk_mask", copy_seconds(numel * TOPK_BYTES, device, budget / 4), mine, plain_time)]
+
+
+def table(rows: list[Row]) -> str:
+    """Lines for a person: milliseconds, percent of copy bandwidth, and how many times faster than plain torch."""
+    lines = [f"{'':<12}{'copy':>12}{'bip_fast':>12}{'plain torch':>14}{'% of copy':>12}{'faster':>10}"]
+    for row in rows:
+        times = f"{1e3 * row.copy:>9.3f} ms{1e3 * row.ours:>9.3f} ms{1e3 * row.plain:>11.3f} ms"
+        lines.append(f"{row.name:<12}{times}{100 * row.copy / row.ours:>10.0f} %{row.plain / row.ours:>9.1f}x")
+    return "\n".join(lines)
