@@ -1,4 +1,4 @@
-"""`FastBiP`: the optimizer. Validation, state and phases; the arithmetic is in the kernels, the storage in `bip_fast.engine.arena`."""
+"""`FastBiP`: the optimizer. Validation, state and phases; the arithmetic is in the kernels, the storage in `engine.arena`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine.arena import Arena, Slot
+from .engine.arena import Arena
 from .engine.checkpoint import EXTRA, extra, fitting
-from .engine.coverage import Known, param_groups_of, split_names
+from .engine.coverage import Parameter, Seen, would_prune
 from .engine.engine import Engine
-from .engine.members import is_pruned
-from .engine.native import StepPlan
 from .engine.options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
+from .engine.param_groups import param_groups_of, seen_in_group, split_names
 from .engine.phases import Phases
+from .engine.plan import StepPlan
 from .engine.report import Report
 
 __all__ = ["FastBiP"]
@@ -136,10 +136,9 @@ class FastBiP(torch.optim.Optimizer):
         resolve_pattern(defaults)
         check_group(defaults)
         self._phases = Phases(check_levels(levels), check_lower_steps(lower_steps))
-        given = param_groups_of(params, exclude, overrides, coupled)
-        self._known = given.known
+        groups, self._seen = param_groups_of(params, exclude, overrides, coupled)
         self._reset()
-        super().__init__(given.groups, defaults)
+        super().__init__(groups, defaults)
         self._building = False
         self._build({}, project=True)
 
@@ -163,22 +162,22 @@ class FastBiP(torch.optim.Optimizer):
             super().add_param_group(group)
             return
         self._arena_of("add a parameter group").check_untouched()
-        known = self._known.with_group(names, group["params"])
-        if self._phases.frozen and any(is_pruned(self.defaults | group, p, known) for p in group["params"]):
+        seen = seen_in_group(self._seen, group["params"], names)
+        if self._phases.frozen and any(would_prune(seen.of(p), self.defaults | group) for p in group["params"]):
             raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
         super().add_param_group(group)
-        before, self._known = self._known, known
+        before, self._seen = self._seen, seen
         try:
             self._build(self._running("add a parameter group").saved_state(), project=not self._phases.frozen)
         except BaseException:
             self.param_groups.pop()  # as it was: the new group is the last
-            self._known = before
+            self._seen = before
             raise
 
     def _build(self, states: Mapping[Tensor, dict[str, Tensor]], project: bool) -> None:
         """The engine for the groups as they are now."""
         old = self._engine
-        engine = Engine(self.param_groups, self._known, states, project)
+        engine = Engine(self.param_groups, self._seen, states, project)
         if old is not None:
             engine.arena.num_nonfinite.copy_(old.arena.num_nonfinite)
         self._engine = engine
@@ -245,37 +244,37 @@ class FastBiP(torch.optim.Optimizer):
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 
-    def _slot(self, p: Tensor) -> Slot:
+    def _masked(self, p: Tensor) -> Parameter:
         if not isinstance(p, Tensor):
             raise TypeError(f"p must be a parameter, got {type(p).__name__}")
-        slot = self._arena_of("look at a parameter").slot_of.get(p)
-        if slot is None or not slot.member.masked:
-            what = slot.member.label if slot else f"a parameter of shape {tuple(p.shape)}, which this optimizer does not have"
+        param = self._arena_of("look at a parameter").place_of.get(p)
+        if param is None or not param.masked:
+            what = param.name if param else f"a parameter of shape {tuple(p.shape)}, which this optimizer does not have"
             raise ValueError(f"p must be a parameter that is pruned, got {what}")
-        return slot
+        return param
 
     @property
     def pruned_params(self) -> list[Tensor]:
         """The parameters that are pruned, in the order in which they compete."""
-        return [slot.member.param for slot in self._arena_of("list parameters").pruned]
+        return [param.tensor for param in self._arena_of("list parameters").pruned]
 
     def mask_of(self, p: Tensor) -> Tensor:
         """Copy of the mask ``m`` of a pruned parameter: bool, with the shape and strides of ``p``. ValueError if it is not pruned.
 
         This and the next two take vectors too that are masked with the filters of a layer.
         """
-        return self._arena_of("look at a mask").mask_of(self._slot(p))
+        return self._arena_of("look at a mask").mask_of(self._masked(p))
 
     def weight_of(self, p: Tensor) -> Tensor:
         """Copy of the weights ``theta`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
-        return self._arena_of("look at a weight").state_of(self._slot(p))["theta"].clone()
+        return self._arena_of("look at a weight").state_of(self._masked(p))["theta"].clone()
 
     def scores_of(self, p: Tensor) -> Tensor:
         """Copy of the scores ``s`` of a pruned parameter, at every weight that of its unit: float32, shape and strides of ``p``.
 
         ValueError if it is not pruned.
         """
-        return self._arena_of("look at scores").scores_of(self._slot(p))
+        return self._arena_of("look at scores").scores_of(self._masked(p))
 
     @property
     def num_nonfinite(self) -> int:
@@ -312,14 +311,14 @@ class FastBiP(torch.optim.Optimizer):
         if self._phases.frozen:
             raise RuntimeError("cannot set scores: masks are frozen since freeze_masks()")
         for p, own in scores.items():
-            slot = self._slot(p)
-            if not slot.member.pruned:
-                raise ValueError(f"scores must be of parameters that have their own, got {slot.member.label}, which goes with others")
+            param = self._masked(p)
+            if not param.pruned:
+                raise ValueError(f"scores must be of parameters that have their own, got {param.name}, which goes with others")
             if not isinstance(own, Tensor) or own.shape != p.shape:
                 found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
-                raise ValueError(f"scores of {slot.member.label} must have the shape {tuple(p.shape)}, got {found}")
+                raise ValueError(f"scores of {param.name} must have the shape {tuple(p.shape)}, got {found}")
             if not ((own >= 0) & (own <= 1)).all():
-                raise ValueError(f"scores of {slot.member.label} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
+                raise ValueError(f"scores of {param.name} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
         engine.arena.check_untouched()
         if engine.rescore(scores):
             self.state.update(engine.state())
@@ -344,7 +343,7 @@ class FastBiP(torch.optim.Optimizer):
         self.state.clear()
         for group in self.param_groups:
             group["params"] = []
-        self._known = Known()
+        self._seen = Seen()
 
     # --- saving and loading ----------------------------------------------------------------------------------------------------------
 
@@ -378,8 +377,8 @@ class FastBiP(torch.optim.Optimizer):
         arena.check_place()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
-        for slot, state in zip(arena.slots, states, strict=True):
-            arena.load(slot, state)
+        for param, state in zip(arena.parameters, states, strict=True):
+            arena.load(param, state)
         arena.record()
         engine.replan()
         self.state.update(engine.state())
@@ -393,7 +392,7 @@ class FastBiP(torch.optim.Optimizer):
         arena = self._arena_of("copy")
         arena.check_untouched()  # a copy has the parameters from their state
         state = super().__getstate__() | {"state": self._running("copy").saved_state()}
-        return state | {"_phases": self._phases, "_known": self._known, "num_nonfinite": arena.num_nonfinite}
+        return state | {"_phases": self._phases, "_seen": self._seen, "num_nonfinite": arena.num_nonfinite}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:

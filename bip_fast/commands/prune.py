@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..engine.budgets import SCOPES
 from ..engine.native import kernels
+from ..engine.options import SCOPES
 from ..engine.report import Report, Row
 from ..errors import UserError
 from ..experiments.data.sets import VALIDATION_IMAGES, load

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..reference import kept
+from .coverage import Parameter
 from .native import MAX_GROUP
+from .units import UnitSet
 
-__all__ = ["SCOPES", "Budget", "SelectionGroup", "erk_kept", "selection_groups"]
-
-SCOPES = ("global", "layer", "erk")
+__all__ = ["Budget", "SelectionGroup", "budget_of", "erk_kept", "selection_groups"]
 
 
 class Budget(NamedTuple):
@@ -33,8 +33,14 @@ class Budget(NamedTuple):
     kind: str = "unstructured"
 
 
+def budget_of(rival: Parameter | UnitSet, options: Mapping[str, Any]) -> Budget:
+    """What a parameter, or a set of units, asks for under the ``options`` of its parameter group."""
+    least = min(int(options["min_kept"]), rival.numel) if isinstance(rival, UnitSet) else 0
+    return Budget(tuple(rival.shape), rival.numel, float(options["sparsity"]), options["scope"], least, rival.pattern)
+
+
 class SelectionGroup(NamedTuple):
-    """Tensors whose units compete: ``members`` are positions in the list of budgets, in order."""
+    """Parameters and sets of units that compete: ``members`` are positions in the list of budgets, in order."""
 
     members: list[int]
     numel: int

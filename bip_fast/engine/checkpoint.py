@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Blocks
-from .arena import Arena, Slot, in_memory_order
+from .arena import Arena, in_memory_order
+from .coverage import Parameter
 from .options import check_group
 from .patterns import NofM
 from .phases import Phases
@@ -44,7 +45,7 @@ def fitting(
 def _fitting(
     arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
 ) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
-    """Groups, and the state of every slot of ``arena``, of a ``state_dict`` that fits an optimizer with ``param_groups``.
+    """Groups, and the state of every parameter of ``arena``, of a ``state_dict`` that fits an optimizer with ``param_groups``.
 
     Raises:
         ValueError: it is from another optimizer, for other parameters or groups, damaged, or has options out of range.
@@ -65,42 +66,40 @@ def _fitting(
     params = [p for group in param_groups for p in group["params"]]
     number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
     states, kept = [], 0
-    for slot in arena.slots:
-        state, own_shapes = state_dict["state"].get(number[slot.member.param], {}), _shapes(arena.state_of(slot))
+    for param in arena.parameters:
+        state, own_shapes = state_dict["state"].get(number[param.tensor], {}), _shapes(arena.state_of(param))
         if _shapes(state) != own_shapes:
-            raise ValueError(f"state_dict must hold {own_shapes} for {slot.member.label}, got {_shapes(state)}")
-        _check_values(slot, state)
-        if slot.member.pruned and groups[slot.member.row].get("sparsity") is None and param_groups[slot.member.row]["sparsity"] is not None:
-            raise ValueError(f"state_dict must have a sparsity for {slot.member.label}, got None")
-        kept += int(unpack_mask(state["mask"], slot.numel).sum()) if slot.member.masked else 0
+            raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {_shapes(state)}")
+        _check_values(param, state)
+        if param.pruned and groups[param.group].get("sparsity") is None and param_groups[param.group]["sparsity"] is not None:
+            raise ValueError(f"state_dict must have a sparsity for {param.name}, got None")
+        kept += int(unpack_mask(state["mask"], param.numel).sum()) if param.masked else 0
         states.append(state)
     if kept != state_dict[EXTRA]["kept"]:
         raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {state_dict[EXTRA]['kept']} were saved")
     return groups, states
 
 
-def _check_values(slot: Slot, state: dict[str, Tensor]) -> None:
+def _check_values(param: Parameter, state: dict[str, Tensor]) -> None:
     """ValueError for a tensor of another kind than was saved."""
     for name, x in state.items():
         kind = x.dtype == torch.int32 if name == "mask" else x.is_floating_point()
         if not kind or x.layout != torch.strided or x.device.type == "meta":
             expected = "int32" if name == "mask" else "a floating-point type"
-            raise ValueError(
-                f"state_dict must hold {name} as a dense tensor of {expected} for {slot.member.label}, got {x.dtype} on {x.device}"
-            )
-    if slot.member.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
-        raise ValueError(f"state_dict must hold scores in [0, 1] for {slot.member.label}, got others")
+            raise ValueError(f"state_dict must hold {name} as a dense tensor of {expected} for {param.name}, got {x.dtype} on {x.device}")
+    if param.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
+        raise ValueError(f"state_dict must hold scores in [0, 1] for {param.name}, got others")
     u = state.get(_MAY_BE_MISSING)
-    if u is not None and (not slot.member.pruned or u.shape != state["scores"].shape):
-        shape = tuple(state["scores"].shape) if slot.member.pruned else "none"
-        raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {slot.member.label}, got {tuple(u.shape)}")
-    if slot.member.division is not None:
-        _check_division(slot, unpack_mask(state["mask"].cpu(), slot.numel).view(slot.shape), slot.member.division)
+    if u is not None and (not param.pruned or u.shape != state["scores"].shape):
+        shape = tuple(state["scores"].shape) if param.pruned else "none"
+        raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {param.name}, got {tuple(u.shape)}")
+    if param.division is not None:
+        _check_division(param, unpack_mask(state["mask"].cpu(), param.numel).view(param.shape), param.division)
 
 
-def _check_division(slot: Slot, mask: Tensor, division: Blocks | NofM) -> None:
+def _check_division(param: Parameter, mask: Tensor, division: Blocks | NofM) -> None:
     """ValueError for a mask that keeps parts of units, or another number of neighbours than its pattern says."""
-    flat = in_memory_order(torch.empty_strided(slot.shape, slot.stride, dtype=torch.bool).copy_(mask))
+    flat = in_memory_order(torch.empty_strided(param.shape, param.stride, dtype=torch.bool).copy_(mask))
     if isinstance(division, NofM):
         right = bool((flat.view(-1, division.of).sum(1) == division.keep).all())
         expected, found = f"{division.keep} of every {division.of} neighbours", "other numbers in places"
@@ -109,4 +108,4 @@ def _check_division(slot: Slot, mask: Tensor, division: Blocks | NofM) -> None:
         right = torch.equal(reference.expand(units.flatten(), division), flat)
         expected, found = "whole units", "parts of some"
     if not right:
-        raise ValueError(f"state_dict must hold {expected}, got a mask of {slot.member.label} with {found} (another memory layout?)")
+        raise ValueError(f"state_dict must hold {expected}, got a mask of {param.name} with {found} (another memory layout?)")

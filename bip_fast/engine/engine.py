@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
-from .coverage import Known
-from .members import roster_of
-from .native import StepPlan, backend
+from .budgets import SelectionGroup, budget_of, selection_groups
+from .coverage import Parameter, Seen, decide
+from .native import backend
 from .options import GROUP_KEYS, check_group, hyper_table
 from .patterns import NofM
-from .report import Report, Row, Selection, Units, layer_row
+from .plan import StepPlan, gradient_table, no_gradients
+from .report import Report, Row, Selection, UnitCount, layer_row
 
 __all__ = ["Engine"]
 
@@ -29,7 +30,7 @@ class Engine:
 
     Args:
         param_groups: of the optimizer; looked at again in every step, so that schedulers are followed.
-        known: names of the parameters, which of them stay dense, and what belongs together.
+        seen: what is known of the parameters besides their groups.
         states: saved states of parameters that were trained before; all others start as their magnitude says.
         project: select the masks anew from all scores.
 
@@ -42,32 +43,33 @@ class Engine:
     def __init__(
         self,
         param_groups: Sequence[dict[str, Any]],
-        known: Known,
+        seen: Seen,
         states: Mapping[Tensor, dict[str, Tensor]],
         project: bool,
     ) -> None:
-        self._groups, self._known = param_groups, known
-        self._members, self.decisions = roster_of(param_groups, known)
-        if not any(member.pruned for member in self._members):
+        self._groups = param_groups
+        decided, self.decisions = decide(param_groups, seen)
+        if not any(param.pruned for param in decided):
             why = "; ".join(f"{row.name}: {row.reason}" for row in self.decisions[:5])
             raise ValueError(
                 "nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions" + (why and f" ({why})")
             )
         self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
-        device = self._members[0].param.device
+        self._need_sparsity = [param for param in decided if param.pruned and not isinstance(param.division, NofM)]
+        device = decided[0].tensor.device
         backend(device)
         self._checked: Any = None  # the options that were last found valid
         self._check_options()
         # Nothing is written before all memory is there.
-        self.arena = Arena(self._members, device)
+        self.arena = Arena(decided, device)
         self.replan()
-        for slot in self.arena.slots:
-            if slot.member.param in states:
-                self.arena.load(slot, states[slot.member.param])
+        for param in self.arena.parameters:
+            if param.tensor in states:
+                self.arena.load(param, states[param.tensor])
             else:
-                self.arena.start(slot)
-        for number, unit_set in enumerate(self.arena.units.sets):
-            if not any(self.arena.slots[part.slot].member.param in states for part in unit_set.parts if part.counts):
+                self.arena.start(param)
+        for number, units in enumerate(self.arena.units.sets):
+            if not any(param.tensor in states for param in units.scoring):
                 self.arena.start_units(number)
         self.arena.record()
         if project:
@@ -75,33 +77,39 @@ class Engine:
 
     def _project(self) -> None:
         """Masks from the scores as they are."""
-        self.plan.run("upper", self.arena.no_gradients(), self.arena.num_nonfinite)
+        self.plan.run("upper", no_gradients(self.arena), self.arena.num_nonfinite)
         self.arena.mark_written()
 
     @torch.no_grad()
     def rescore(self, scores: Mapping[Tensor, Tensor]) -> bool:
         """Take ``scores`` of parameters, shaped like them, and select the masks anew; True when that needed a new plan."""
         new = self.refresh("upper")
-        for slot in self.arena.pruned:
-            self.arena.rescore(slot, scores)
+        for param in self.arena.pruned:
+            self.arena.rescore(param, scores)
         for number in range(len(self.arena.units.sets)):
             self.arena.rescore_units(number, scores)
         self._project()
         return new
 
+    # --- options and the plan --------------------------------------------------------------------------------------------------------
+
     def _options(self) -> list[tuple[Any, ...]]:
         """What the selection depends on, of every parameter group."""
         return [(group["sparsity"], group["scope"], group["min_kept"]) for group in self._groups]
+
+    def _select(self) -> list[SelectionGroup]:
+        """What competes for how many places, under the options as they are now."""
+        return selection_groups([budget_of(rival, self._groups[rival.group]) for rival in self.arena.rivals])
 
     def replan(self) -> None:
         """Make the plan for the options as they are now."""
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
         self._planned = self._options()
-        self._selection = self.arena.selection(self._groups)
+        self._selection = self._select()
         self._with_score_momentum = self.arena.score_momentum is not None
         least = [int(group["min_kept"]) for group in self._groups]
-        self.plan: StepPlan = self.arena.plan(self._selection, hyper_table(self._groups), least)
+        self.plan = StepPlan(self.arena, self._selection, hyper_table(self._groups), least)
 
     def refresh(self, phase: str) -> bool:
         """Bring the plan up to date with the options, before a step of ``phase``; True when it is a new one.
@@ -115,7 +123,7 @@ class Engine:
             if not self._with_score_momentum and any(group["mask_momentum"] > 0 for group in self._groups):
                 new = True
             elif self._planned != self._options():
-                selection = self.arena.selection(self._groups)
+                selection = self._select()
                 new = [group.members for group in selection] != [group.members for group in self._selection]
                 new = new or [options[2] for options in self._planned] != [options[2] for options in self._options()]
                 if not new:
@@ -129,8 +137,8 @@ class Engine:
 
     def _check_options(self) -> None:
         """Check the options of all groups if they have changed since the last time."""
-        seen = [tuple(_value(group.get(key)) for key in (*GROUP_KEYS, "density")) for group in self._groups]
-        if seen == self._checked:
+        values = [tuple(_value(group.get(key)) for key in (*GROUP_KEYS, "density")) for group in self._groups]
+        if values == self._checked:
             return
         for group in self._groups:
             check_group(group)
@@ -139,10 +147,12 @@ class Engine:
                 raise ValueError(f"pattern of a parameter group cannot change any more, was {pattern!r}, got {group['pattern']!r}")
             if bool(group["prune"]) != prune:
                 raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r}")
-        for member in self._members:
-            if member.pruned and self._groups[member.row]["sparsity"] is None and not isinstance(member.division, NofM):
-                raise ValueError(f"give one of sparsity and density, got neither, for {member.label}")
-        self._checked = seen
+        for param in self._need_sparsity:
+            if self._groups[param.group]["sparsity"] is None:
+                raise ValueError(f"give one of sparsity and density, got neither, for {param.name}")
+        self._checked = values
+
+    # --- a step ----------------------------------------------------------------------------------------------------------------------
 
     def kernels(self, phase: str, grad_scale: Any = None, found_inf: Any = None) -> Callable[[StepPlan], None]:
         """What starts the kernels of a step of ``phase``, once, with the gradients that the parameters have at this moment.
@@ -153,7 +163,7 @@ class Engine:
         Raises:
             RuntimeError: a gradient cannot be used.
         """
-        gradients, alive = self.arena.gradients()
+        gradients, alive = gradient_table(self.arena)
         scalars = [x.to(device=self.arena.device, dtype=torch.float32) if isinstance(x, Tensor) else None for x in (grad_scale, found_inf)]
 
         def launch(plan: StepPlan) -> None:
@@ -162,35 +172,36 @@ class Engine:
 
         return launch
 
+    # --- what there is to see --------------------------------------------------------------------------------------------------------
+
     def selections(self) -> tuple[Selection, ...]:
         """How the selection of every group went; waits for the device."""
         rows = []
         for group, counters in zip(self._selection, self.plan.counters(), strict=True):
             counts = {key: counters[key].item() for key in Selection._fields if key in (counters.dtype.names or ())}
-            rows.append(Selection(name=self.arena.label_of(group), numel=group.numel, kept=group.kept, **counts))
+            rivals = [self.arena.rivals[i] for i in group.members]
+            name = rivals[0].name + (f" and {len(rivals) - 1} more" if len(rivals) > 1 else "")
+            rows.append(Selection(name=name, numel=group.numel, kept=group.kept, **counts))
         return tuple(rows)
 
     def report(self) -> Report:
         """The layers, and how their masks came about; waits for the device."""
-        rows: list[Row] = []
-        units: dict[int, Units] = {}
-        for slot in self.arena.pruned:
-            row = layer_row(slot.member.label, slot.member.param)._replace(pattern=str(self._groups[slot.member.row]["pattern"]))
-            if not slot.member.scored:
-                number = slot.member.unit_set
-                units[number] = Units(str(row.pattern), *self.arena.units.kept(number))
-                row = row._replace(units=units[number][1:])
-            rows.append(row)
-        totals: dict[str, Units] = {}
-        for pattern, kept, total in units.values():
-            before = totals.get(pattern, Units(pattern, 0, 0))
-            totals[pattern] = Units(pattern, before.kept + kept, before.total + total)
-        return Report(tuple(rows), self.selections(), self.decisions, tuple(totals.values()))
+        kept = [self.arena.units.kept(number) for number in range(len(self.arena.units.sets))]
+
+        def row(param: Parameter) -> Row:
+            units = None if param.scored else kept[param.unit_set]
+            return layer_row(param.name, param.tensor)._replace(pattern=param.pattern, units=units)
+
+        totals: dict[str, UnitCount] = {}
+        for number, param in {param.unit_set: param for param in self.arena.pruned if not param.scored}.items():
+            before = totals.get(param.pattern, UnitCount(param.pattern, 0, 0))
+            totals[param.pattern] = UnitCount(param.pattern, before.kept + kept[number][0], before.total + kept[number][1])
+        return Report(tuple(map(row, self.arena.pruned)), self.selections(), self.decisions, tuple(totals.values()))
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""
-        return {slot.member.param: self.arena.state_of(slot) for slot in self.arena.slots}
+        return {param.tensor: self.arena.state_of(param) for param in self.arena.parameters}
 
     def saved_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """`state`, in the form that a checkpoint has."""
-        return {slot.member.param: self.arena.saved_state_of(slot) for slot in self.arena.slots}
+        return {param.tensor: self.arena.saved_state_of(param) for param in self.arena.parameters}

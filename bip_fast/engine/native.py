@@ -1,22 +1,19 @@
-"""Tensors in, checks, pointers and streams out: the only room that calls the kernels.
+"""The door to csrc: the compiled module, which devices it has kernels for, and `topk_mask`.
 
-A backend is a submodule of `bip_fast._C` with ``step`` and ``topk``: `BACKENDS` maps a device type to it. Kernels take raw pointers, so
-everything they trust is checked here or in `bip_fast.engine.arena`. All memory is allocated by torch, workspaces too.
+A backend is a submodule of `bip_fast._C` with ``step`` and ``topk``: `BACKENDS` maps a device type to it. ``topk`` is called here,
+``step`` in `plan`. Kernels take raw pointers, so everything they trust is checked before: of parameters in `coverage` and `arena`, of
+gradients in `plan`. All memory is allocated by torch, workspaces too.
 """
 
 from __future__ import annotations
 
 import operator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .units import UnitTables
 
 try:
     from .. import _C
@@ -26,7 +23,10 @@ except ImportError as error:  # let `bip-fast doctor` say what is wrong
 else:
     _C_ERROR = None
 
-__all__ = ["BACKENDS", "DTYPES", "PHASES", "StepPlan", "backend", "build_info", "is_ordinary", "kernels", "topk_mask"]
+__all__ = [
+    "BACKENDS", "DTYPES", "MAX_GROUP", "PHASES", "backend", "build_info", "is_ordinary", "kernels", "launch_guard", "launch_where",
+    "topk_mask",
+]  # fmt: skip
 
 BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # bip::DType
@@ -71,137 +71,6 @@ def launch_guard(device: torch.device) -> AbstractContextManager[Any]:
 def launch_where(device: torch.device) -> int:
     """Stream handle on CUDA, number of threads on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else torch.get_num_threads()
-
-
-class DeviceTable:
-    """A numpy table in ``device`` memory, at one address for good: kernels in a captured graph see what `update` writes."""
-
-    def __init__(self, table: np.ndarray, device: torch.device) -> None:
-        self._host, self._device = table.tobytes(), device
-        self._memory = self._staged().to(device, non_blocking=True)
-
-    def _staged(self) -> Tensor:
-        """The bytes, where a copy to the device does not wait. At least one, so that there is an address."""
-        data = torch.from_numpy(np.frombuffer(self._host or b"\0", dtype=np.uint8).copy())
-        return data if self._device.type == "cpu" else data.pin_memory()
-
-    def update(self, table: np.ndarray) -> None:
-        """Write a table of the same size, in order with the work on the current stream; nothing where it has not changed."""
-        host = table.tobytes()
-        if host != self._host:
-            self._host = host
-            self._memory.copy_(self._staged(), non_blocking=True)
-
-    @property
-    def address(self) -> int:
-        return self._memory.data_ptr()
-
-
-class StepPlan:
-    """One launch recipe: tables at fixed addresses, the workspace, and the counters of the selection.
-
-    Args:
-        device: where parameters, state and tables live.
-        tensors: rows of ``tensor_dtype``, whose pointers stay valid as long as the plan: first those with scores, units after all others
-            of them, then the rest.
-        groups: rows of ``group_dtype``, one per selection group.
-        hypers: rows of ``hyper_dtype``, one per parameter group.
-        units: sets of units and their parts.
-    """
-
-    def __init__(self, device: torch.device, tensors: np.ndarray, groups: np.ndarray, hypers: np.ndarray, units: UnitTables) -> None:
-        tile = kernels().TILE
-        tiles = (tensors["numel"] + tile - 1) // tile
-        tensors["first_tile"] = np.cumsum(tiles) - tiles
-        groups["first"] = np.cumsum(groups["numel"]) - groups["numel"]
-        for number, group in enumerate(groups):
-            members = np.flatnonzero(tensors["group"] == number)
-            group["tile_begin"] = tensors["first_tile"][members].min()
-            group["tile_end"] = (tensors["first_tile"] + tiles)[members].max()
-        self.device = device
-        self.backend = backend(device)
-        self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
-        unit_rows = slice(units.first_row, units.first_row + len(units.sets))
-        self.num_scored_tiles = int(tiles[: unit_rows.stop].sum())
-        self._unit_counts = {
-            "num_unit_sets": len(units.sets),
-            "num_parts": len(units.parts),
-            "num_items": units.num_items,
-            "unit_tile_begin": self.num_scored_tiles - int(tiles[unit_rows].sum()),
-            "unit_tile_end": self.num_scored_tiles,
-        }
-        self._tensors = DeviceTable(tensors, device)
-        self._tile_tensor = DeviceTable(np.repeat(np.arange(len(tensors), dtype=np.int32), tiles), device)
-        self._group_rows, self._groups = groups, DeviceTable(groups, device)
-        self._unit_sets, self._parts = DeviceTable(units.sets, device), DeviceTable(units.parts, device)
-        self._hypers = DeviceTable(hypers, device)
-        size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
-        self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
-        self._unit_scratch = units.scratch
-        self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
-
-    def set_kept(self, kept: list[int]) -> None:
-        """How many entries of every selection group are kept from the next upper or joint step on."""
-        self._group_rows["kept"] = kept
-        self._groups.update(self._group_rows)
-
-    def set_hypers(self, hypers: np.ndarray) -> None:
-        """Hyper-parameters of every parameter group from the next step on."""
-        self._hypers.update(hypers)
-
-    def counters(self) -> np.ndarray:
-        """Rows of ``counters_dtype``, one per selection group. Waits for the device."""
-        return np.frombuffer(self._counters.cpu().numpy().tobytes(), dtype=kernels().counters_dtype)[: self.num_groups]
-
-    def run(
-        self,
-        phase: str,
-        gradients: np.ndarray,
-        num_nonfinite: Tensor,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """One step of the kernels. Mutates parameters, theta, v, s, u and masks behind the pointers of the plan, and ``num_nonfinite``.
-
-        Args:
-            phase: "lower", "upper" or "joint".
-            gradients: one row of ``gradient_dtype`` per tensor.
-            num_nonfinite: int64 scalar.
-            grad_scale, found_inf: fp32 scalars on the device, as a GradScaler sets them.
-        """
-        try:
-            with launch_guard(self.device):
-                self._launch(phase, gradients, num_nonfinite, grad_scale, found_inf)
-        except BaseException:
-            with suppress(RuntimeError):  # a step that was only launched in part must not be gone on with
-                self._workspace.zero_()
-                self._unit_scratch.zero_()
-            raise
-
-    def _launch(
-        self, phase: str, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        self.backend.step(
-            phase=PHASES[phase],
-            tensors=self._tensors.address,
-            num_tensors=self.num_tensors,
-            tile_tensor=self._tile_tensor.address,
-            num_tiles=self.num_tiles,
-            groups=self._groups.address,
-            num_groups=self.num_groups,
-            unit_sets=self._unit_sets.address,
-            parts=self._parts.address,
-            **self._unit_counts,
-            num_scored_tiles=self.num_scored_tiles,
-            hypers=self._hypers.address,
-            gradients=gradients,
-            grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,
-            found_inf=found_inf.data_ptr() if found_inf is not None else 0,
-            num_nonfinite=num_nonfinite.data_ptr(),
-            counters=self._counters.data_ptr(),
-            workspace=self._workspace.data_ptr(),
-            where=launch_where(self.device),
-        )
 
 
 def is_ordinary(x: Tensor) -> bool:

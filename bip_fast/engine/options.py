@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .budgets import SCOPES
 from .native import kernels
 from .patterns import parse
 
@@ -18,6 +17,7 @@ __all__ = [
     "GROUP_KEYS",
     "HYPER_KEYS",
     "LEVELS",
+    "SCOPES",
     "check_count",
     "check_group",
     "check_levels",
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 LEVELS = ("alternating", "joint")
+SCOPES = ("global", "layer", "erk")
 HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
 GROUP_KEYS = (*HYPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")
 _OF_THE_OPTIMIZER = ("levels", "lower_steps", "exclude", "overrides", "coupled")

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..tables import aligned
 
-__all__ = ["Decision", "Report", "Row", "Selection", "Units", "layer_row", "layer_table", "report", "weights"]
+__all__ = ["Decision", "Report", "Row", "Selection", "UnitCount", "layer_row", "layer_table", "report", "weights"]
 
 
 class Row(NamedTuple):
@@ -42,7 +42,7 @@ class Row(NamedTuple):
         return row | pattern | ({"units": list(self.units)} if self.units else {})
 
 
-class Units(NamedTuple):
+class UnitCount(NamedTuple):
     """Filters, channels or blocks of all layers with one pattern, those that are coupled counted once. What ``sparsity`` asked for is
     theirs; that of the weights may be another, because units are of different sizes."""
 
@@ -113,7 +113,7 @@ class Report:
     rows: tuple[Row, ...]
     selections: tuple[Selection, ...] = ()
     decisions: tuple[Decision, ...] = ()
-    units: tuple[Units, ...] = ()
+    units: tuple[UnitCount, ...] = ()
 
     @property
     def kept(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from ..engine.coverage import OUTPUTS
+from ..engine.param_groups import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
 
 __all__ = ["coupled_filters"]

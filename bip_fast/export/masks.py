@@ -95,7 +95,7 @@ def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
 def _masks_of_optimizer(optimizer: FastBiP) -> dict[str, Tensor]:
     arena = optimizer._arena_of("look at masks")
     params = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
-    masks = {arena.slot_of[p].member.label: optimizer.mask_of(p) for p in params if arena.slot_of[p].member.masked}
+    masks = {arena.place_of[p].name: optimizer.mask_of(p) for p in params if arena.place_of[p].masked}
     if nameless := next((name for name in masks if NAMELESS.match(name)), None):
         raise ValueError(f"masks need names, but FastBiP was made from parameters without them (it has {nameless!r}); pass the model")
     return masks

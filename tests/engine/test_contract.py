@@ -13,6 +13,7 @@ from torch import nn
 
 from bip_fast import FastBiP, topk_mask
 from bip_fast.engine.budgets import Budget, selection_groups
+from bip_fast.engine.plan import gradient_table
 
 # --- memory --------------------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +95,7 @@ def test_strides_of_dimensions_of_one_do_not_matter(backend):
     run = Lockstep([p], lambda: FastBiP([p], **MOVING))
     grad = torch.randn(6, 5, generator=backend.generator(0)).to(backend.device)
     p.grad = grad.as_strided((6, 5, 1, 1), (5, 1, 7, 3))
-    assert run.opt._engine.arena.gradients()[0]["data"][0] == grad.data_ptr()
+    assert gradient_table(run.opt._engine.arena)[0]["data"][0] == grad.data_ptr()
     run.step("joint")
 
 

@@ -6,7 +6,7 @@ from helpers import fill_gradients
 from torch import nn
 
 from bip_fast import FastBiP
-from bip_fast.engine.coverage import OUTPUTS
+from bip_fast.engine.param_groups import OUTPUTS
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 

@@ -9,8 +9,8 @@ from masked_network import dead, pruned, with_filters
 from torch import nn
 
 from bip_fast import FastBiP
-from bip_fast.engine.arena import pack_mask
 from bip_fast.engine.report import report
+from bip_fast.engine.units import pack_mask
 from bip_fast.export.masks import apply_masks, attach_masks, load_masks, masks_of, save_masks
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="mask files need safetensors")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ...engine.budgets import SCOPES
+from ...engine.options import SCOPES
 from ...engine.patterns import parse
 from ...errors import UserError
 from ..data.sets import DATA, VALIDATION_IMAGES

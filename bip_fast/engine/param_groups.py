@@ -1,0 +1,226 @@
+"""What the first arguments of `FastBiP` mean: from a Module, parameters, names or dicts to parameter groups, and what was seen of each
+parameter on the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from .coverage import Parameter, Seen, frozen
+from .options import GROUP_KEYS
+from .patterns import Layer
+from .report import Decision
+
+__all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
+
+OUTPUTS = "<outputs>"  # in a list of coupled filters: the model returns them
+NO_LAYER = "it is not the weight of a Conv or Linear layer"
+
+Groups = list[dict[str, Any]]
+Names = list[tuple[str, Tensor]]  # every name that a parameter has, of tied parameters too
+
+
+def split_names(params: Any) -> tuple[list[Any], dict[Tensor, str]]:
+    """Parameters of a group, and the names of those that came as ``(name, parameter)``."""
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must have an order, got a set; pass a list")
+    pairs = [item if isinstance(item, tuple) else (None, item) for item in ([params] if isinstance(params, Tensor) else params)]
+    return [p for _, p in pairs], {p: name for name, p in pairs if name is not None}
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return not is_lazy(p) and p.dim() >= 2
+
+
+def _layer_of(module: nn.Module) -> Layer:
+    return Layer(bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1)))
+
+
+def _module_groups(model: nn.Module) -> tuple[Groups, Seen]:
+    """Conv and Linear weights, and a second group of all other parameters; parameters that are frozen are in neither."""
+    modules = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
+    weights = {layer.weight: layer for _, layer in modules if layer._parameters.get("weight") is not None}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    pruned = [p for p in learning if p in weights]
+    dense = [p for p in learning if p not in weights]
+    computed = [name for name, layer in modules if "weight" not in layer._parameters]  # by a parametrization
+    if computed and not pruned:
+        raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
+    if computed:
+        warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
+    first, last = set(list(weights)[:1]), set(list(weights)[-1:])
+    seen: dict[Tensor, Parameter] = {}
+    left_out = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad and _is_matrix(p):
+            left_out.append(Decision(name, tuple(p.shape), None, "it is frozen"))
+        elif p.requires_grad or not is_lazy(p):  # vectors that are frozen have a name too: a layer's filters may be theirs
+            ends = {"channel": "it is the first layer of the model"} if p in first else {}
+            ends |= {"filter": "it is the last layer of the model"} if p in last else {}
+            layer = _layer_of(weights[p]) if p in weights else Layer()
+            seen[p] = Parameter(p, name, layer, NO_LAYER if p not in weights and _is_matrix(p) else None, ends)
+    biases = [(p, layer.bias) for p, layer in weights.items() if p in seen and p.requires_grad and layer.bias in seen]
+    groups: Groups = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
+    return [group for group in groups if group["params"]], Seen(seen, biases=biases, left_out=left_out)
+
+
+def _list_groups(params: Any) -> tuple[Groups, Seen]:
+    if isinstance(params, (Tensor, str, Mapping)):
+        raise TypeError(f"params must be a Module, or an iterable of parameters or of parameter groups, got {type(params).__name__}")
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must have an order, got a set; pass a list")
+    given = list(params)
+    if given and not isinstance(given[0], dict):
+        given = [{"params": given}]
+    seen = Seen()
+    groups = []
+    for group in given:
+        if not isinstance(group, dict) or "params" not in group:
+            raise TypeError(f'a parameter group must be a dict with "params", got {group!r}')
+        own, names = split_names(group["params"])
+        seen = seen_in_group(seen, own, names)
+        groups.append({**group, "params": own})
+    return groups, seen
+
+
+def seen_in_group(seen: Seen, params: Iterable[Any], names: Mapping[Tensor, str]) -> Seen:
+    """What was ``seen``, and what another parameter group says: names, and which of its parameters are frozen."""
+    tensors = [p for p in params if isinstance(p, Tensor)]
+    return seen.updated(replace(seen.of(p), name=names.get(p, seen.of(p).name), dense=frozen(p) or seen.of(p).dense) for p in tensors)
+
+
+def _named(what: str, pattern: str, prunable: Sequence[Tensor], names: Names) -> set[Tensor]:
+    """Weights that would be pruned and have a name, or are in a module of a name, that matches; ValueError if there are none."""
+    if not names:
+        raise ValueError(f"{what} has the name {pattern!r}, but the parameters came without names; pass the model or named_parameters()")
+    found = {p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")} & set(prunable)
+    if not found:
+        raise ValueError(f"{what} must match weights that would be pruned, got {pattern!r}, which matches none")
+    return found
+
+
+def _excluded_by(item: Any, prunable: list[Tensor], names: Names) -> set[Tensor]:
+    """Parameters that one entry of ``exclude`` means; ValueError if there are none."""
+    if isinstance(item, str):
+        return _named("exclude", item, prunable, names)
+    if isinstance(item, nn.Module):
+        own = set(item.parameters())
+        found, what = {p for p in prunable if p in own}, type(item).__name__
+    elif isinstance(item, Tensor):
+        found, what = {p for p in prunable if p is item}, f"a parameter of shape {tuple(item.shape)}"
+    else:
+        raise TypeError(f"exclude must hold names, modules and parameters, got {type(item).__name__}")
+    if not found:
+        raise ValueError(f"exclude must match weights that would be pruned, got {what}, which matches none")
+    return found
+
+
+def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Tensor], names: Names) -> Groups:
+    """The groups, where weights that ``overrides`` names have groups of their own, behind the one that they were in."""
+    options: dict[Tensor, dict[str, Any]] = {}
+    for pattern, value in overrides.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"overrides must have names as keys, got {pattern!r}")
+        chosen = dict(value) if isinstance(value, Mapping) else {"sparsity": value}
+        if chosen.keys() & {"params", "prune"} or None in chosen.values():
+            raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
+        if unknown := sorted(map(str, chosen.keys() - {*GROUP_KEYS, "density"})):
+            raise ValueError(f"overrides must give options of a parameter group, got {', '.join(map(repr, unknown))} for {pattern!r}")
+        for p in _named("overrides", pattern, prunable, names):
+            options[p] = chosen
+    divided: Groups = []
+    for group in groups:
+        parts: list[tuple[dict[str, Any], list[Tensor]]] = [({}, [p for p in group["params"] if p not in options])]
+        for p in group["params"]:
+            if p in options:
+                same = next((members for own, members in parts if own == options[p]), None)
+                parts.append((options[p], [p])) if same is None else same.append(p)
+        for own, members in parts:
+            if members:
+                rest = {key: value for key, value in group.items() if own.keys().isdisjoint({"sparsity", "density"}) or key != "sparsity"}
+                divided.append({**rest, **own, "params": members})
+    return divided
+
+
+def _coupled(seen: Seen, coupled: Iterable[Iterable[str]], names: Names) -> Seen:
+    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone. Lists of what the
+    model returns couple nothing, but where there are some, the last layer is one like the others."""
+    by_name = dict(names)
+    lists: list[list[Tensor]] = []
+    outputs: list[list[Tensor]] = []
+    listed: set[Tensor] = set()
+    for given in coupled:
+        if isinstance(given, str):
+            raise TypeError(f"coupled must hold lists of names, got the string {given!r}")
+        own = list(given)
+        returned = OUTPUTS in own
+        own = [name for name in own if name != OUTPUTS]
+        for name in own:
+            if name not in by_name:
+                raise ValueError(f"coupled must hold names of parameters, got {name!r}, which is none")
+            if by_name[name] in listed:
+                raise ValueError(f"coupled must name a parameter once, got {name!r} again")
+            listed.add(by_name[name])
+        members = [by_name[name] for name in own]
+        if all(not is_lazy(p) and p.dim() < 2 for p in members):
+            raise ValueError(f"coupled must have a weight in every list, got {own}")
+        (outputs if returned else lists).append(members)
+    if outputs:
+        of_outputs = set(chain.from_iterable(outputs))
+        seen = seen.updated(_with_outputs(seen.of(p), p in of_outputs) for p in dict.fromkeys([*seen.parameters, *of_outputs]))
+    bias_of = dict(seen.biases)
+    lists = [members + [bias_of[p] for p in members if p in bias_of and bias_of[p] not in listed] for members in lists]
+    return replace(seen, coupled=lists, biases=[pair for pair in seen.biases if listed.isdisjoint(pair)])
+
+
+def _with_outputs(param: Parameter, returned: bool) -> Parameter:
+    """What the user says of the model's outputs, in place of what was taken for them."""
+    ends = {kind: reason for kind, reason in param.ends.items() if kind != "filter"}
+    return replace(param, ends=ends | ({"filter": "its filters are outputs of the model"} if returned else {}))
+
+
+def param_groups_of(
+    params: nn.Module | Iterable[Any], exclude: Any = (), overrides: Mapping[str, Any] | None = None, coupled: Iterable[Iterable[str]] = ()
+) -> tuple[Groups, Seen]:
+    """Parameter groups, and what was seen of the parameters in them.
+
+    Args:
+        params: Module (its Conv and Linear weights are pruned), parameters, ``(name, parameter)`` pairs, or groups of either.
+        exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
+        overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
+        coupled: lists of names of parameters whose filters are kept or dropped together, or with `OUTPUTS` stay.
+
+    Raises:
+        TypeError: not one of these.
+        ValueError: a name matches nothing that would be pruned.
+    """
+    if isinstance(params, nn.Module):
+        groups, seen = _module_groups(params)
+        names: Names = list(params.named_parameters(remove_duplicate=False))
+    else:
+        groups, seen = _list_groups(params)
+        names = [(param.name, p) for p, param in seen.parameters.items() if param.name]
+    prunable = [
+        p
+        for group in groups
+        for p in group["params"]
+        if isinstance(p, Tensor) and group.get("prune", True) and _is_matrix(p) and seen.of(p).dense is None
+    ]
+    if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
+        raise TypeError(f"exclude must be or hold names, modules and parameters, got {type(exclude).__name__}")
+    for item in [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else exclude:
+        excluded = _excluded_by(item, prunable, names)
+        seen = seen.updated(replace(seen.of(p), dense="it is excluded") for p in excluded)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a dict of names, got {type(overrides).__name__}")
+    seen = _coupled(seen, coupled, names)
+    return _overridden(groups, overrides or {}, prunable, names), seen

@@ -1,0 +1,311 @@
+"""One launch recipe: the tables that the kernels read, made here and nowhere else, and the call that starts a step.
+
+Rows of the table of tensors: parameters with scores of their own, sets of units, all other parameters. The dtypes of all tables are those
+of `csrc/bip.h`; the gradients' table is made anew for every step, all others live on the device as long as the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..reference import Blocks
+from .arena import Arena, same_layout
+from .budgets import SelectionGroup
+from .native import DTYPES, PHASES, backend, kernels, launch_guard, launch_where
+from .patterns import NofM
+from .units import UnitSet, blocks_of
+
+__all__ = ["StepPlan", "gradient_table", "no_gradients"]
+
+
+class DeviceTable:
+    """A numpy table in ``device`` memory, at one address for good: kernels in a captured graph see what `update` writes."""
+
+    def __init__(self, table: np.ndarray, device: torch.device) -> None:
+        self._host, self._device = table.tobytes(), device
+        self._memory = self._staged().to(device, non_blocking=True)
+
+    def _staged(self) -> Tensor:
+        """The bytes, where a copy to the device does not wait. At least one, so that there is an address."""
+        data = torch.from_numpy(np.frombuffer(self._host or b"\0", dtype=np.uint8).copy())
+        return data if self._device.type == "cpu" else data.pin_memory()
+
+    def update(self, table: np.ndarray) -> None:
+        """Write a table of the same size, in order with the work on the current stream; nothing where it has not changed."""
+        host = table.tobytes()
+        if host != self._host:
+            self._host = host
+            self._memory.copy_(self._staged(), non_blocking=True)
+
+    @property
+    def address(self) -> int:
+        return self._memory.data_ptr()
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------------------------
+
+
+def no_gradients(arena: Arena) -> np.ndarray:
+    """A table without any gradient."""
+    return np.zeros(len(arena.parameters) + len(arena.units.sets), dtype=kernels().gradient_dtype)
+
+
+def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
+    """Where every parameter's ``grad`` is, and what must stay alive until the kernels ran. Gradients of another layout are copied.
+
+    Raises:
+        RuntimeError: a gradient is sparse, on another device or of another dtype than the kernels know.
+    """
+    table = no_gradients(arena)
+    pointers, dtypes, alive = [0] * len(table), [0] * len(table), []
+    for param in arena.parameters:
+        g = param.tensor.grad
+        if g is None:
+            continue
+        if g.layout != torch.strided or g.device != arena.device or g.dtype not in DTYPES:
+            kind = "sparse" if g.layout != torch.strided else "dense"
+            raise RuntimeError(
+                f"the gradient of {param.name} must be dense, on {arena.device}, and float32, bfloat16 or float16, "
+                f"got a {kind} one of {g.dtype} on {g.device}"
+            )
+        if not same_layout(g, param) or g.is_neg():
+            g = torch.empty_strided(param.shape, param.stride, dtype=g.dtype, device=arena.device).copy_(g)
+        alive.append(g)
+        pointers[param.row], dtypes[param.row] = g.data_ptr(), DTYPES[g.dtype]
+    table["data"], table["dtype"] = pointers, dtypes
+    return table, alive
+
+
+# --- tensors, groups, units ----------------------------------------------------------------------------------------------------------
+
+
+def _tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarray:
+    """Rows of ``tensor_dtype``: pointers, sizes, and for what competes its selection group and its first index there."""
+    table = np.zeros(len(arena.parameters) + len(arena.units.sets), dtype=kernels().tensor_dtype)
+    table["group"] = -1
+    for number, group in enumerate(selection):
+        index = 0
+        for i in group.members:
+            rival = arena.rivals[i]
+            table["group"][rival.row], table["index"][rival.row] = number, index
+            index += rival.numel
+    for param in arena.parameters:
+        row = table[param.row]
+        row["param"] = row["theta"] = param.tensor.data_ptr()
+        row["numel"], row["hyper"], row["dtype"] = param.numel, param.group, DTYPES[param.dtype]
+        for name, view in arena.state_of(param).items():
+            if param.scored or name not in ("scores", "score_momentum"):  # those of units are in the row of their set
+                row[name] = view.data_ptr()
+        if isinstance(param.division, NofM):
+            row["keep"], row["of"] = param.division
+    for number, units in enumerate(arena.units.sets):  # their scores, as the selection sees them, are in the scratch
+        row = table[units.row]
+        row["numel"], row["hyper"], row["mask"] = units.numel, units.group, arena.units.state_of(number)["mask"].data_ptr()
+    tiles = _tiles(table)
+    table["first_tile"] = np.cumsum(tiles) - tiles
+    return table
+
+
+def _tiles(tensors: np.ndarray) -> np.ndarray:
+    tile = kernels().TILE
+    return (tensors["numel"] + tile - 1) // tile
+
+
+def _group_table(tensors: np.ndarray, selection: Sequence[SelectionGroup]) -> np.ndarray:
+    """Rows of ``group_dtype``: sizes, numbers of kept, and the tiles between which a group lies."""
+    table = np.zeros(len(selection), dtype=kernels().group_dtype)
+    table["numel"], table["kept"] = [group.numel for group in selection], [group.kept for group in selection]
+    table["first"] = np.cumsum(table["numel"]) - table["numel"]
+    ends = tensors["first_tile"] + _tiles(tensors)
+    for number, row in enumerate(table):
+        members = np.flatnonzero(tensors["group"] == number)
+        row["tile_begin"], row["tile_end"] = tensors["first_tile"][members].min(), ends[members].max()
+    return table
+
+
+class _Scratch:
+    """Pieces of one allocation, each aligned for any access, and where in the tables their addresses belong."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._size = device, 0
+        self._places: list[tuple[np.void, str, int]] = []
+
+    def take(self, row: np.void, name: str, size: int) -> int:
+        """The next piece, whose address goes to ``row[name]``; returns its offset."""
+        offset = self._size
+        self._size += -(-size // 128) * 128
+        self.point(row, name, offset)
+        return offset
+
+    def point(self, row: np.void, name: str, offset: int) -> None:
+        self._places.append((row, name, offset))
+
+    def allocate(self) -> Tensor:
+        """The memory, zero; writes all addresses."""
+        memory = torch.zeros(max(self._size, 1), dtype=torch.uint8, device=self._device)
+        for row, name, offset in self._places:
+            row[name] = memory.data_ptr() + offset
+        return memory
+
+
+class _UnitTables(NamedTuple):
+    """Rows of ``unit_set_dtype`` and ``part_dtype`` (a part is a parameter of a set), the number of items of all parts, and memory for one
+    step's sums, counters, and scores as the selection sees them: zero before the first step."""
+
+    sets: np.ndarray
+    parts: np.ndarray
+    num_items: int
+    scratch: Tensor
+
+
+def _least_kept(arena: Arena, selection: Sequence[SelectionGroup], min_kept: Sequence[int]) -> dict[UnitSet, int]:
+    """How many units of every set a selection keeps in any case. A set that competes with no other keeps what its budget says."""
+    least: dict[UnitSet, int] = dict.fromkeys(arena.units.sets, 0)
+    for group in selection:
+        rivals = [arena.rivals[i] for i in group.members]
+        least |= {param: min(min_kept[param.group], param.numel) for param in rivals if isinstance(param, UnitSet) and len(rivals) > 1}
+    return least
+
+
+def _unit_tables(arena: Arena, tensors: np.ndarray, least: dict[UnitSet, int]) -> _UnitTables:
+    """What the kernels need of the units, beside the rows of the sets in ``tensors``, which get the addresses of their scores."""
+    sets = np.zeros(len(arena.units.sets), dtype=kernels().unit_set_dtype)
+    parts = np.zeros(sum(len(units.parameters) for units in arena.units.sets), dtype=kernels().part_dtype)
+    scratch = _Scratch(arena.device)
+    at = items = 0
+    for number, units in enumerate(arena.units.sets):
+        row, state, numel = sets[number], arena.units.state_of(number), units.numel
+        strips = sum(_strips(blocks_of(param)) for param in units.scoring)
+        row["hyper"], row["tensor"], row["min_kept"], row["strips"] = units.group, units.row, least[units], strips
+        row["scores"] = state["scores"].data_ptr()
+        row["score_momentum"] = state["score_momentum"].data_ptr() if "score_momentum" in state else 0
+        row["part_begin"], row["part_end"] = at, at + len(units.parameters)
+        scratch.take(tensors[units.row], "scores", 4 * numel)
+        scratch.take(row, "before", 4 * -(-numel // 32))
+        scratch.take(row, "best", 8 * -(-numel // kernels().TILE))
+        scratch.take(row, "seen", 4)
+        sums = scratch.take(row, "sums", 4 * numel * strips)
+        for param in units.parameters:
+            part, blocks = parts[at], blocks_of(param)
+            part["rows"], part["cols"], part["block_rows"], part["block_cols"] = blocks
+            part["tensor"], part["set"], part["first_item"] = param.row, number, items
+            if param.pruned:
+                items += kernels().num_items(*blocks)
+                scratch.point(part, "sums", sums)
+                sums += 4 * numel * _strips(blocks)
+            at += 1
+    return _UnitTables(sets, parts, items, scratch.allocate())
+
+
+def _strips(blocks: Blocks) -> int:
+    return -(-min(blocks.block_rows, blocks.rows) // kernels().STRIP)
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------------------------
+
+
+class StepPlan:
+    """One launch recipe: tables at fixed addresses, the workspace, and the counters of the selection.
+
+    Args:
+        arena: parameters and state, whose memory stays where it is as long as the plan is used.
+        selection: who competes with whom.
+        hypers: rows of ``hyper_dtype``, one per parameter group.
+        min_kept: units that every set keeps, by parameter group.
+    """
+
+    def __init__(self, arena: Arena, selection: Sequence[SelectionGroup], hypers: np.ndarray, min_kept: Sequence[int]) -> None:
+        tensors = _tensor_table(arena, selection)
+        units = _unit_tables(arena, tensors, _least_kept(arena, selection, min_kept))
+        groups = _group_table(tensors, selection)
+        tiles = _tiles(tensors)
+        unit_rows = slice(arena.num_scored, arena.num_scored + len(units.sets))
+        self.device = device = arena.device
+        self.backend = backend(device)
+        self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
+        self.num_scored_tiles = int(tiles[: unit_rows.stop].sum())
+        self._unit_counts = {
+            "num_unit_sets": len(units.sets),
+            "num_parts": len(units.parts),
+            "num_items": units.num_items,
+            "unit_tile_begin": self.num_scored_tiles - int(tiles[unit_rows].sum()),
+            "unit_tile_end": self.num_scored_tiles,
+        }
+        self._tensors = DeviceTable(tensors, device)
+        self._tile_tensor = DeviceTable(np.repeat(np.arange(len(tensors), dtype=np.int32), tiles), device)
+        self._group_rows, self._groups = groups, DeviceTable(groups, device)
+        self._unit_sets, self._parts = DeviceTable(units.sets, device), DeviceTable(units.parts, device)
+        self._hypers = DeviceTable(hypers, device)
+        size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
+        self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+        self._unit_scratch = units.scratch
+        self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
+
+    def set_kept(self, kept: list[int]) -> None:
+        """How many entries of every selection group are kept from the next upper or joint step on."""
+        self._group_rows["kept"] = kept
+        self._groups.update(self._group_rows)
+
+    def set_hypers(self, hypers: np.ndarray) -> None:
+        """Hyper-parameters of every parameter group from the next step on."""
+        self._hypers.update(hypers)
+
+    def counters(self) -> np.ndarray:
+        """Rows of ``counters_dtype``, one per selection group. Waits for the device."""
+        return np.frombuffer(self._counters.cpu().numpy().tobytes(), dtype=kernels().counters_dtype)[: self.num_groups]
+
+    def run(
+        self,
+        phase: str,
+        gradients: np.ndarray,
+        num_nonfinite: Tensor,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step of the kernels. Mutates parameters, theta, v, s, u and masks behind the pointers of the plan, and ``num_nonfinite``.
+
+        Args:
+            phase: "lower", "upper" or "joint".
+            gradients: one row of ``gradient_dtype`` per tensor.
+            num_nonfinite: int64 scalar.
+            grad_scale, found_inf: fp32 scalars on the device, as a GradScaler sets them.
+        """
+        try:
+            with launch_guard(self.device):
+                self._launch(phase, gradients, num_nonfinite, grad_scale, found_inf)
+        except BaseException:
+            with suppress(RuntimeError):  # a step that was only launched in part must not be gone on with
+                self._workspace.zero_()
+                self._unit_scratch.zero_()
+            raise
+
+    def _launch(
+        self, phase: str, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        self.backend.step(
+            phase=PHASES[phase],
+            tensors=self._tensors.address,
+            num_tensors=self.num_tensors,
+            tile_tensor=self._tile_tensor.address,
+            num_tiles=self.num_tiles,
+            groups=self._groups.address,
+            num_groups=self.num_groups,
+            unit_sets=self._unit_sets.address,
+            parts=self._parts.address,
+            **self._unit_counts,
+            num_scored_tiles=self.num_scored_tiles,
+            hypers=self._hypers.address,
+            gradients=gradients,
+            grad_scale=grad_scale.data_ptr() if grad_scale is not None else 0,
+            found_inf=found_inf.data_ptr() if found_inf is not None else 0,
+            num_nonfinite=num_nonfinite.data_ptr(),
+            counters=self._counters.data_ptr(),
+            workspace=self._workspace.data_ptr(),
+            where=launch_where(self.device),
+        )
