@@ -22,17 +22,12 @@ from .coverage import Parameter
 from .native import kernels
 from .units import UnitScores, UnitSet, pack_mask, unpack_mask
 
-__all__ = ["Arena", "in_memory_order", "same_layout"]
+__all__ = ["Arena", "in_memory_order"]
 
 
 def in_memory_order(p: Tensor) -> Tensor:
     """The memory of a dense tensor as a flat view."""
     return p.detach().as_strided((p.numel(),), (1,), p.storage_offset())
-
-
-def same_layout(x: Tensor, param: Parameter) -> bool:
-    """Whether entry i in the memory of ``x`` is entry i in the memory of the parameter, whose shape it has."""
-    return x.stride() == param.stride or all(size == 1 or a == b for size, a, b in zip(param.shape, x.stride(), param.stride, strict=True))
 
 
 class Arena:

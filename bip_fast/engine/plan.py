@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..reference import Blocks
-from .arena import Arena, same_layout
+from .arena import Arena
 from .budgets import SelectionGroup
+from .coverage import Parameter
 from .native import DTYPES, PHASES, backend, kernels, launch_guard, launch_where
 from .patterns import NofM
 from .units import UnitSet, blocks_of
@@ -56,6 +57,11 @@ def no_gradients(arena: Arena) -> np.ndarray:
     return np.zeros(len(arena.parameters) + len(arena.units.sets), dtype=kernels().gradient_dtype)
 
 
+def _same_layout(x: Tensor, param: Parameter) -> bool:
+    """Whether entry i in the memory of ``x`` is entry i in the memory of the parameter, whose shape it has."""
+    return x.stride() == param.stride or all(size == 1 or a == b for size, a, b in zip(param.shape, x.stride(), param.stride, strict=True))
+
+
 def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
     """Where every parameter's ``grad`` is, and what must stay alive until the kernels ran. Gradients of another layout are copied.
 
@@ -74,7 +80,7 @@ def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
                 f"the gradient of {param.name} must be dense, on {arena.device}, and float32, bfloat16 or float16, "
                 f"got a {kind} one of {g.dtype} on {g.device}"
             )
-        if not same_layout(g, param) or g.is_neg():
+        if not _same_layout(g, param) or g.is_neg():
             g = torch.empty_strided(param.shape, param.stride, dtype=g.dtype, device=arena.device).copy_(g)
         alive.append(g)
         pointers[param.row], dtypes[param.row] = g.data_ptr(), DTYPES[g.dtype]
