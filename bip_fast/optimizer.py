@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .engine.arena import Arena
 from .engine.checkpoint import EXTRA, extra, fitting
-from .engine.coverage import Parameter, Seen, would_prune
+from .engine.coverage import Seen, would_prune
 from .engine.engine import Engine
 from .engine.options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
 from .engine.param_groups import param_groups_of, seen_in_group, split_names
@@ -244,15 +244,6 @@ class FastBiP(torch.optim.Optimizer):
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 
-    def _masked(self, p: Tensor) -> Parameter:
-        if not isinstance(p, Tensor):
-            raise TypeError(f"p must be a parameter, got {type(p).__name__}")
-        param = self._arena_of("look at a parameter").place_of.get(p)
-        if param is None or not param.masked:
-            what = param.name if param else f"a parameter of shape {tuple(p.shape)}, which this optimizer does not have"
-            raise ValueError(f"p must be a parameter that is pruned, got {what}")
-        return param
-
     @property
     def pruned_params(self) -> list[Tensor]:
         """The parameters that are pruned, in the order in which they compete."""
@@ -263,18 +254,21 @@ class FastBiP(torch.optim.Optimizer):
 
         This and the next two take vectors too that are masked with the filters of a layer.
         """
-        return self._arena_of("look at a mask").mask_of(self._masked(p))
+        arena = self._arena_of("look at a mask")
+        return arena.mask_of(arena.masked(p))
 
     def weight_of(self, p: Tensor) -> Tensor:
         """Copy of the weights ``theta`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
-        return self._arena_of("look at a weight").state_of(self._masked(p))["theta"].clone()
+        arena = self._arena_of("look at a weight")
+        return arena.state_of(arena.masked(p))["theta"].clone()
 
     def scores_of(self, p: Tensor) -> Tensor:
         """Copy of the scores ``s`` of a pruned parameter, at every weight that of its unit: float32, shape and strides of ``p``.
 
         ValueError if it is not pruned.
         """
-        return self._arena_of("look at scores").scores_of(self._masked(p))
+        arena = self._arena_of("look at scores")
+        return arena.scores_of(arena.masked(p))
 
     @property
     def num_nonfinite(self) -> int:
@@ -310,16 +304,6 @@ class FastBiP(torch.optim.Optimizer):
         engine = self._running("set scores")
         if self._phases.frozen:
             raise RuntimeError("cannot set scores: masks are frozen since freeze_masks()")
-        for p, own in scores.items():
-            param = self._masked(p)
-            if not param.pruned:
-                raise ValueError(f"scores must be of parameters that have their own, got {param.name}, which goes with others")
-            if not isinstance(own, Tensor) or own.shape != p.shape:
-                found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
-                raise ValueError(f"scores of {param.name} must have the shape {tuple(p.shape)}, got {found}")
-            if not ((own >= 0) & (own <= 1)).all():
-                raise ValueError(f"scores of {param.name} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
-        engine.arena.check_untouched()
         if engine.rescore(scores):
             self.state.update(engine.state())
 
@@ -353,11 +337,11 @@ class FastBiP(torch.optim.Optimizer):
         Per pruned parameter: ``theta``, ``scores``, ``momentum`` (fp32, shaped like it), ``mask`` (int32 words: bit i%32 of word i/32 is
         entry i of the flattened parameter) and ``score_momentum`` if one is used. The key "bip" holds the phase.
         """
-        arena = self._arena_of("save")
+        engine = self._running("save")
         state = super().state_dict()
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        state["state"] = {number[p]: saved for p, saved in self._running("save").saved_state().items()}
-        return state | {EXTRA: extra(arena, self._phases)}
+        state["state"] = {number[p]: saved for p, saved in engine.saved_state().items()}
+        return state | {EXTRA: extra(engine.arena, self._phases)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -368,22 +352,17 @@ class FastBiP(torch.optim.Optimizer):
             RuntimeError: a parameter was moved by someone else.
         """
         engine = self._running("load")
-        arena = engine.arena
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = dict(changed) if changed is not None else state_dict
-        groups, states = fitting(arena, self._phases, self.param_groups, state_dict)
-        arena.check_place()
+        groups, states = fitting(engine.arena, self._phases, self.param_groups, state_dict)
+        engine.arena.check_place()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
-        for param, state in zip(arena.parameters, states, strict=True):
-            arena.load(param, state)
-        arena.record()
-        engine.replan()
-        self.state.update(engine.state())
+        engine.load(states, state_dict[EXTRA]["num_nonfinite"])
         self._phases.load(state_dict[EXTRA])
-        arena.num_nonfinite.copy_(state_dict[EXTRA]["num_nonfinite"])
+        self.state.update(engine.state())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

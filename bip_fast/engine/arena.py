@@ -70,6 +70,16 @@ class Arena:
         self.rivals: list[Parameter | UnitSet] = [*singles, *self.units.sets]
         self.record()
 
+    def masked(self, p: Tensor) -> Parameter:
+        """The record of a parameter that has a mask; TypeError or ValueError if ``p`` is none."""
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p must be a parameter, got {type(p).__name__}")
+        param = self.place_of.get(p)
+        if param is None or not param.masked:
+            what = param.name if param else f"a parameter of shape {tuple(p.shape)}, which this optimizer does not have"
+            raise ValueError(f"p must be a parameter that is pruned, got {what}")
+        return param
+
     # --- views -----------------------------------------------------------------------------------------------------------------------
 
     def _view(self, flat: Tensor, param: Parameter) -> Tensor:

@@ -82,7 +82,22 @@ class Engine:
 
     @torch.no_grad()
     def rescore(self, scores: Mapping[Tensor, Tensor]) -> bool:
-        """Take ``scores`` of parameters, shaped like them, and select the masks anew; True when that needed a new plan."""
+        """Take ``scores`` of parameters, shaped like them, and select the masks anew; True when that needed a new plan.
+
+        Raises:
+            ValueError: a key is not pruned, or its scores have another shape or leave [0, 1]. Nothing has changed then.
+            RuntimeError: a parameter was moved or written by someone else.
+        """
+        for p, own in scores.items():
+            param = self.arena.masked(p)
+            if not param.pruned:
+                raise ValueError(f"scores must be of parameters that have their own, got {param.name}, which goes with others")
+            if not isinstance(own, Tensor) or own.shape != p.shape:
+                found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(f"scores of {param.name} must have the shape {tuple(p.shape)}, got {found}")
+            if not ((own >= 0) & (own <= 1)).all():
+                raise ValueError(f"scores of {param.name} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
+        self.arena.check_untouched()
         new = self.refresh("upper")
         for param in self.arena.pruned:
             self.arena.rescore(param, scores)
@@ -90,6 +105,14 @@ class Engine:
             self.arena.rescore_units(number, scores)
         self._project()
         return new
+
+    def load(self, states: Sequence[dict[str, Tensor]], num_nonfinite: Tensor) -> None:
+        """Take a saved state for every parameter of the arena, and make the plan for the options as they are now."""
+        for param, state in zip(self.arena.parameters, states, strict=True):
+            self.arena.load(param, state)
+        self.arena.record()
+        self.replan()
+        self.arena.num_nonfinite.copy_(num_nonfinite)
 
     # --- options and the plan --------------------------------------------------------------------------------------------------------
 
