@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bench.report import folder_name
 from bench.workload import machine
 from bip_fast import reference
-from bip_fast.engine.report import weights
+from bip_fast.engine.layers import weights
 from bip_fast.experiments.data.sets import AnyData, Position, batch_count, load, prepared
 from bip_fast.experiments.methods.begin import dense_optimizer
 from bip_fast.experiments.methods.table import stages

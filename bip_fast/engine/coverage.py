@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..reference import Blocks
+from .layers import Layer
 from .native import DTYPES, is_ordinary
-from .patterns import Layer, NofM, Refused, parse
+from .patterns import NofM, Refused, parse
 from .report import Decision
 
 __all__ = ["Parameter", "Seen", "decide", "frozen", "would_prune"]

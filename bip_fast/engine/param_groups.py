@@ -12,12 +12,11 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .coverage import Parameter, Seen, frozen
+from .layers import Layer, layer_of, prunable_layers
 from .options import GROUP_KEYS
-from .patterns import Layer
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
@@ -41,13 +40,9 @@ def _is_matrix(p: Tensor) -> bool:
     return not is_lazy(p) and p.dim() >= 2
 
 
-def _layer_of(module: nn.Module) -> Layer:
-    return Layer(bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1)))
-
-
 def _module_groups(model: nn.Module) -> tuple[Groups, Seen]:
     """Conv and Linear weights, and a second group of all other parameters; parameters that are frozen are in neither."""
-    modules = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear))]
+    modules = list(prunable_layers(model))
     weights = {layer.weight: layer for _, layer in modules if layer._parameters.get("weight") is not None}
     learning = [p for p in model.parameters() if p.requires_grad]
     pruned = [p for p in learning if p in weights]
@@ -66,7 +61,7 @@ def _module_groups(model: nn.Module) -> tuple[Groups, Seen]:
         elif p.requires_grad or not is_lazy(p):  # vectors that are frozen have a name too: a layer's filters may be theirs
             ends = {"channel": "it is the first layer of the model"} if p in first else {}
             ends |= {"filter": "it is the last layer of the model"} if p in last else {}
-            layer = _layer_of(weights[p]) if p in weights else Layer()
+            layer = layer_of(weights[p]) if p in weights else Layer()
             seen[p] = Parameter(p, name, layer, NO_LAYER if p not in weights and _is_matrix(p) else None, ends)
     biases = [(p, layer.bias) for p, layer in weights.items() if p in seen and p.requires_grad and layer.bias in seen]
     groups: Groups = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]

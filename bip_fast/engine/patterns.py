@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..reference import Blocks
+from .layers import Layer
 
-__all__ = ["Layer", "NofM", "Pattern", "Refused", "parse"]
+__all__ = ["NofM", "Pattern", "Refused", "parse"]
 
 SIZES = (2, 4, 8, 16, 32)  # M of N:M: what one mask word divides into
 EXPECTED = '"unstructured", "filter", "channel", "N:M" with N < M and M one of 2, 4, 8, 16, 32, or "block:RxC"'
@@ -29,13 +30,6 @@ EXPECTED = '"unstructured", "filter", "channel", "N:M" with N < M and M one of 2
 
 class Refused(Exception):
     """A pattern does not fit a tensor; the message is the reason, to stand after "dense: "."""
-
-
-class Layer(NamedTuple):
-    """What a weight belongs to, as far as a pattern asks: which dimension holds the outputs, and in how many groups inputs fall."""
-
-    transposed: bool = False
-    groups: int = 1
 
 
 class NofM(NamedTuple):

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..tables import aligned
+from .layers import weights
 
-__all__ = ["Decision", "Report", "Row", "Selection", "UnitCount", "layer_row", "layer_table", "report", "weights"]
+__all__ = ["Decision", "Report", "Row", "Selection", "UnitCount", "layer_row", "layer_table", "report"]
 
 
 class Row(NamedTuple):
@@ -201,24 +201,6 @@ def layer_row(name: str, x: Tensor) -> Row:
 def layer_table(tensors: Iterable[tuple[str, Tensor]]) -> Report:
     """Report of named weights."""
     return Report(tuple(layer_row(name, x) for name, x in tensors))
-
-
-def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Names and tensors that a report counts. A weight that several layers share appears once, under its first name."""
-    if isinstance(source, nn.Module):
-        layers = ((name, layer) for name, layer in source.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
-        found = [(f"{name}.weight".lstrip("."), layer.weight) for name, layer in layers]
-    else:
-        found = [(name, x) for name, x in source.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
-    first: dict[Any, tuple[str, Tensor]] = {}
-    for name, x in found:
-        storage = (
-            (x.data_ptr(), tuple(x.shape), tuple(x.stride()))
-            if x.numel() and x.layout == torch.strided and x.device.type != "meta"
-            else name
-        )
-        first.setdefault(storage, (name, x))
-    return list(first.values())
 
 
 def report(source: nn.Module | Mapping[str, Any]) -> Report:

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..atomic import write_beside
-from ..engine.report import weights
+from ..engine.layers import weights
 from ..errors import one_line
 from ..optimizer import FastBiP
 from .channels import zero_outputs

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..engine.layers import weights
 from ..engine.native import launch_guard
-from ..engine.report import layer_table, weights
+from ..engine.report import layer_table
 from ..errors import one_line
 from ..timing.steps import calls_in, synchronize
 from .measurement import Measurement, Timing, Variant, sentence

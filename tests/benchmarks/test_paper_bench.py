@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bip_fast import FastBiP
-from bip_fast.engine.report import weights
+from bip_fast.engine.layers import weights
 from bip_fast.experiments.data import sets as data
 from bip_fast.experiments.data.sets import Position
 from bip_fast.experiments.runs.settings import Settings

@@ -10,7 +10,8 @@ from method_stages import begun, flat_weights, network, run_stage, settings_of
 
 import bip_fast
 from bip_fast.commands import cli
-from bip_fast.engine.report import report, weights
+from bip_fast.engine.layers import weights
+from bip_fast.engine.report import report
 from bip_fast.experiments.data import sets as data
 from bip_fast.experiments.methods import begin as optimizers
 from bip_fast.experiments.methods.table import rounds, stages

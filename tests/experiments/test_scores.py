@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bip_fast
-from bip_fast.engine.report import weights
+from bip_fast.engine.layers import weights
 from bip_fast.experiments.methods import criteria as scores
 from bip_fast.experiments.models.names import build
 

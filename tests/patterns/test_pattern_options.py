@@ -5,7 +5,8 @@ from helpers import fill_gradients
 from torch import nn
 
 from bip_fast import FastBiP
-from bip_fast.engine.patterns import Layer, NofM, Refused, parse
+from bip_fast.engine.layers import Layer
+from bip_fast.engine.patterns import NofM, Refused, parse
 
 
 @pytest.mark.parametrize("pattern", ["filters", "4:2", "2:2", "0:4", "2:5", "2:64", "block:0x4", "block:4", "", None, 24])

@@ -6,7 +6,8 @@ from helpers import flat_like, params_of
 from torch import nn
 
 from bip_fast import FastBiP, reference
-from bip_fast.engine.patterns import Layer, parse
+from bip_fast.engine.layers import Layer
+from bip_fast.engine.patterns import parse
 
 
 def assert_constant_along(mask, dims):

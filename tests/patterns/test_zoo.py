@@ -10,7 +10,8 @@ from torch import nn
 from zoo import ZOO
 
 from bip_fast import FastBiP, reference
-from bip_fast.engine.patterns import Layer, parse
+from bip_fast.engine.layers import Layer
+from bip_fast.engine.patterns import parse
 
 PATTERNS = ["unstructured", "filter", "channel", "2:4", "1:4", "4:8", "block:4x4", "block:1x16"]
 

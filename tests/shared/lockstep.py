@@ -15,7 +15,8 @@ from helpers import assert_bits, fill_gradients, flat_like, pruned_of
 from torch import Tensor
 
 from bip_fast import FastBiP, reference
-from bip_fast.engine.patterns import Layer, parse
+from bip_fast.engine.layers import Layer
+from bip_fast.engine.patterns import parse
 from bip_fast.reference import Blocks, Hyper, State
 
 HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from bip_fast.engine.report import weights
+from bip_fast.engine.layers import weights
 from bip_fast.experiments.methods import begin as optimizers
 from bip_fast.experiments.methods.table import stages
 from bip_fast.experiments.models import names as models

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ...engine.report import weights
+from ...engine.layers import weights
 from ...optimizer import FastBiP
 from ...schedule import CURVES
 from ..data.sets import AnyData, Position

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...engine.report import weights
+from ...engine.layers import weights
 
 __all__ = ["Scores", "grasp", "layer_magnitude", "magnitude", "random", "snip", "synflow", "to_unit_interval"]
 

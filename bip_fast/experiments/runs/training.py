@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...graphs import GraphedIteration
-from ...engine.report import weights
+from ...engine.layers import weights
 from ...errors import UserError
 from ..data.sets import AnyData, Position, batch_count
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...errors import one_line
-from ...engine.report import weights
+from ...engine.layers import weights
 from ...errors import UserError
 from ..data.sets import AnyData
 from ..methods.begin import pruner
