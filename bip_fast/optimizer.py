@@ -39,12 +39,12 @@ class FastBiP(torch.optim.Optimizer):
     Args:
         params: a Module (its Conv and Linear weights are pruned, all its other trainable parameters learn), or ``parameters()``,
             ``named_parameters()`` or parameter groups (what has two or more dimensions is pruned). float32, bfloat16 or float16, on one
-            device. Tied parameters count once. Only a Module knows the layer of a weight: of a list, dimension 0 is taken for the outputs
-            and dimension 1 for the inputs of one group; pass the Module where "filter" or "channel" shall prune transposed or grouped
+            device. Tied parameters count once. Only a Module knows the layers of its weights. In a list, dimension 0 of a weight is taken
+            for its outputs and dimension 1 for its inputs, so pass the Module to prune filters or channels of transposed or grouped
             convolutions.
-        sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept. With a pattern of filters, channels or
-            blocks it is the fraction of these units, coupled ones counted once; that of the weights then differs where units are of
-            different sizes. `report` has both.
+        sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept. With filters, channels or blocks it is
+            the fraction of these units that is pruned, where coupled units count once; the fraction of zeros among the weights is another
+            when units differ in size. `report` shows both.
         density: ``1 - sparsity``, instead of it.
         lr: step size of theta.
         mask_lr: step size of the scores.
@@ -55,25 +55,26 @@ class FastBiP(torch.optim.Optimizer):
         nesterov: Nesterov momentum for theta.
         pattern: what is kept or dropped as one: "unstructured", single weights; "filter", output channels, with the bias of a layer;
             "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`engine.patterns`). A unit of
-            several weights has one score, at the start the mean of abs(theta), and moves by the sum of its weights' gradients. What a
-            pattern does not fit stays dense, with the reason in `report`; so does, being taken for the outputs of a Module, its last layer
-            ("filter"), and for its inputs its first ("channel"), in the order in which they were made. A model that returns the outputs of
-            several layers needs ``exclude`` for the others, or ``coupled``.
+            several weights has one score. It starts as the mean of abs(theta) and moves by the sum of its weights' gradients. A weight that
+            the pattern does not fit stays dense, and `report` gives the reason. With "filter" the last layer of a Module stays dense too,
+            because its filters are taken for the outputs of the model, and with "channel" the first; the order is that in which the layers
+            were made. A model that returns the outputs of several layers needs ``exclude`` or ``coupled`` for the others.
         scope: "global": all units of the same sparsity compete; "layer": every tensor keeps its own fraction; "erk": every tensor has a
-            budget of its own, larger for small layers (Erdos-Renyi-Kernel), and all of the same sparsity keep that together.
-        min_kept: filters, channels or blocks that every layer keeps, even if that is more than the sparsity allows.
+            budget of its own, larger for small layers (Erdos-Renyi-Kernel), and these budgets add up to the sparsity.
+        min_kept: how many filters, channels or blocks every layer keeps, even if that is more than the sparsity allows.
         levels: "alternating": ``lower_steps`` lower steps, then an upper one, each on its own batch; "joint": both from every backward.
         lower_steps: lower steps per upper step.
         exclude: names, `fnmatch` patterns, modules or parameters that stay dense; one or many.
         overrides: sparsity, or a dict of options, by name: ``{"layer1.*": 0.5, "head": {"pattern": "2:4"}}``. The last that matches counts;
             such weights get parameter groups of their own.
-        coupled: lists of names of parameters whose filters are one: weights that add up in a residual join, and vectors (batch-norm,
-            biases) that are masked with them. With the word "<outputs>" in it a list is of filters that the model returns, which stay; one
-            such list, and the last layer is one like the others. `bip_fast.export.coupling` finds all of them. For ``pattern="filter"``.
+        coupled: for ``pattern="filter"``: lists of parameters whose filters are kept or dropped together: weights whose outputs are
+            added in a residual join, and vectors (batch-norm, biases) that are masked with them. A list that contains "<outputs>" names
+            filters that the model returns, which are never pruned; where there is such a list, the last layer is no longer taken for the
+            outputs. `bip_fast.export.coupling` finds them all.
 
-    All but the last five are keys of parameter groups too, and ``prune=False`` makes a group dense; so do frozen parameters stay.
-    Hyper-parameters may change at any time, by schedulers or by hand; a new sparsity (density is turned into it once) or scope counts
-    from the next upper or joint step.
+    All but the last five are keys of parameter groups too. A group with ``prune=False`` stays dense, and so do frozen parameters.
+    Hyper-parameters may change at any time, by schedulers or by hand. A new sparsity or scope counts from the next upper or joint step; a
+    density is turned into a sparsity once.
 
     Raises:
         ValueError: an argument is out of range, or nothing is there to prune.
@@ -367,9 +368,9 @@ class FastBiP(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle. A copy has copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
+        """For copy and pickle. A copy trains copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
         arena = self._arena_of("copy")
-        arena.check_untouched()  # a copy has the parameters from their state
+        arena.check_untouched()  # the copy makes its parameters from the state
         state = super().__getstate__() | {"state": self._running("copy").saved_state()}
         return state | {"_phases": self._phases, "_seen": self._seen, "num_nonfinite": arena.num_nonfinite}
 

@@ -35,11 +35,11 @@ class Arena:
 
     Args:
         decided: every parameter once; pruned ones compete in this order.
-        device: where all of them are.
+        device: that of all parameters.
 
     Attributes:
-        parameters: with their places, in the order of these.
-        rivals: what competes, in the order of ties: parameters whose entries do, then sets of units.
+        parameters: the records with their places, in the order of the places.
+        rivals: what competes for places in the mask, in the order that ties follow: parameters whose entries compete, then sets of units.
     """
 
     def __init__(self, decided: Sequence[Parameter], device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Arena:
         self.parameters: list[Parameter] = []
         start = scored_end = masked_end = theta_end = 0
         for param in sorted(decided, key=lambda param: 0 if param.scored else 1 if param.masked else 2 if param.has_theta else 3):
-            row = len(self.parameters) + (0 if param.scored else num_sets)  # sets of units have rows behind those with scores of their own
+            row = len(self.parameters) + (0 if param.scored else num_sets)  # the rows of unit sets stand between
             self.parameters.append(replace(param, start=start, row=row))
             start += -(-param.numel // align) * align
             scored_end = start if param.scored else scored_end
@@ -66,7 +66,7 @@ class Arena:
         self.num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         sets = [[param for param in self.parameters if param.unit_set == number] for number in range(num_sets)]
         self.units = UnitScores(sets, self.num_scored, device)
-        singles = [param for param in self.parameters if param.scored and param.division is None]  # N:M has nothing to share out
+        singles = [param for param in self.parameters if param.scored and param.division is None]  # N:M entries compete in place
         self.rivals: list[Parameter | UnitSet] = [*singles, *self.units.sets]
         self.record()
 
@@ -117,7 +117,7 @@ class Arena:
         return self.state_of(param)["scores"].clone()
 
     def saved_state_of(self, param: Parameter) -> dict[str, Tensor]:
-        """`state_of`, but the mask words are in index order (row-major), so that they do not depend on anyone's layout."""
+        """`state_of`, with the mask words in index order (row-major), so that they do not depend on the memory layout."""
         state = self.state_of(param)
         return state | {"mask": pack_mask(self.mask_of(param).flatten())} if param.masked else state
 
@@ -134,8 +134,8 @@ class Arena:
             self.score_momentum = torch.zeros_like(self.scores)
 
     def start(self, param: Parameter) -> None:
-        """Start of BiP: theta is the parameter, momenta are 0, scores as `reference.start_scores` says, for units as `start_units` does.
-        The mask follows from the first projection."""
+        """Start of BiP: theta is the parameter, momenta are 0, scores are `reference.start_scores`; those of units are made by
+        `start_units`. The first projection makes the mask."""
         theta = in_memory_order(param.tensor).float()
         if param.has_theta:
             self.theta[param.start :][: param.numel] = theta
@@ -149,12 +149,12 @@ class Arena:
         self.units.start(number, [self.theta[param.start :][: param.numel].abs() for param in self.units.sets[number].scoring])
 
     def rescore(self, param: Parameter, scores: Mapping[Tensor, Tensor]) -> None:
-        """Take the scores of a parameter whose entries have one each."""
+        """Take new scores of a parameter whose entries have one each, if there are some."""
         if param.scored and param.tensor in scores:
             self._view(self.scores, param).copy_(scores[param.tensor])
 
     def rescore_units(self, number: int, scores: Mapping[Tensor, Tensor]) -> None:
-        """Take the scores of a set of units, each the mean over its weights, if there are some for all parameters that have a say in it."""
+        """Take new scores of a set of units, each the mean over its weights, if there are some for all its `scoring` parameters."""
         scoring = self.units.sets[number].scoring
         if all(param.tensor in scores for param in scoring):
             given = [torch.empty_strided(param.shape, param.stride, device=self.device).copy_(scores[param.tensor]) for param in scoring]
@@ -187,7 +187,7 @@ class Arena:
         return p.data_ptr(), p.dtype, p.device, p.shape, p.stride()
 
     def record(self) -> None:
-        """Remember where the parameters are and that what they hold is ours."""
+        """Remember where the parameters are, and that their present contents are ours."""
         self._storages = [self._storage(param.tensor) for param in self.parameters]
         self._versions = [param.tensor._version for param in self.parameters]
 
@@ -215,7 +215,7 @@ class Arena:
                 )
 
     def check_untouched(self) -> None:
-        """RuntimeError when a parameter has moved, or when another than this optimizer wrote into one that has a theta of its own."""
+        """RuntimeError when a parameter has moved, or when someone else wrote into one that has a theta of its own."""
         self.check_place()
         for param, version in zip(self.parameters, self._versions, strict=True):
             if param.has_theta and param.tensor._version != version:

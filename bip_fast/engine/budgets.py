@@ -16,7 +16,7 @@ __all__ = ["Budget", "SelectionGroup", "budget_of", "erk_kept", "selection_group
 
 
 class Budget(NamedTuple):
-    """What one pruned tensor, or set of coupled ones, asks for.
+    """What one rival, a pruned tensor or a set of units, asks for.
 
     Args:
         shape: of the (first) tensor.

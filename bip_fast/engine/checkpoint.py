@@ -1,4 +1,4 @@
-"""What a saved state must look like to be loaded: checked as a whole before anything is copied."""
+"""Saved states: what they hold besides the parameters' own, and the checks that a whole state must pass before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAY_BE_MISSING = "score_momentum"  # zero until a mask_momentum asks for it
 
 
 def extra(arena: Arena, phases: Phases) -> dict[str, Any]:
-    """What is saved under `EXTRA`: the cycle of phases, the counter, and how many weights the masks keep, to notice damage."""
+    """What is saved under `EXTRA`: the cycle of phases, the count of non-finite gradients, and that of kept weights, to notice damage."""
     return {**phases.state(), "num_nonfinite": arena.num_nonfinite.clone(), "kept": int(arena.kept())}
 
 

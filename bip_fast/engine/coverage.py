@@ -28,19 +28,18 @@ class Parameter:
         tensor: the parameter itself.
 
         name: (seen, in `param_groups`) for errors and reports; "" until it is decided if it came without one.
-        layer: that it is the weight of, as far as a pattern asks.
-        dense: why it is not pruned; None: it is, or so far nothing speaks against it.
-        ends: why its units are nobody's to remove, by the pattern that makes them: the filters of the model's last layer, the input
-            channels of its first.
+        layer: what a pattern asks about the layer of this weight.
+        dense: the reason why it is not pruned; None: it is pruned, or so far nothing speaks against it.
+        ends: reasons why its units must stay, by kind of pattern: filters of the model's last layer, input channels of its first.
 
         group: (decided, in `decide`) number of its parameter group.
-        pattern: of that group.
-        shape, stride, dtype: of the tensor at that moment.
-        division: what its units are; None: it is dense, or its entries are the units.
-        unit_set: number of the set that its units are, together with those of coupled parameters; -1: it is in none.
+        pattern: that of the group.
+        shape, stride, dtype: those of the tensor when this was decided.
+        division: how its entries form units; None: every entry is one, or the parameter is dense.
+        unit_set: number of the set to which its units belong, together with those of coupled parameters; -1: none.
 
         start: (placed, in `arena`) its first entry in the flat arrays.
-        row: of the kernels' table of tensors.
+        row: its row in the kernels' table of tensors.
     """
 
     tensor: Tensor
@@ -90,8 +89,8 @@ class Seen:
     Args:
         parameters: what is known of each; a parameter that is not in it came without a name, and nothing is known.
         coupled: weights whose filters are kept or dropped together, and the vectors that belong to these filters, as the user says.
-        biases: weights and their layer's bias, of all others.
-        left_out: parameters of a Module that the optimizer does not have.
+        biases: (weight, bias) of every layer that no list in ``coupled`` names.
+        left_out: decisions on parameters of a Module that are not in any group.
     """
 
     parameters: dict[Tensor, Parameter] = field(default_factory=dict)
@@ -103,12 +102,12 @@ class Seen:
         return self.parameters.get(p) or Parameter(p)
 
     def updated(self, parameters: Iterable[Parameter]) -> Seen:
-        """The same, with these records in place of what was known of their tensors."""
+        """A copy in which these records replace those of the same tensors."""
         return replace(self, parameters=self.parameters | {param.tensor: param for param in parameters})
 
 
 def frozen(p: Tensor) -> str | None:
-    """Why a parameter that does not learn stays dense, so that nobody expects it to change; None if it learns."""
+    """The reason why a parameter that does not learn stays dense; None if it learns."""
     return "it is frozen" if p.is_leaf and not p.requires_grad else None
 
 
@@ -116,10 +115,10 @@ def frozen(p: Tensor) -> str | None:
 
 
 def _divided(param: Parameter, group: Mapping[str, Any]) -> Blocks | NofM | None:
-    """Units of a parameter that is pruned.
+    """How the entries of a pruned parameter form units.
 
     Raises:
-        Refused: it is not, and why.
+        Refused: it is not pruned; the message is the reason.
     """
     if param.dense is not None:
         raise Refused(param.dense)
@@ -143,10 +142,13 @@ def would_prune(param: Parameter, group: Mapping[str, Any]) -> bool:
 
 
 def decide(param_groups: Sequence[Mapping[str, Any]], seen: Seen) -> tuple[list[Parameter], tuple[Decision, ...]]:
-    """Every parameter of the groups, each once; and what became of those of two or more dimensions.
+    """Decide about all parameters of the groups.
+
+    Returns:
+        a record for every parameter, each once, in the order of the groups; and for reports what became of those of two or more dimensions.
 
     Raises:
-        ValueError: the kernels cannot work on a parameter, which is named, or coupled parameters do not go together.
+        ValueError: the kernels cannot work on a parameter, or coupled parameters do not fit each other; the message names them.
     """
     given = [(number, group, p) for number, group in enumerate(param_groups) for p in group["params"]]
     decided: dict[Tensor, Parameter] = {}
@@ -177,7 +179,11 @@ def decide(param_groups: Sequence[Mapping[str, Any]], seen: Seen) -> tuple[list[
 
 
 def _join_units(decided: dict[Tensor, Parameter], seen: Seen) -> list[Tensor]:
-    """Number the sets of units, coupled parameters in one, and take in the vectors that follow. Returns those that are frozen and stay."""
+    """Give every set of units a number, in place: one set for coupled parameters and the vectors that follow their filters.
+
+    Returns:
+        vectors that should follow, but are frozen.
+    """
     count, outliving = 0, []
     for tensors in [*seen.coupled, *seen.biases]:
         weights = [decided[p] for p in tensors if p in decided and p.dim() >= 2]
@@ -187,7 +193,7 @@ def _join_units(decided: dict[Tensor, Parameter], seen: Seen) -> list[Tensor]:
         apart = next((f"{param.name}, which stays dense: {param.dense}" for param in weights if not param.pruned), None)
         if any(p not in decided and p.dim() >= 2 for p in tensors):
             apart = "a layer that is frozen"
-        if apart is not None:  # such filters can never be removed, so that there is nothing to win
+        if apart is not None:  # one of them must stay, so none can be removed and pruning them would win nothing
             for param in structured:
                 decided[param.tensor] = replace(param, dense=f"its filters are coupled with those of {apart}", division=None)
             continue
@@ -227,8 +233,8 @@ def _check_coupled(weights: Sequence[Parameter]) -> None:
 
 
 def _check_effect(decided: Mapping[Tensor, Parameter], seen: Seen) -> None:
-    """ValueError when lists couple weights that are pruned, and none of them by filters. A list of weights that go by other patterns (as
-    ``overrides`` may say) has no filters to couple, and may be beside others."""
+    """ValueError when lists couple pruned weights, but none of these by filters. One list may hold weights of other patterns, as
+    ``overrides`` can make them, if another list has filters."""
     pruned = [decided[p] for tensors in seen.coupled for p in tensors if p in decided and decided[p].pruned]
     if pruned and all(param.pattern != "filter" for param in pruned):
         raise ValueError(f'coupled must hold weights of pattern "filter", got {pruned[0].name} of pattern {pruned[0].pattern!r}')

@@ -1,4 +1,4 @@
-"""What runs the steps of one optimizer: its arena, the launch plan for it, and the options that both were made for, kept in agreement."""
+"""What runs the steps of one optimizer. It holds the arena and the launch plan, and keeps both in agreement with the options."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _value(option: Any) -> Any:
 
 
 class Engine:
-    """Kernels over the parameters of some groups.
+    """The steps of one optimizer, over the parameters of its groups.
 
     Args:
         param_groups: of the optimizer; looked at again in every step, so that schedulers are followed.
         seen: what is known of the parameters besides their groups.
-        states: saved states of parameters that were trained before; all others start as their magnitude says.
-        project: select the masks anew from all scores.
+        states: saved states of parameters that were trained before; all others start from their magnitudes.
+        project: whether to select the masks anew from all scores.
 
     Raises:
         ValueError: a parameter or an option cannot be used. Nothing was written then.
@@ -181,7 +181,7 @@ class Engine:
         """What starts the kernels of a step of ``phase``, once, with the gradients that the parameters have at this moment.
 
         Args:
-            grad_scale, found_inf: scalars as a GradScaler sets them; what is no tensor is none.
+            grad_scale, found_inf: scalars as a GradScaler sets them; anything but a tensor counts as None.
 
         Raises:
             RuntimeError: a gradient cannot be used.

@@ -1,4 +1,4 @@
-"""Options of `FastBiP`: which there are, what values each may have, and what a wrong one says."""
+"""Options of `FastBiP`: their names, the values that each may have, errors for all others, and the table that the kernels read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _CHOICES = {"levels": LEVELS, "scope": SCOPES}
 
 
 def _check_number(name: str, value: Any) -> None:
-    """A number, or for what schedulers move a tensor with one."""
+    """ValueError unless it is a number in range; what schedulers move may be a tensor with one number."""
     number = isinstance(value, Real) or (name in HYPER_KEYS and isinstance(value, torch.Tensor) and value.numel() == 1)
     if number and isinstance(value, torch.Tensor) and (value.is_complex() or value.device.type == "meta"):
         number = False
@@ -116,7 +116,7 @@ def resolve_density(options: dict[str, Any]) -> None:
 
 
 def resolve_pattern(options: dict[str, Any]) -> None:
-    """Leave out the sparsity of a pattern that has one of its own, in place.
+    """Set the sparsity to None, in place, where the pattern has one of its own (N:M).
 
     Raises:
         ValueError: the pattern is none, or another sparsity is given beside it.

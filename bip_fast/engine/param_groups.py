@@ -1,5 +1,6 @@
-"""What the first arguments of `FastBiP` mean: from a Module, parameters, names or dicts to parameter groups, and what was seen of each
-parameter on the way.
+"""From what the user gave to parameter groups: a Module, parameters, names or dicts, and ``exclude``, ``overrides``, ``coupled``.
+
+On the way everything is noted that is known of a parameter besides its group (`coverage.Seen`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OUTPUTS = "<outputs>"  # in a list of coupled filters: the model returns them
 NO_LAYER = "it is not the weight of a Conv or Linear layer"
 
 Groups = list[dict[str, Any]]
-Names = list[tuple[str, Tensor]]  # every name that a parameter has, of tied parameters too
+Names = list[tuple[str, Tensor]]  # tied parameters are in it under each of their names
 
 
 def split_names(params: Any) -> tuple[list[Any], dict[Tensor, str]]:
@@ -88,13 +89,13 @@ def _list_groups(params: Any) -> tuple[Groups, Seen]:
 
 
 def seen_in_group(seen: Seen, params: Iterable[Any], names: Mapping[Tensor, str]) -> Seen:
-    """What was ``seen``, and what another parameter group says: names, and which of its parameters are frozen."""
+    """``seen``, and what one more parameter group tells: names, and which of its parameters are frozen."""
     tensors = [p for p in params if isinstance(p, Tensor)]
     return seen.updated(replace(seen.of(p), name=names.get(p, seen.of(p).name), dense=frozen(p) or seen.of(p).dense) for p in tensors)
 
 
 def _named(what: str, pattern: str, prunable: Sequence[Tensor], names: Names) -> set[Tensor]:
-    """Weights that would be pruned and have a name, or are in a module of a name, that matches; ValueError if there are none."""
+    """Weights that would be pruned and whose own name, or whose module's name, matches; ValueError if there are none."""
     if not names:
         raise ValueError(f"{what} has the name {pattern!r}, but the parameters came without names; pass the model or named_parameters()")
     found = {p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")} & set(prunable)
@@ -120,7 +121,7 @@ def _excluded_by(item: Any, prunable: list[Tensor], names: Names) -> set[Tensor]
 
 
 def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Tensor], names: Names) -> Groups:
-    """The groups, where weights that ``overrides`` names have groups of their own, behind the one that they were in."""
+    """The groups, with weights that ``overrides`` names in groups of their own, each behind the group that the weight was in."""
     options: dict[Tensor, dict[str, Any]] = {}
     for pattern, value in overrides.items():
         if not isinstance(pattern, str):
@@ -147,8 +148,8 @@ def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Ten
 
 
 def _coupled(seen: Seen, coupled: Iterable[Iterable[str]], names: Names) -> Seen:
-    """Lists of names as lists of parameters; vectors named there follow these weights and not their own layer's alone. Lists of what the
-    model returns couple nothing, but where there are some, the last layer is one like the others."""
+    """Turn lists of names into lists of parameters. A vector that is named follows the weights of its list, and not only its own layer.
+    A list with `OUTPUTS` couples nothing: its filters stay, and the last layer is no longer taken for the outputs of the model."""
     by_name = dict(names)
     lists: list[list[Tensor]] = []
     outputs: list[list[Tensor]] = []
@@ -178,7 +179,7 @@ def _coupled(seen: Seen, coupled: Iterable[Iterable[str]], names: Names) -> Seen
 
 
 def _with_outputs(param: Parameter, returned: bool) -> Parameter:
-    """What the user says of the model's outputs, in place of what was taken for them."""
+    """The record after the user has said which filters the model returns."""
     ends = {kind: reason for kind, reason in param.ends.items() if kind != "filter"}
     return replace(param, ends=ends | ({"filter": "its filters are outputs of the model"} if returned else {}))
 
@@ -186,13 +187,13 @@ def _with_outputs(param: Parameter, returned: bool) -> Parameter:
 def param_groups_of(
     params: nn.Module | Iterable[Any], exclude: Any = (), overrides: Mapping[str, Any] | None = None, coupled: Iterable[Iterable[str]] = ()
 ) -> tuple[Groups, Seen]:
-    """Parameter groups, and what was seen of the parameters in them.
+    """Parameter groups, and what is known of the parameters besides.
 
     Args:
         params: Module (its Conv and Linear weights are pruned), parameters, ``(name, parameter)`` pairs, or groups of either.
         exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
         overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
-        coupled: lists of names of parameters whose filters are kept or dropped together, or with `OUTPUTS` stay.
+        coupled: lists of names of parameters whose filters are kept or dropped together; with `OUTPUTS` in a list its filters stay.
 
     Raises:
         TypeError: not one of these.

@@ -1,4 +1,4 @@
-"""Which step is next: the cycle of lower and upper steps, phases said by hand, and frozen masks."""
+"""Which step is next: the cycle of lower and upper steps, phases chosen by the user, and frozen masks."""
 
 from __future__ import annotations
 

@@ -58,12 +58,14 @@ def no_gradients(arena: Arena) -> np.ndarray:
 
 
 def _same_layout(x: Tensor, param: Parameter) -> bool:
-    """Whether entry i in the memory of ``x`` is entry i in the memory of the parameter, whose shape it has."""
+    """Whether ``x``, which has the parameter's shape, has its entries in the same order in memory."""
     return x.stride() == param.stride or all(size == 1 or a == b for size, a, b in zip(param.shape, x.stride(), param.stride, strict=True))
 
 
 def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
-    """Where every parameter's ``grad`` is, and what must stay alive until the kernels ran. Gradients of another layout are copied.
+    """Address and dtype of every parameter's ``grad``, and the tensors that must stay alive until the kernels ran.
+
+    A gradient of another memory layout than the parameter's is copied.
 
     Raises:
         RuntimeError: a gradient is sparse, on another device or of another dtype than the kernels know.
@@ -136,7 +138,7 @@ def _group_table(tensors: np.ndarray, selection: Sequence[SelectionGroup]) -> np
 
 
 class _Scratch:
-    """Pieces of one allocation, each aligned for any access, and where in the tables their addresses belong."""
+    """One allocation for many pieces, each aligned for any access. It knows which fields of the tables get the address of which piece."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._size = device, 0
@@ -171,7 +173,7 @@ class _UnitTables(NamedTuple):
 
 
 def _least_kept(arena: Arena, selection: Sequence[SelectionGroup], min_kept: Sequence[int]) -> dict[UnitSet, int]:
-    """How many units of every set a selection keeps in any case. A set that competes with no other keeps what its budget says."""
+    """How many units of every set the selection keeps in any case; 0 for a set that competes with no other, whose budget says it all."""
     least: dict[UnitSet, int] = dict.fromkeys(arena.units.sets, 0)
     for group in selection:
         rivals = [arena.rivals[i] for i in group.members]
@@ -180,7 +182,7 @@ def _least_kept(arena: Arena, selection: Sequence[SelectionGroup], min_kept: Seq
 
 
 def _unit_tables(arena: Arena, tensors: np.ndarray, least: dict[UnitSet, int]) -> _UnitTables:
-    """What the kernels need of the units, beside the rows of the sets in ``tensors``, which get the addresses of their scores."""
+    """What the kernels need of the units. Writes the addresses of their scores into the rows of the sets in ``tensors``."""
     sets = np.zeros(len(arena.units.sets), dtype=kernels().unit_set_dtype)
     parts = np.zeros(sum(len(units.parameters) for units in arena.units.sets), dtype=kernels().part_dtype)
     scratch = _Scratch(arena.device)

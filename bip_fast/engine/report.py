@@ -21,8 +21,8 @@ __all__ = ["Decision", "Report", "Row", "Selection", "UnitCount", "layer_row", "
 
 
 class Row(NamedTuple):
-    """One layer: ``kept`` of ``total`` weights are not zero. If the report is of an optimizer: its ``pattern``, and where that is of
-    filters, channels or blocks, how many ``units`` are kept, of how many."""
+    """One layer: ``kept`` of ``total`` weights are not zero. The report of an optimizer also has the ``pattern``, and for filters,
+    channels and blocks ``units``: how many are kept, of how many."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,8 +43,8 @@ class Row(NamedTuple):
 
 
 class UnitCount(NamedTuple):
-    """Filters, channels or blocks of all layers with one pattern, those that are coupled counted once. What ``sparsity`` asked for is
-    theirs; that of the weights may be another, because units are of different sizes."""
+    """Filters, channels or blocks of all layers with one pattern; coupled ones count once. The option ``sparsity`` is about these units,
+    so the fraction of zero weights may be another one."""
 
     pattern: str
     kept: int
@@ -72,13 +72,12 @@ class Decision(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """How the masks of one selection group were found, since the optimizer last laid out its groups (made, loaded, another group added).
+    """How the masks of one selection group were found, since the present plan was made (a new optimizer, a load, another group).
 
-    Of ``steps`` upper and joint steps, those that took more than one pass: ``first``, there was no window around the threshold of a step
-    before; ``missed``, the new threshold lay outside; ``crowded``, too many scores lay inside. They cost time and change nothing else.
-    ``candidates`` scores were looked at twice in all other steps, ``flips`` mask entries have changed, in steps of
-    more than one pass also back again. Kept scores are at or above
-    ``threshold``, the others at or below; it is infinite where all are kept, or none.
+    ``steps`` counts upper and joint steps. Some took more than one pass, which costs time and changes nothing else: ``first``, no step
+    before had left a window; ``missed``, the new threshold lay outside the window; ``crowded``, too many scores lay inside. In all other
+    steps together ``candidates`` scores were looked at twice. ``flips`` mask entries have changed; steps of more than one pass also count
+    those that changed back. Kept scores are at or above ``threshold``, the others at or below; it is infinite where all or none are kept.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Scores of units: filters, channels, blocks, each the score of many weights; one for the same filters of coupled layers.
+"""Scores of units. A filter, channel or block has one score for all its weights; the same filters of coupled layers share one.
 
-The weights themselves stay with `arena`, where every entry has its mask bit; the kernels keep both in agreement.
+The weights themselves are in `arena`, where every entry has its own mask bit. The kernels keep the masks of units and of entries equal.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class UnitSet:
     """Units that are kept or dropped over all parameters of a set: ``numel`` of them.
 
     Args:
-        parameters: those that have a say in the scores come first, then the vectors that follow.
-        row: of the kernels' table of tensors, where the set stands as one.
-        start: of its units in the arrays of `UnitScores`.
+        parameters: first those whose weights make the scores, then the vectors that follow.
+        row: its row in the kernels' table of tensors, which has one for the whole set.
+        start: its first unit in the arrays of `UnitScores`.
     """
 
     parameters: tuple[Parameter, ...]
@@ -119,6 +119,6 @@ class UnitScores:
         return int(unpack_mask(self.state_of(number)["mask"], self.sets[number].numel).sum()), self.sets[number].numel
 
     def start(self, number: int, magnitudes: Sequence[Tensor]) -> None:
-        """Start scores of a set, from ``abs(theta)`` in memory order of every parameter that has a say in them."""
+        """Start scores of a set, from ``abs(theta)`` in memory order of each of its `scoring` parameters."""
         blocks = [blocks_of(param) for param in self.sets[number].scoring]
         self.state_of(number)["scores"].copy_(reference.unit_means(magnitudes, blocks))
