@@ -1,4 +1,4 @@
-"""Sparsity patterns: how the weights of a tensor fall into units, which are kept or dropped as one. The kernels know units, not names.
+"""Sparsity patterns: how the weights of a tensor form units, each of which is kept or dropped as one. The kernels know units, not names.
 
 ====================  ==============================================================================================================
 "unstructured"        every weight is a unit
@@ -25,11 +25,13 @@ from .layers import Layer
 __all__ = ["NofM", "Pattern", "Refused", "parse"]
 
 SIZES = (2, 4, 8, 16, 32)  # M of N:M: what one mask word divides into
+SINGLE = "unstructured"
+PLURALS = {"filter": "filters", "channel": "input channels", "block": "blocks"}  # of units of several weights
 EXPECTED = '"unstructured", "filter", "channel", "N:M" with N < M and M one of 2, 4, 8, 16, 32, or "block:RxC"'
 
 
 class Refused(Exception):
-    """A pattern does not fit a tensor; the message is the reason, to stand after "dense: "."""
+    """A tensor stays dense, because the pattern does not fit it or for another reason, which is the message."""
 
 
 class NofM(NamedTuple):
@@ -53,18 +55,13 @@ class Pattern(NamedTuple):
     sizes: tuple[int, int] = (1, 1)
 
     @property
-    def structured(self) -> bool:
-        """Units of several weights."""
-        return self.kind in ("filter", "channel", "block")
-
-    @property
     def units(self) -> str:
         """What a sparsity is a share of."""
-        return {"filter": "filters", "channel": "input channels", "block": "blocks"}.get(self.kind, "weights")
+        return PLURALS.get(self.kind, "weights")
 
     @property
     def sparsity(self) -> float | None:
-        """The one fraction of zeros that it can have, if it decides that."""
+        """The one fraction of zeros that the pattern has, None if it leaves that open."""
         return 1 - self.sizes[0] / self.sizes[1] if self.kind == "N:M" else None
 
     def divide(self, shape: Sequence[int], stride: Sequence[int], layer: Layer) -> Blocks | NofM | None:
@@ -73,7 +70,7 @@ class Pattern(NamedTuple):
         Raises:
             Refused: they would not be what the pattern promises.
         """
-        if self.kind == "unstructured":
+        if self.kind == SINGLE:
             return None
         if 0 in shape:
             raise Refused("it has no entries")
@@ -113,7 +110,7 @@ def _along(order: list[int], shape: Sequence[int], dim: int, groups: int) -> Blo
 
 def parse(text: object) -> Pattern:
     """The pattern of a name; ValueError says which there are."""
-    if text in ("unstructured", "filter", "channel"):
+    if text in (SINGLE, "filter", "channel"):
         return Pattern(str(text), str(text))
     if isinstance(text, str):
         n_of_m, block = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"block:(\d+)x(\d+)", text)
