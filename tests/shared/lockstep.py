@@ -134,7 +134,7 @@ class Lockstep:
         def divided(x: Tensor) -> Blocks:
             return parse(name).divide(x.shape, x.stride(), self.layers.get(x, Layer()))
 
-        if not parse(name).structured:
+        if parse(name).units == "weights":
             return []
         members = next((members for members in self.coupled if any(p is x for x in members)), [p])
         follow = {x: Blocks(1, x.numel(), 1, 1) for x in members if x.dim() < 2}
