@@ -247,7 +247,7 @@ def test_the_end_of_a_round_keeps_less_of_what_was_kept(tmp_path, monkeypatch, r
         seen.append({name: (p.detach() != 0, opt.weight_of(p)) for name, p in weights(model)})
         return opt
 
-    monkeypatch.setattr("bip_fast.experiments.prune.begin", watched)
+    monkeypatch.setattr("bip_fast.experiments.runs.job.begin", watched)
     assert prune(tmp_path / "run", "--method", "imp", "--rewind", rewind, "--per-round", "0.5") == 0
     epoch = 0 if rewind == "init" else 1
     saved = load_weights(tmp_path / "run" / f"epoch-{epoch}.safetensors")

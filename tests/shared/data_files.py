@@ -23,7 +23,7 @@ def write_fashion_mnist(folder, *, train=40, test=20, zipped=True):
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in zip(IDX, arrays, strict=True):
         contents = idx_bytes(array)
-        (folder / (f"{name}.gz" if zipped else name)).write_bytes(gzip.compress(contents) if zipped else contents)
+        (folder / (f"{name}.gz" if zipped else name)).write_bytes(gzip.compress(contents, mtime=0) if zipped else contents)
     return arrays
 
 
