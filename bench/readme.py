@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import compare, digits, paper, patterns, report, structured, targets, window
+from bench import report, targets
+from bench.studies import compare, digits, paper, patterns, structured, window
 from bip_fast.experiments.methods import table as methods
 
 ROOT = Path(__file__).parents[1]

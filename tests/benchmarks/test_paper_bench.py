@@ -1,4 +1,4 @@
-"""`bench/paper.py`: the reference on a real network is what `FastBiP` does, and each variant is what its name says."""
+"""`bench/studies/paper.py`: the reference on a real network is what `FastBiP` does, and each variant is what its name says."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'bip_fast
 @pytest.fixture
 def paper(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    from bench import paper
+    from bench.studies import paper
 
     return paper
 

@@ -80,8 +80,8 @@ def test_pictures(finished, tmp_path):
 
 def test_results_become_a_table_of_the_readme(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    from bench import compare as bench_compare
     from bench import readme
+    from bench.studies import compare as bench_compare
 
     assert bench_compare.main([str(finished), "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -100,8 +100,8 @@ def test_results_become_a_table_of_the_readme(finished, tmp_path, monkeypatch, c
 
 def test_a_search_becomes_its_table(finished, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    from bench import compare as bench_compare
     from bench import readme
+    from bench.studies import compare as bench_compare
 
     search = tmp_path / "search"
     search.mkdir()

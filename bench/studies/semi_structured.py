@@ -1,6 +1,6 @@
 """Twelve transformer layers of the size of BERT-base, 2:4, under bfloat16: dense, masked and semi-structured weights, whatever the result.
 
-    python3 -m bench.semi_structured --device cuda        JSON under bench/results/<device>, table
+    python3 -m bench.studies.semi_structured --device cuda        JSON under bench/results/<device>, table
 
 Masks are those of FastBiP's first step, magnitudes in groups of four. On the CPU every layer is refused, with the reason.
 """
@@ -25,13 +25,13 @@ from bip_fast.export.measure import measure
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.semi_structured", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.semi_structured", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda; default: cpu")
     parser.add_argument("--layers", type=int, default=12, metavar="N", help="default: 12")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 512], metavar="N", help="default: 1 64 512")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.manual_seed(0)

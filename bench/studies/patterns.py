@@ -1,8 +1,8 @@
 """The upper step of every pattern beside the unstructured one, on the
 weights of a ResNet-18 (11.2 million) or of a ResNet-50 (25.5 million).
 
-    python3 -m bench.patterns                     JSON under bench/results/<device>, table
-    python3 -m bench.patterns --device cuda --network resnet50
+    python3 -m bench.studies.patterns                     JSON under bench/results/<device>, table
+    python3 -m bench.studies.patterns --device cuda --network resnet50
 
 All patterns take turns in every round, so that their ratios are of the same minute; warm (a window from the step before), half of the units
 kept, fp32, one selection over all tensors. Gradients come from a rotating pool.
@@ -112,12 +112,12 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.patterns", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.patterns", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda; default: cpu")
     parser.add_argument("--network", nargs="+", choices=list(SHAPES), default=["resnet18"], help="default: resnet18")
     parser.add_argument("--rounds", type=int, default=40, metavar="N", help="turns that every pattern has; default: 40")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     results: dict[str, Any] = {"machine": machine(device), "date": datetime.date.today().isoformat()}

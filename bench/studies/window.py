@@ -1,7 +1,7 @@
 """How the window fares in a real run: flips, threshold, candidates and fallbacks of every mask step, as numbers and as a picture.
 
-    python3 -m bench.window                            ResNet-20 on scikit-learn's digits, dense, then BiP at 95 % zeros
-    python3 -m bench.window --data cifar10 --data-dir DIR --levels joint --sparsity 0.9 --mask-lr 1
+    python3 -m bench.studies.window                            ResNet-20 on scikit-learn's digits, dense, then BiP at 95 % zeros
+    python3 -m bench.studies.window --data cifar10 --data-dir DIR --levels joint --sparsity 0.9 --mask-lr 1
 
 Written to bench/results/<device>/window.json and window.png. The whole sparsity from the first step, and step sizes at
 which masks move; other settings that are not given are those of `bip-fast prune --method bip-paper`.
@@ -96,7 +96,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.window", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.window", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, metavar="DIR")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), metavar="NAME", help="default: cpu")
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings.of({**USUAL, **options})
     steps = record(settings, data_dir, device)
     results = {"machine": machine(device), "date": datetime.date.today().isoformat(), "settings": settings.as_dict(), "steps": steps}
-    folder = out or Path(__file__).parent / "results" / folder_name(results["machine"]["device"])
+    folder = out or Path(__file__).parents[1] / "results" / folder_name(results["machine"]["device"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "window.json").write_text(json.dumps(results) + "\n")
     chart(results, folder / "window.png")

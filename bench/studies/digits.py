@@ -1,6 +1,6 @@
 """The default run of the command line, over seeds: accuracy before and after pruning, and the time of the whole command.
 
-    python3 -m bench.digits                       three runs of `bip-fast prune`, JSON under bench/results/<device>, table
+    python3 -m bench.studies.digits                       three runs of `bip-fast prune`, JSON under bench/results/<device>, table
 
 ResNet-20 on scikit-learn's digits, 95 % zeros. Every run is a new process, as a user starts it, and is timed from its start to its end.
 """
@@ -45,10 +45,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.digits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.digits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "date": datetime.date.today().isoformat()}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Half of the filters, removed for good: accuracy and speed of ResNet-20 on digits and Fashion-MNIST.
 
-    python3 -m bench.structured --data-dir DIR           train, prune, shrink, measure; JSON under bench/results/<device>, table
-    python3 -m bench.structured --data digits            the rows of one data set anew
+    python3 -m bench.studies.structured --data-dir DIR           train, prune, shrink, measure; JSON under bench/results/<device>, table
+    python3 -m bench.studies.structured --data digits            the rows of one data set anew
 
 BiP (joint) beside one-shot group magnitude pruning: both start from the same dense network, keep half of the filters of every set of
 coupled layers, and get the same number of forward and backward passes on the same batches; "dense" is the network trained on for as long.
@@ -157,13 +157,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.structured", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.structured", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", choices=list(BASE), default=list(BASE), help="default: both")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of Fashion-MNIST")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--work", type=Path, default=Path("runs") / "structured", metavar="DIR", help="default: runs/structured")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "date": datetime.date.today().isoformat()}
     target = options.results / folder_name(results["machine"]["device"]) / "structured.json"

@@ -1,7 +1,7 @@
 """The paper, the authors' code and this project: what each difference does to the accuracy, by the plain-torch reference.
 
-    python3 -m bench.paper --data-dir DIR          a part of Fashion-MNIST, JSON under bench/results/<device>, table; 6 minutes a seed
-    python3 -m bench.paper --data digits           the same on digits, in two minutes
+    python3 -m bench.studies.paper --data-dir DIR   part of Fashion-MNIST, JSON under bench/results/<device>, table; 6 minutes a seed
+    python3 -m bench.studies.paper --data digits    the same on digits, in two minutes
 
 Every variant starts from the same dense network, takes as many forward and backward passes, and differs from the paper's BiP in one thing
 (`bip_fast.reference.Variant`, and which batch the upper level sees). The settings of the runs are `configs/quick.yaml`'s, with the
@@ -180,12 +180,12 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", choices=list(BASE), default="fashion-mnist", help="default: %(default)s")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of Fashion-MNIST")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "date": datetime.date.today().isoformat()}
     results["settings"] = {**BASE[options.data], **STEPS}

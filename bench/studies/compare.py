@@ -1,7 +1,7 @@
 """The results of a comparison, brought into bench/results: its rows as JSON, its picture.
 
 bip-fast compare configs/quick.yaml --data-dir DIR
-python3 -m bench.compare runs/quick           JSON and pictures under bench/results/<device>, table
+python3 -m bench.studies.compare runs/quick           JSON and pictures under bench/results/<device>, table
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def search_table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python3 -m bench.studies.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of `bip-fast compare`")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR", help="default: bench/results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR", help="default: bench/results")
     options = parser.parse_args(arguments)
     with (options.folder / "runs.csv").open() as file:
         rows = [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
