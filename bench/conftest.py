@@ -13,7 +13,7 @@ import torch
 
 from bench import clock
 from bench.workload import DEFAULT_SIZES, SIZES, processor_name
-from bip_fast.timing.steps import calls_in, synchronize
+from bip_fast.timing.clock import calls_in, synchronize
 
 Call = Callable[[], object]
 

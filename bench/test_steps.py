@@ -13,7 +13,7 @@ from bench import clock
 from bench.conftest import sizes_of
 from bench.peers import PEERS, Row
 from bench.workload import SGD_BYTES, Case, forget_workloads, size_name, step_cases, workload_of
-from bip_fast.timing.steps import too_large
+from bip_fast.timing.clock import too_large
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,7 +15,8 @@ from bench import cub, peers
 from bench.conftest import sizes_of
 from bench.workload import AXES_AT, DENSITY, DISTRIBUTIONS, forget_workloads, scores_of, size_name
 from bip_fast import topk_mask
-from bip_fast.timing.steps import TOPK_BYTES, cache_bytes, too_large
+from bip_fast.timing.clock import cache_bytes, too_large
+from bip_fast.timing.steps import TOPK_BYTES
 
 BARE = {"torch.topk, bare": True, "torch.topk(sorted=False), bare": False}
 CUB = "CUB DeviceTopK, bare"

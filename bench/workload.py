@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import bip_fast
-from bip_fast.timing.steps import cache_bytes, step_bytes
+from bip_fast.timing.clock import cache_bytes
+from bip_fast.timing.steps import step_bytes
 
 DENSITY = 0.1
 RESNET18 = 11_164_352  # Conv and Linear weights of ResNet-18 in its CIFAR form

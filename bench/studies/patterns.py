@@ -25,7 +25,7 @@ from bench.report import folder_name
 from bench.workload import machine, resnet18_shapes
 from bip_fast import FastBiP
 from bip_fast.engine.patterns import parse
-from bip_fast.timing.steps import synchronize
+from bip_fast.timing.clock import synchronize
 
 PATTERNS = ("unstructured", "filter", "channel", "block:16x16", "block:4x4", "block:1x32", "block:1x4", "1:2", "2:4", "4:8", "16:32")
 

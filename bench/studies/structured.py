@@ -30,11 +30,11 @@ from bip_fast.experiments.methods.table import stages
 from bip_fast.experiments.models import names as models
 from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.experiments.runs.settings import Settings
-from bip_fast.experiments.runs.state_dicts import load_into, read_state_dict, write_safetensors
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
 from bip_fast.export.measure import measure
 from bip_fast.export.runtimes import RUNTIMES
 from bip_fast.export.shrink import shrink
+from bip_fast.state_dicts import load_into, read_state_dict, write_safetensors
 
 BATCH = 64
 BASE: dict[str, dict[str, Any]] = {

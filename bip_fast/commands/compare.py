@@ -1,53 +1,48 @@
-"""Options and output of `bip-fast compare`."""
+"""`bip-fast compare`: a grid of methods, sparsities and seeds."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import UserError
-from ..experiments.compare import progress, results
+from ..experiments.compare import figures, progress, results
 from ..experiments.compare.execution import Comparison
 from ..experiments.compare.grid import read
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.signals import Stop
+from .environment import check_extras, pick_device
 
-__all__ = ["add_options", "command"]
+__all__ = ["add_options", "run"]
 
 
-def add_options(commands: Any) -> None:
-    """Add `compare` to the subcommands."""
-    compare = commands.add_parser(
-        "compare",
-        help="run a grid of methods, sparsities and seeds; tables and pictures",
-        description="Run every combination of data, model, method, sparsity and seed that a YAML file names, several at a time, and make "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run every combination of data, model, method, sparsity and seed that a YAML file names, several at a time, and make "
         "runs.csv, summary.csv and pictures. Stopped or killed, the same command goes on where every run stood; a finished run is never "
-        "repeated.",
+        "repeated."
     )
-    compare.add_argument("config", metavar="CONFIG", type=Path, help="YAML file; configs/ has some")
-    compare.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data sets")
-    compare.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs and results; default: runs/<name of CONFIG>")
-    compare.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
-    compare.add_argument(
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file; configs/ has some")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data sets")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs and results; default: runs/<name of CONFIG>")
+    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
         help="runs at the same time, which changes no result; default: as many as the CPU cores have room for, or 1 on a GPU; "
         "each has one CPU thread, or as many as the setting `threads` of CONFIG says",
     )
-    compare.add_argument("--list", action="store_true", help="only list the runs, what they cost, and which are finished")
+    parser.add_argument("--list", action="store_true", help="only list the runs, what they cost, and which are finished")
 
 
-def command(options: dict[str, Any], device: torch.device) -> int:
-    """Run `bip-fast compare`; returns the exit code: 1 when a run failed.
-
-    Raises:
-        UserError: the input is not what it should be.
-    """
+def run(options: dict[str, Any]) -> int:
+    """Run the grid; returns 1 when a run failed. UserError where the input is not what it should be."""
+    check_extras()
+    device = pick_device(options["device"])
     data_dir = options["data_dir"]
     grid = read(options["config"], data_dir)
     out: Path = options["out"] or Path("runs") / grid.name
@@ -93,8 +88,6 @@ def _list(comparison: Comparison) -> None:
 
 
 def _finish(comparison: Comparison) -> int:
-    from ..experiments.compare import figures
-
     rows = results.collect(comparison)
     if rows:
         made = [*results.write(rows, comparison.out), *figures.draw(rows, comparison.out)]

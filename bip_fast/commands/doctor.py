@@ -5,6 +5,7 @@ Everything is looked at on its own, so one broken part does not hide the others;
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 
 from ..engine import native
 from ..errors import one_line
+from .environment import EXTRAS, missing_extras
 
-__all__ = ["doctor"]
+__all__ = ["add_options", "run"]
 
 REBUILD = "python3 -m pip install --force-reinstall --no-deps SOURCE, where SOURCE is the bip_fast source tree"
 
@@ -72,10 +74,12 @@ def _needs(error: str | None, missing: list[str]) -> list[tuple[str, str]]:
     return needs
 
 
-def doctor() -> int:
-    """Print the findings; returns 0 when pruning works on some device, 1 when the kernels or the packages of `[cli]` are missing."""
-    from .cli import EXTRAS, missing_extras
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What works here, and what is missing."
 
+
+def run(options: dict[str, Any]) -> int:
+    """Print the findings; returns 0 when pruning works on some device, 1 when the kernels or the packages of `[cli]` are missing."""
     build, error = _build()
     missing = missing_extras()
     packages = ["bip-fast", "torch", "numpy", *EXTRAS.values()]

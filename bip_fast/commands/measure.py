@@ -1,4 +1,4 @@
-"""The command `bip-fast measure`: what a finished run, or a file of weights, is worth on this machine."""
+"""`bip-fast measure`: what a finished run, or a file of weights, is worth on this machine."""
 
 from __future__ import annotations
 
@@ -19,31 +19,30 @@ from ..experiments.data.sets import DATA, AnyData, load, prepared
 from ..experiments.models import names as models
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.settings import Settings
-from ..experiments.runs.state_dicts import load_into, read_state_dict
+from ..export.measure import measure
 from ..export.runtimes import RUNTIMES
+from ..state_dicts import load_into, read_state_dict
+from .environment import pick_device
 
-__all__ = ["add_options", "command"]
+__all__ = ["add_options", "run"]
 
 
-def add_options(commands: Any) -> None:
-    """Add `measure` to the subparsers of the command line."""
-    measure = commands.add_parser(
-        "measure",
-        help="time a pruned network beside the dense one, and say why it is or is not faster",
-        description="A pruned network beside the dense one: as it is, with dead channels removed, and as 2:4. Time, FLOPs, bytes and "
-        "accuracy of each, and one sentence that says why it is or is not faster.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "A pruned network beside the dense one: as it is, with dead channels removed, and as 2:4. Time, FLOPs, bytes and "
+        "accuracy of each, and one sentence that says why it is or is not faster."
     )
-    measure.add_argument("path", metavar="RUN", type=Path, help="run folder of `bip-fast prune`, or a file of weights")
-    measure.add_argument("--dense", type=Path, metavar="FILE", help="weights before pruning; default: dense.safetensors of the run")
-    measure.add_argument("--model", metavar="NAME", help="of a file that is in no run folder: as in `bip-fast prune`")
-    measure.add_argument("--width", type=int, metavar="N", help="of such a file's model")
-    measure.add_argument("--data", metavar="NAME", help=f"of such a file: {', '.join(DATA)}")
-    measure.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
-    measure.add_argument("--batch-sizes", type=_sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
-    measure.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="spent on each batch size, about; default: %(default)s")
-    measure.add_argument("--runtime", choices=RUNTIMES, default="torch", help="what runs them; onnxruntime on a CPU; default: torch")
-    measure.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
-    measure.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("path", metavar="RUN", type=Path, help="run folder of `bip-fast prune`, or a file of weights")
+    parser.add_argument("--dense", type=Path, metavar="FILE", help="weights before pruning; default: dense.safetensors of the run")
+    parser.add_argument("--model", metavar="NAME", help="of a file that is in no run folder: as in `bip-fast prune`")
+    parser.add_argument("--width", type=int, metavar="N", help="of such a file's model")
+    parser.add_argument("--data", metavar="NAME", help=f"of such a file: {', '.join(DATA)}")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
+    parser.add_argument("--batch-sizes", type=_sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
+    parser.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="spent on each batch size, about; default: %(default)s")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="what runs them; onnxruntime on a CPU; default: torch")
+    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -136,14 +135,9 @@ def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def command(options: dict[str, Any], device: torch.device) -> int:
-    """Run `bip-fast measure`; returns the exit code.
-
-    Raises:
-        UserError: the input is not what it should be.
-    """
-    from ..export.measure import measure
-
+def run(options: dict[str, Any]) -> int:
+    """Print the table, or JSON; UserError where the input is not what it should be."""
+    device = pick_device(options["device"])
     what = _what(options)
     settings = what.settings
     data, note = _data(settings, options["data_dir"])

@@ -1,4 +1,4 @@
-"""Options and output of `bip-fast prune`."""
+"""`bip-fast prune`: train a network, prune it, measure both."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.job import Job
 from ..experiments.runs.settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings, option, unused
 from ..experiments.runs.signals import Stop
+from .environment import check_extras, pick_device
 
-__all__ = ["add_options", "command"]
+__all__ = ["add_options", "run"]
 
 
-def add_options(commands: Any) -> None:
-    """Add `prune` to the subcommands."""
-    prune = commands.add_parser(
-        "prune",
-        help="train a network, prune it, measure both",
-        description="Train a network, prune it (with BiP, or another --method), measure both on the test set. Without options: ResNet-20 "
-        "on scikit-learn's digits, 95 % zeros, in less than a minute on two CPU cores.",
-        epilog="The run folder gets model.safetensors (plain keys, exact zeros), dense.safetensors, report.json, config.json, curves.png "
-        "and checkpoint.pt. Defaults were chosen on a part of the training images; test images are only looked at for the report.",
-        argument_default=argparse.SUPPRESS,
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a network, prune it (with BiP, or another --method), measure both on the test set. Without options: ResNet-20 "
+        "on scikit-learn's digits, 95 % zeros, in less than a minute on two CPU cores."
     )
-    _add_what(prune.add_argument_group("what to prune"))
-    _add_how(prune.add_argument_group("how to prune"))
-    _add_training(prune.add_argument_group("training"))
-    _add_run(prune.add_argument_group("the run"))
+    parser.epilog = (
+        "The run folder gets model.safetensors (plain keys, exact zeros), dense.safetensors, report.json, config.json, curves.png "
+        "and checkpoint.pt. Defaults were chosen on a part of the training images; test images are only looked at for the report."
+    )
+    parser.argument_default = argparse.SUPPRESS
+    _add_what(parser.add_argument_group("what to prune"))
+    _add_how(parser.add_argument_group("how to prune"))
+    _add_training(parser.add_argument_group("training"))
+    _add_run(parser.add_argument_group("the run"))
 
 
 def _default(name: str) -> str:
@@ -148,12 +148,10 @@ def _add_run(group: Any) -> None:
     group.add_argument("--overwrite", action="store_true", help="start again in a folder that has a run")
 
 
-def command(options: dict[str, Any], device: torch.device) -> int:
-    """Run `bip-fast prune`; returns the exit code.
-
-    Raises:
-        UserError: the input is not what it should be.
-    """
+def run(options: dict[str, Any]) -> int:
+    """Run it, or go on with it; UserError where the input is not what it should be."""
+    check_extras()
+    device = pick_device(options["device"])
     if str(options.get("out", "out")) == "." and not options.get("overwrite"):
         raise UserError("--out must name a folder of its own, got the current one")
     given = {name: value for name, value in options.items() if name in FIELDS}

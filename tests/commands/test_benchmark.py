@@ -5,16 +5,15 @@ import torch
 from cli_runs import one_line
 
 from bip_fast import reference
-from bip_fast.commands import cli
-from bip_fast.timing import plain
-from bip_fast.timing import steps as benchmark
+from bip_fast.commands import bench, cli
+from bip_fast.timing import clock, plain, steps
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """The command, in hundredths of a second."""
-    measure = benchmark.measure
-    monkeypatch.setattr(benchmark, "measure", lambda numel, device, density: measure(numel, device, density, budget=0.01))
+    measure = steps.measure
+    monkeypatch.setattr(steps, "measure", lambda numel, device, density: measure(numel, device, density, budget=0.01))
     return lambda *options: cli.main(["bench", "--device", "cpu", *options])
 
 
@@ -45,10 +44,10 @@ def test_what_is_wrong_is_said_in_one_line(quick, capsys, options, message):
 
 
 def test_more_than_fits_is_not_tried(quick, monkeypatch, capsys):
-    assert benchmark.too_large(1, torch.device("cpu")) is None
-    why = benchmark.too_large(10**15, torch.device("cpu"))
+    assert clock.too_large(1, torch.device("cpu")) is None
+    why = clock.too_large(10**15, torch.device("cpu"))
     assert why.startswith("needs 72000000.0 GB, ")
-    monkeypatch.setattr(benchmark, "too_large", lambda numel, device: why)
+    monkeypatch.setattr(bench, "too_large", lambda numel, device: why)
     assert quick("--numel", "1000") == 2
     assert f"--numel 1000: {why} on cpu" in one_line(capsys.readouterr().err)
 
@@ -57,7 +56,7 @@ def test_memory_that_is_not_there_is_said_in_one_line(monkeypatch, capsys):
     def measure(*_):
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(steps, "measure", measure)
     assert cli.main(["bench", "--device", "cpu", "--numel", "1000"]) == 2
     assert "--numel 1000: not enough memory on cpu" in one_line(capsys.readouterr().err)
 
@@ -92,6 +91,6 @@ def test_plain_steps_do_what_the_reference_does(phase, dtype):
 @pytest.mark.parametrize(("phase", "contract"), [("lower", 24.1), ("upper", 16.3), ("joint", 32.3)])
 def test_bytes_of_a_step_are_those_of_the_cost_model(phase, contract):
     """At 10 % density; the contract counts z in full where one line of thirty holds no kept weight."""
-    assert benchmark.step_bytes(phase, 0.1) == pytest.approx(contract, abs=0.2)
-    assert benchmark.step_bytes(phase, 0.1, itemsize=2) == pytest.approx(contract - (2 if phase == "upper" else 4), abs=0.2)
-    assert benchmark.step_bytes(phase, 0.005) <= benchmark.step_bytes(phase, 0.5)
+    assert steps.step_bytes(phase, 0.1) == pytest.approx(contract, abs=0.2)
+    assert steps.step_bytes(phase, 0.1, itemsize=2) == pytest.approx(contract - (2 if phase == "upper" else 4), abs=0.2)
+    assert steps.step_bytes(phase, 0.005) <= steps.step_bytes(phase, 0.5)

@@ -10,7 +10,7 @@ import torch
 from cli_runs import FILES, OWN, load_weights, one_line, prune
 
 import bip_fast
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
 from bip_fast.engine import report
 from bip_fast.experiments.data import sets as data
 from bip_fast.experiments.models import names as models
@@ -20,8 +20,8 @@ from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.experiments.runs.settings import Settings
 from bip_fast.experiments.runs.training import evaluate
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

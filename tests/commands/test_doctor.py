@@ -8,7 +8,7 @@ import torch
 from cli_runs import SMALL, one_line, prune
 
 import bip_fast
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
 from bip_fast.engine import native
 
 
@@ -23,7 +23,7 @@ def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
     monkeypatch.setattr(native, "_C", None)
     monkeypatch.setattr(native, "_C_ERROR", ImportError("undefined symbol: x"))
     monkeypatch.setattr(native, "BACKENDS", {})
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert "undefined symbol: x" in shown.out
@@ -36,7 +36,7 @@ def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
 
 
 def test_prune_without_its_packages_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     assert prune(tmp_path / "run") == 2
     line = one_line(capsys.readouterr().err)
     assert line == "bip-fast prune: needs scikit-learn, rich, matplotlib, safetensors, pyyaml: pip install 'bip_fast[cli]'\n"

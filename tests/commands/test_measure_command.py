@@ -8,7 +8,7 @@ import torch
 from cli_runs import OWN, one_line, prune
 from torch import nn
 
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
 from bip_fast.experiments.data import sets as data
 from bip_fast.experiments.models import names as models
 
@@ -18,8 +18,8 @@ pytest.importorskip("safetensors", reason="file sizes need safetensors")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of a tiny network on digits; tests read it and leave it as it is."""
-    if missing := cli.missing_extras():
-        pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}")
+    if missing := environment.missing_extras():
+        pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}")
     out = tmp_path_factory.mktemp("runs") / "whole"
     torch.set_num_threads(1)
     assert prune(out) == 0

@@ -13,11 +13,11 @@ import torch
 from cli_runs import one_line
 from compare_runs import SHORT, TINY, compare, rows_of, unreadable, written
 
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
 from bip_fast.experiments.compare.execution import Comparison
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 def test_every_figure_of_every_run(finished):

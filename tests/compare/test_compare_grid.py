@@ -9,14 +9,14 @@ from cli_runs import one_line
 from compare_runs import TINY, compare, written
 from data_files import write_fashion_mnist
 
-from bip_fast.commands import cli
+from bip_fast.commands import environment
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import grid
 from bip_fast.experiments.methods.table import rounds, steps_of
 from bip_fast.experiments.runs.settings import Settings
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 def test_all_combinations_and_what_they_start_from(tmp_path):

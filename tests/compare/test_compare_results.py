@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from compare_runs import rows_of
 
-from bip_fast.commands import cli
+from bip_fast.commands import environment
 from bip_fast.experiments.compare import figures, grid, progress, results
 from bip_fast.experiments.methods.table import STEPS, steps_of
 from bip_fast.experiments.runs.settings import Settings
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 def row(label="BiP", sparsity=0.9, seed=0, accuracy=0.8, **more):

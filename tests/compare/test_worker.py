@@ -7,14 +7,14 @@ import pytest
 import torch
 from compare_runs import SHORT, unreadable, written
 
-from bip_fast.commands import cli
+from bip_fast.commands import environment
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import grid, worker
 from bip_fast.experiments.data import sets as data
 from bip_fast.experiments.runs import folder as run
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 class Pipe:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from cli_runs import prune
 
-from bip_fast.commands import cli
+from bip_fast.commands import environment
 from bip_fast.experiments.runs import energy
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from cli_runs import Interrupting, one_line, prune
 from method_stages import network, settings_of
 
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
 from bip_fast.experiments.data import sets as data
 from bip_fast.experiments.methods import begin as optimizers
 from bip_fast.experiments.methods import table as methods
@@ -16,8 +16,8 @@ from bip_fast.experiments.methods.table import METHODS, stages
 from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.settings import Settings
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 PRUNING = [name for name in METHODS if name != "dense"]
 

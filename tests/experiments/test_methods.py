@@ -9,7 +9,7 @@ from cli_runs import load_weights, prune
 from method_stages import begun, flat_weights, network, run_stage, settings_of
 
 import bip_fast
-from bip_fast.commands import cli
+from bip_fast.commands import environment
 from bip_fast.engine.layers import weights
 from bip_fast.engine.report import report
 from bip_fast.experiments.data import sets as data
@@ -17,8 +17,8 @@ from bip_fast.experiments.methods import begin as optimizers
 from bip_fast.experiments.methods.table import rounds, stages
 from bip_fast.experiments.models import names as models
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

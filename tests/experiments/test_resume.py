@@ -13,14 +13,15 @@ import torch
 from cli_runs import FILES, OWN, SMALL, Interrupting, one_line, prune
 
 import bip_fast
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
+from bip_fast.commands import prune as prune_command
 from bip_fast.errors import UserError
 from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs import folder as run
-from bip_fast.experiments.runs.state_dicts import write_safetensors
+from bip_fast.state_dicts import write_safetensors
 
-if missing := cli.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {cli.INSTALL}", allow_module_level=True)
+if missing := environment.missing_extras():
+    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,11 +105,10 @@ class Unread(display.Display):
 def test_progress_that_nobody_reads_loses_nothing(finished, tmp_path, monkeypatch, after, batches):
     """`bip-fast prune 2>&1 | head -1`"""
     out = tmp_path / "run"
-    options = vars(cli.parser().parse_args(["prune", *SMALL, "--out", str(out)]))
-    del options["command"]
+    options = vars(cli.parser("prune").parse_args(["prune", *SMALL, "--out", str(out)]))
     monkeypatch.setattr(display, "make", lambda: Unread(after))
     with pytest.raises(BrokenPipeError):
-        cli.command_prune(options)
+        prune_command.run(options)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert 5 * (2 * (state["stage"] == "prune") + state["cursor"]["epoch"]) + state["cursor"]["step"] == batches
     monkeypatch.setattr(display, "make", display.Display)

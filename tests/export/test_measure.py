@@ -52,7 +52,7 @@ def test_figures_are_the_counts_made_by_hand(tmp_path):
     assert masked.nonzeros == 12 + 100 + 8 + 10
     assert (first.sparsity, masked.sparsity) == (0, 1 - 112 / 1496)
     assert first.flops == masked.flops == 2 * MACS
-    from bip_fast.experiments.runs.state_dicts import write_safetensors
+    from bip_fast.state_dicts import write_safetensors
 
     write_safetensors(tmp_path / "whole", model)
     assert first.file_bytes == masked.file_bytes == (tmp_path / "whole").stat().st_size

@@ -31,7 +31,7 @@ from ..methods.begin import before_step, begin, dense_optimizer, moving, optimiz
 from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
 from .settings import Settings
 from .signals import STOP_SIGNALS, Stop, stop_requests
-from .state_dicts import load_into, read_state_dict, write_safetensors
+from ...state_dicts import load_into, read_state_dict, write_safetensors
 from .training import Cursor, check_finite, evaluate, train
 from .trial import check_model
 

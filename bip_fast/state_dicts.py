@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError, one_line
+from .errors import UserError, one_line
 
 __all__ = ["load_into", "read_state_dict", "write_safetensors"]
 

@@ -1,0 +1,56 @@
+"""What the commands need of a machine: the packages of `[cli]`, and a device with kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from ..engine.native import BACKENDS
+from ..errors import UserError
+
+__all__ = ["EXTRAS", "INSTALL", "check_extras", "missing_extras", "pick_device"]
+
+# Modules of the packages of [cli], and what these packages are called.
+EXTRAS = {
+    "sklearn": "scikit-learn",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "safetensors": "safetensors",
+    "yaml": "pyyaml",
+}
+INSTALL = "pip install 'bip_fast[cli]'"
+
+
+def missing_extras() -> list[str]:
+    """Names of the packages of `[cli]` that are not installed."""
+    return [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+
+
+def check_extras() -> None:
+    """UserError when a package of `[cli]` is not installed."""
+    missing = missing_extras()
+    if missing:
+        raise UserError(f"needs {', '.join(missing)}: {INSTALL}")
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a name.
+
+    Raises:
+        UserError: it does not exist, or there are no kernels for it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in BACKENDS and torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; `bip-fast doctor` says more")
+        if "cuda" not in BACKENDS:
+            raise UserError(f"--device {name}: bip_fast was built without CUDA; `bip-fast doctor` says more")
+    return device
