@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bip_fast.experiments.models import names as models
+from bip_fast.experiments.models.names import build
 
 
 class Block(nn.Module):
@@ -88,8 +88,8 @@ def words(tokens: int, count: dict[str, int]) -> Callable[[torch.device], tuple[
 
 CIFAR, IMAGENET, TEXT = {"cpu": 32, "cuda": 128}, {"cpu": 4, "cuda": 128}, {"cpu": 1, "cuda": 8}
 NETWORKS = {
-    "resnet20": Network(lambda: models.build("resnet20", 3, 10), images(32, 10, CIFAR), CIFAR),
-    "resnet18": Network(lambda: models.build("resnet18", 3, 10), images(32, 10, CIFAR), CIFAR),
+    "resnet20": Network(lambda: build("resnet20", 3, 10), images(32, 10, CIFAR), CIFAR),
+    "resnet18": Network(lambda: build("resnet18", 3, 10), images(32, 10, CIFAR), CIFAR),
     "resnet50": Network(resnet50, images(224, 1000, IMAGENET), IMAGENET, torch.bfloat16),
     "gpt2-small": Network(Transformer, words(1024, TEXT), TEXT, torch.bfloat16),
 }

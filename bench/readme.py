@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import report, targets
 from bench.studies import compare, digits, paper, patterns, structured, window
-from bip_fast.experiments.methods import table as methods
+from bip_fast.experiments.methods import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +54,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "digits": ("digits.json", lambda results, _: _where(results) + "\n\n" + digits.table(results)),
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
-    "methods": ("", lambda results, _: methods.table()),
+    "methods": ("", lambda results, _: table.table()),
     "window": ("window.json", lambda results, _: window.summary(results["steps"]) + "."),
 }
 

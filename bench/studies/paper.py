@@ -28,12 +28,15 @@ from bench.report import folder_name
 from bench.workload import machine
 from bip_fast import reference
 from bip_fast.engine.layers import weights
-from bip_fast.experiments.data.sets import AnyData, Position, batch_count, load, prepared
+from bip_fast.experiments.data.batches import Position, batch_count
+from bip_fast.experiments.data.parts import AnyData
+from bip_fast.experiments.data.sources import load
 from bip_fast.experiments.methods.begin import dense_optimizer
 from bip_fast.experiments.methods.table import stages
-from bip_fast.experiments.models import names as models
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.models.names import build
+from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
+from bip_fast.experiments.settings import Settings
 from bip_fast.reference import PAPER, Hyper, State, Variant
 
 SPARSITIES = (0.95,)
@@ -117,7 +120,7 @@ def phases(batches: str) -> Iterator[tuple[str, bool]]:
 
 def run(model: nn.Module, settings: Settings, data: AnyData, variant: Variant, batches: str) -> dict[str, Any]:
     """Prune ``model`` for as many forward and backward passes as ``settings.epochs`` have."""
-    optimizer, steps = Reference(model, settings, variant), batch_count(data, settings.batch_size)
+    optimizer, steps = Reference(model, settings, variant), batch_count(len(data.train_labels), settings.batch_size)
     model.train()
     turn, batch, taken = phases(batches), (torch.empty(0), torch.empty(0)), 0
     total = settings.epochs * steps
@@ -136,7 +139,7 @@ def run(model: nn.Module, settings: Settings, data: AnyData, variant: Variant, b
 
 def network(settings: Settings, data: AnyData, state: dict[str, Tensor] | None = None) -> nn.Module:
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, data.channels, data.classes, settings.width)
+    model = build(settings.model, data.channels, data.classes, settings.width)
     if state is not None:
         model.load_state_dict(state)
     return model
@@ -147,14 +150,14 @@ def rows_of(name: str, data_dir: Path | None, seeds: list[int]) -> list[dict[str
     rows = []
     loaded = load(name, data_dir)
     for seed in seeds:
-        settings = Settings.of({**BASE[name], **STEPS, "seed": seed})
-        data = prepared(loaded, settings)
+        settings = resolve({**BASE[name], **STEPS, "seed": seed})
+        data = settings.part_of(loaded)
         model = network(settings, data)
         train(model, dense_optimizer(model, settings), data, stages(settings)[0].recipe, Cursor())
         state = {key: x.clone() for key, x in model.state_dict().items()}
         for sparsity in SPARSITIES:
             for label, (variant, batches) in VARIANTS.items():
-                own = Settings.of({**BASE[name], **STEPS, "seed": seed, "sparsity": sparsity})
+                own = resolve({**BASE[name], **STEPS, "seed": seed, "sparsity": sparsity})
                 row = {"data": name, "seed": seed, "sparsity": sparsity, "variant": label}
                 rows.append({**row, **run(network(own, data, state), own, data, variant, batches)})
                 print(rows[-1], file=sys.stderr, flush=True)

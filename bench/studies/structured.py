@@ -24,13 +24,15 @@ from torch import nn
 
 from bench.report import folder_name, read
 from bench.workload import machine
-from bip_fast.experiments.data.sets import Dataset, load, split
+from bip_fast.experiments.data.dataset import Dataset, split
+from bip_fast.experiments.data.sources import load
 from bip_fast.experiments.methods.begin import dense_optimizer, pruner
 from bip_fast.experiments.methods.table import stages
-from bip_fast.experiments.models import names as models
+from bip_fast.experiments.models.names import build
 from bip_fast.experiments.runs.folder import RunFolder
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
+from bip_fast.experiments.settings import Settings
 from bip_fast.export.measure import measure
 from bip_fast.export.runtimes import RUNTIMES
 from bip_fast.export.shrink import shrink
@@ -75,7 +77,7 @@ class Runs:
 
     def network(self, settings: Settings) -> nn.Module:
         torch.manual_seed(settings.seed)
-        model = models.build(settings.model, self.data.channels, self.data.classes)
+        model = build(settings.model, self.data.channels, self.data.classes)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def trained(self, name: str, settings: Settings, start: nn.Module | None) -> nn.Module:
@@ -104,10 +106,10 @@ def rows_of(name: str, data_dir: Path | None, work: Path, seeds: list[int]) -> l
     data, rows = data_of(name, data_dir), []
     for seed in seeds:
         runs = Runs(data, work)
-        start = runs.trained("start", Settings.of({**BASE[name], "seed": seed}), None)
+        start = runs.trained("start", resolve({**BASE[name], "seed": seed}), None)
         dense = None
         for method, options in METHODS.items():
-            model = runs.trained(method, Settings.of({**BASE[name], **options, "seed": seed}), start)
+            model = runs.trained(method, resolve({**BASE[name], **options, "seed": seed}), start)
             accuracy = evaluate(model, data).accuracy
             row: dict[str, Any] = {"data": name, "seed": seed, "method": method, "accuracy": accuracy}
             if dense is None:

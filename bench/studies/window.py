@@ -21,12 +21,13 @@ import torch
 
 from bench.report import folder_name
 from bench.workload import machine
-from bip_fast.experiments.data.sets import load
+from bip_fast.experiments.data.sources import load
 from bip_fast.experiments.methods.begin import dense_optimizer, pruner
 from bip_fast.experiments.methods.table import stages
-from bip_fast.experiments.models import names as models
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.models.names import build
+from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.runs.training import Cursor, train
+from bip_fast.experiments.settings import Settings
 
 COUNTS = ("first", "missed", "crowded", "candidates", "flips")
 USUAL = {"method": "bip-paper", "lr": 0.05, "mask_lr": 1.0, "weight_decay": 5e-4}
@@ -37,7 +38,7 @@ def record(settings: Settings, data_dir: Path | None, device: torch.device) -> d
     """Train as `bip-fast prune` does; a number for each mask step under each name."""
     data = load(settings.data, data_dir).to(device)
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, data.channels, data.classes).to(device).to(memory_format=torch.channels_last)
+    model = build(settings.model, data.channels, data.classes).to(device).to(memory_format=torch.channels_last)
     dense, sparse = (stage.recipe for stage in stages(settings))
     train(model, dense_optimizer(model, settings), data, dense, Cursor())
     optimizer = pruner(model, settings, data)
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar="X")
     options = vars(parser.parse_args(arguments))
     data_dir, device, out = (options.pop(name) for name in ("data_dir", "device", "out"))
-    settings = Settings.of({**USUAL, **options})
+    settings = resolve({**USUAL, **options})
     steps = record(settings, data_dir, device)
     results = {"machine": machine(device), "date": datetime.date.today().isoformat(), "settings": settings.as_dict(), "steps": steps}
     folder = out or Path(__file__).parents[1] / "results" / folder_name(results["machine"]["device"])

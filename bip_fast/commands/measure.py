@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line
-from ..experiments.data.sets import DATA, AnyData, load, prepared
-from ..experiments.models import names as models
+from ..experiments.data.parts import AnyData
+from ..experiments.data.sources import DATA, load
+from ..experiments.models.names import build
 from ..experiments.runs.folder import RunFolder
-from ..experiments.runs.settings import Settings
+from ..experiments.runs.resolve import resolve
+from ..experiments.settings import Settings
 from ..export.measure import measure
 from ..export.runtimes import RUNTIMES
 from ..state_dicts import load_into, read_state_dict
@@ -95,12 +97,12 @@ def _what(options: dict[str, Any]) -> _What:
         raise UserError(f"there is no run in {folder}")
     if "model" not in given:
         raise UserError(f"{path} is in no run folder, so --model must say what its weights are of")
-    return _What(weights, options["dense"], Settings.of(given))
+    return _What(weights, options["dense"], resolve(given))
 
 
 def _settings(run: RunFolder) -> Settings:
     try:
-        return Settings.of(run.read_json("config.json"))
+        return resolve(run.read_json("config.json"))
     except (UserError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{run.path / 'config.json'} is damaged, or of another version: {one_line(error)}") from error
 
@@ -115,7 +117,7 @@ def _data(settings: Settings, data_dir: Path | None) -> tuple[AnyData | None, st
         if data_dir is not None:
             raise
         return None, f"no accuracy: {error}"
-    return prepared(data, settings), data.note
+    return settings.part_of(data), data.note
 
 
 def _shape(settings: Settings) -> tuple[int, ...]:
@@ -128,7 +130,7 @@ def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
     """As a run has it: on the device, in channels_last."""
     channels = DATA[settings.data].shape[0]
     try:
-        model = models.build(settings.model, channels, DATA[settings.data].classes, settings.width)
+        model = build(settings.model, channels, DATA[settings.data].classes, settings.width)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
     load_into(model, read_state_dict(file), file)

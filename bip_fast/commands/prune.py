@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
 from ..engine.native import kernels
-from ..engine.options import SCOPES
 from ..engine.report import Report, Row
 from ..errors import UserError
-from ..experiments.data.sets import VALIDATION_IMAGES, load
+from ..experiments.data.sources import load
 from ..experiments.methods.table import METHODS
-from ..experiments.models.names import MODELS
 from ..experiments.runs import display
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.job import Job
-from ..experiments.runs.settings import FIELDS, LEVELS, PRESETS, SCORE_STARTS, Settings, option, unused
+from ..experiments.runs.resolve import PRESETS, resolve, unused
 from ..experiments.runs.signals import Stop
+from ..experiments.settings import FIELDS, PARTS, RUN, Settings, described, option
 from .environment import check_extras, pick_device
 
 __all__ = ["add_options", "run"]
@@ -36,116 +35,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "and checkpoint.pt. Defaults were chosen on a part of the training images; test images are only looked at for the report."
     )
     parser.argument_default = argparse.SUPPRESS
-    _add_what(parser.add_argument_group("what to prune"))
-    _add_how(parser.add_argument_group("how to prune"))
-    _add_training(parser.add_argument_group("training"))
-    _add_run(parser.add_argument_group("the run"))
+    told = {name: info for name, info in described().items() if info.json_schema_extra}
+    groups = {part: parser.add_argument_group(part) for part in PARTS}
+    for name, info in told.items():
+        more = cast(dict[str, Any], info.json_schema_extra)
+        text = f"{', '.join(METHODS)}; {info.description}" if name == "method" else f"{info.description}"
+        default = _default(name) if more["default"] is None else more["default"]
+        text += f"; default: {default}" if default else ""
+        group, kind = groups[more["part"]], (get_args(info.annotation) or (info.annotation,))[0]
+        if kind is bool:
+            group.add_argument(option(name), action="store_true", help=text)
+        else:
+            group.add_argument(option(name), type=kind, metavar=more["metavar"], help=text)
+        if name == "data":
+            group.add_argument(
+                "--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data set (not needed for digits)"
+            )
+    run = groups[RUN]
+    run.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/<data>-<model>-<sparsity>-seed<seed>")
+    run.add_argument(
+        "--resume", nargs="?", type=Path, const=None, metavar="DIR", help="continue the run in DIR, or in the folder that the options name"
+    )
+    run.add_argument("--overwrite", action="store_true", help="start again in a folder that has a run")
 
 
 def _default(name: str) -> str:
-    """What a setting is without an option, with the data sets for which it differs."""
+    """The value of a setting without an option, with the data sets for which it differs."""
     values: dict[Any, list[str]] = {}
     own = METHODS[Settings.method].defaults
     for data, preset in PRESETS.items():
         values.setdefault(own.get(name, preset.get(name, getattr(Settings, name))), []).append(data)
     if len(values) == 1:
-        return f"default: {next(iter(values))}"
-    return "default: " + ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())
-
-
-def _add(group: Any, name: str, kind: type, metavar: str, text: str) -> None:
-    group.add_argument(option(name), type=kind, metavar=metavar, help=f"{text}; {_default(name)}")
-
-
-def _add_what(group: Any) -> None:
-    _add(group, "data", str, "NAME", f"{', '.join(PRESETS)}")
-    group.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data set (not needed for digits)"
-    )
-    group.add_argument("--train-images", type=int, metavar="N", help="only so many training images, the same share of every class")
-    _add(group, "stride", int, "N", "only every N-th pixel in both directions")
-    _add(
-        group,
-        "model",
-        str,
-        "NAME",
-        f"{', '.join(MODELS)}, timm:NAME, torchvision:NAME, or your own: FILE.py:function(channels, classes)",
-    )
-    group.add_argument(
-        "--width", type=int, metavar="N", help="channels of the first stage; default: 16, for resnet18, resnet50 and vgg16bn 64"
-    )
-    group.add_argument(
-        "--checkpoint", type=str, metavar="FILE", help="trained dense weights to prune (.safetensors or .pt): no dense training"
-    )
-    _add(
-        group,
-        "sparsity",
-        float,
-        "S",
-        "fraction of zeros among all Conv and Linear weights, or pruned share of the units of --pattern, in [0, 1)",
-    )
-
-    _add(group, "pattern", str, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")
-    _add(group, "scope", str, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")
-
-
-def _add_how(group: Any) -> None:
-    _add(group, "method", str, "NAME", f"{', '.join(METHODS)}; README.md has a table of what each does")
-    _add(group, "levels", str, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one")
-    _add(group, "epochs", int, "N", "passes over the training images while pruning")
-    _add(group, "lr", float, "X", "step size of the weights, at the start of a cosine")
-    _add(group, "mask_lr", float, "X", "step size of the scores, at the start of a cosine")
-    _add(group, "gamma", float, "X", "weight of the lower level's convexity; larger: smaller implicit gradient")
-    _add(group, "score_start", str, "NAME", f"{' or '.join(SCORE_STARTS)}: scores of bip begin at min(|theta|, 1) or at theta^2 / 2")
-    _add(group, "mask_momentum", float, "X", "momentum of the scores")
-    _add(group, "ramp", float, "X", "share of the time until masks freeze in which the sparsity grows; 0: all of it at once")
-    _add(group, "freeze", float, "X", "share of pruning after which masks stay; 0: one-shot magnitude pruning, 1: never")
-    group.add_argument(
-        "--rewind",
-        type=str,
-        metavar="E",
-        help="retrain under the mask from the weights of an epoch of dense training, a number or init, under the rest of its schedule "
-        "(all of it after the last epoch), or lr: the weights as they are, under all of it; default: init for imp and omp, otherwise not",
-    )
-    group.add_argument("--rewind-checkpoint", type=str, metavar="FILE", help="with --checkpoint: the weights that --rewind goes back to")
-    _add(group, "per_round", float, "X", "imp: share of the weights left that goes in each round")
-
-
-def _add_training(group: Any) -> None:
-    _add(group, "pretrain_epochs", int, "N", "epochs of dense training")
-    _add(group, "pretrain_lr", float, "X", "step size of dense training, at the start of a cosine")
-    _add(group, "batch_size", int, "N", "images in a batch")
-    _add(group, "momentum", float, "X", "momentum of the weights")
-    _add(group, "weight_decay", float, "X", "weight decay of pruning and fine-tuning")
-    group.add_argument(
-        "--pretrain-weight-decay",
-        type=float,
-        metavar="X",
-        help="of dense training, also where a method trains by its schedule; default: that of --weight-decay, or of the data set",
-    )
-    _add(group, "seed", int, "N", "decides the first weights and the order of the images")
-    group.add_argument(
-        "--validate",
-        action="store_true",
-        help=f"hold out {VALIDATION_IMAGES:,} training images, or a fifth if that is less, and measure on these: for choosing options",
-    )
-    group.add_argument(
-        "--amp",
-        action="store_true",
-        help="train under bfloat16 autocast, for speed on a GPU; default: float32 on every device, and results are measured in it",
-    )
-
-
-def _add_run(group: Any) -> None:
-    group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads; sums, and so results, depend on their number; default: one for each core"
-    )
-    group.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/<data>-<model>-<sparsity>-seed<seed>")
-    group.add_argument(
-        "--resume", nargs="?", type=Path, const=None, metavar="DIR", help="continue the run in DIR, or in the folder that the options name"
-    )
-    group.add_argument("--overwrite", action="store_true", help="start again in a folder that has a run")
+        return f"{next(iter(values))}"
+    return ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())
 
 
 def run(options: dict[str, Any]) -> int:
@@ -163,12 +86,9 @@ def run(options: dict[str, Any]) -> int:
         raise UserError("--resume continues a run and --overwrite starts again: give one of them")
     if resume and options["resume"] is not None and "out" in options:
         raise UserError("--resume DIR and --out both name the run folder: give one of them")
-    if resume and options["resume"] is not None:
-        path = options["resume"]
-    else:
-        path = options.get("out", Path("runs") / Settings.of(given).folder_name)
+    path = options.get("resume") or options.get("out") or Path("runs") / resolve(given).folder_name
     folder = RunFolder(path)
-    settings = folder.settings(given) if resume else Settings.of(given)
+    settings = folder.settings(given) if resume else resolve(given)
     if (useless := unused(settings, given)) is not None:
         raise UserError(f"--method {settings.method} makes no use of {option(useless)}: leave it out")
     if resume and folder.finished:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from bip_fast import FastBiP
 from bip_fast.engine.layers import weights
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.data.sets import Position
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.data import parts, sources
+from bip_fast.experiments.data.batches import Position
+from bip_fast.experiments.runs.resolve import resolve
 
 pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'bip_fast[cli]'")
 
@@ -26,10 +26,10 @@ def paper(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.subset(data.load("digits"), 300)
+    return parts.subset(sources.load("digits"), 300)
 
 
-SETTINGS = Settings.of({"method": "bip-paper", "width": 2, "batch_size": 100, "epochs": 2, "lr": 0.05, "mask_lr": 1.0, "sparsity": 0.8})
+SETTINGS = resolve({"method": "bip-paper", "width": 2, "batch_size": 100, "epochs": 2, "lr": 0.05, "mask_lr": 1.0, "sparsity": 0.8})
 
 
 @pytest.mark.parametrize(

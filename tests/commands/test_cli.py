@@ -12,13 +12,13 @@ from cli_runs import FILES, OWN, load_weights, one_line, prune
 import bip_fast
 from bip_fast.commands import cli, environment
 from bip_fast.engine import report
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.models import names as models
+from bip_fast.experiments.data import sources
 from bip_fast.experiments.models import resnet
+from bip_fast.experiments.models.names import build
 from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.folder import RunFolder
-from bip_fast.experiments.runs.settings import Settings
 from bip_fast.experiments.runs.training import evaluate
+from bip_fast.experiments.settings import Settings
 
 if missing := environment.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
@@ -48,13 +48,13 @@ def test_a_run_leaves_exactly_the_promised_files(finished):
 
 def test_the_model_is_plain_pruned_and_as_good_as_reported(finished):
     result = json.loads((finished / "report.json").read_text())
-    model = models.build("resnet20", 1, 10, width=2)
+    model = build("resnet20", 1, 10, width=2)
     model.load_state_dict(load_weights(finished / "model.safetensors"), strict=True)
     table = report.report(model)
     assert table.total == sum(x.numel() for _, x in report.weights(model))
     assert table.kept == table.total - round(0.8 * table.total)
     assert result["layers"] == table.as_dict()["layers"]
-    digits = data.load("digits")
+    digits = sources.load("digits")
     assert evaluate(model, digits).accuracy == pytest.approx(result["pruned"]["accuracy"], abs=2 / 599)
     model.load_state_dict(load_weights(finished / "dense.safetensors"), strict=True)
     assert evaluate(model, digits).accuracy == pytest.approx(result["dense"]["accuracy"], abs=2 / 599)
@@ -204,7 +204,7 @@ BAD = {
     "--seed -1": "--seed must be at least 0, got -1",
     "--seed 9223372036854775808": "--seed must be less than 2**63",
     "--width 100000000": "cannot build --model resnet20",
-    "--checkpoint=": "--checkpoint must name a file",
+    "--checkpoint=": "--checkpoint must be the name of a file",
     "--out=": "--out must name a folder of its own",
     "--out mine": "mine has model.safetensors, but no run",
     "--model own.py:frozen": "own.py:frozen cannot be trained and pruned",
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
     Path("mine/model.safetensors").write_text("somebody else's")
     torch.save([1, 2], "list.pt")
     torch.save({"a": torch.ones(2)}, "other.pt")
-    torch.save(models.build("resnet20", 1, 10, width=4).state_dict(), "wide.pt")
+    torch.save(build("resnet20", 1, 10, width=4).state_dict(), "wide.pt")
     before = set(Path().iterdir())
     assert cli.main(["prune", *options.split()]) == 2
     captured = capsys.readouterr()

@@ -9,8 +9,8 @@ from cli_runs import OWN, one_line, prune
 from torch import nn
 
 from bip_fast.commands import cli, environment
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.models import names as models
+from bip_fast.experiments.data import parts, sources
+from bip_fast.experiments.models.names import build
 
 pytest.importorskip("safetensors", reason="file sizes need safetensors")
 
@@ -57,7 +57,7 @@ def test_the_table_of_a_file_in_a_run_is_printed(run, capsys):
 
 def test_a_file_of_any_model_is_measured(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = models.build("resnet20", 3, 100, width=2)
+    model = build("resnet20", 3, 100, width=2)
     torch.save(model.state_dict(), "model.pt")
     options = ["--model", "resnet20", "--width", "2", "--data", "cifar100", "--dense", "model.pt"]
     assert cli.main(["measure", "model.pt", *options, *QUICKLY]) == 0
@@ -73,7 +73,7 @@ def test_a_run_that_holds_out_images_is_never_measured_on_test_images(run, tmp_p
     config = tmp_path / "run" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "validate": True}))
     assert cli.main(["measure", str(tmp_path / "run"), "--json", *QUICKLY]) == 0
-    held = len(data.hold_out(data.load("digits")).test_labels)
+    held = len(parts.hold_out(sources.load("digits")).test_labels)
     assert json.loads(capsys.readouterr().out)["note"] == f"accuracy on {held} validation images"
 
 

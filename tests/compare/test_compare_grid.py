@@ -12,8 +12,9 @@ from data_files import write_fashion_mnist
 from bip_fast.commands import environment
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import grid
-from bip_fast.experiments.methods.table import rounds, steps_of
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.methods.imp import rounds
+from bip_fast.experiments.methods.table import steps_of
+from bip_fast.experiments.settings import Settings
 
 if missing := environment.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)

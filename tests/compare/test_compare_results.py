@@ -9,8 +9,9 @@ from compare_runs import rows_of
 
 from bip_fast.commands import environment
 from bip_fast.experiments.compare import figures, grid, progress, results
-from bip_fast.experiments.methods.table import STEPS, steps_of
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.methods.stage import STEPS
+from bip_fast.experiments.methods.table import steps_of
+from bip_fast.experiments.runs.resolve import resolve
 
 if missing := environment.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
@@ -117,14 +118,14 @@ def test_a_search_becomes_its_table(finished, tmp_path, monkeypatch):
 
 def test_steps_are_written_for_the_methods_that_take_them():
     for method, expected in {"bip-paper": "alternating", "bip": "joint", "omp": None}.items():
-        assert steps_of(Settings.of({"method": method}))["levels"] == expected
-    assert {name: value for name, value in steps_of(Settings.of({"method": "gmp"})).items() if value is not None} == {
+        assert steps_of(resolve({"method": method}))["levels"] == expected
+    assert {name: value for name, value in steps_of(resolve({"method": "gmp"})).items() if value is not None} == {
         "lr": 0.05,
         "ramp": 0.5,
     }
     for method in ("omp", "omp-finetune", "imp"):
-        assert steps_of(Settings.of({"method": method, "rewind": None, "lr": 0.2}))["lr"] == 0.2
-        assert steps_of(Settings.of({"method": method, "rewind": "lr"}))["lr"] is None
+        assert steps_of(resolve({"method": method, "rewind": None, "lr": 0.2}))["lr"] == 0.2
+        assert steps_of(resolve({"method": method, "rewind": "lr"}))["lr"] is None
 
 
 def test_every_choice_of_the_committed_search_is_in_its_file():
@@ -143,7 +144,7 @@ def test_every_choice_of_the_committed_search_is_in_its_file():
 def test_time_left_follows_what_was_measured(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    cells = [grid.Cell("BiP", Settings.of({"epochs": 10, "seed": seed, "checkpoint": "x"})) for seed in range(4)]
+    cells = [grid.Cell("BiP", resolve({"epochs": 10, "seed": seed, "checkpoint": "x"})) for seed in range(4)]
     shown = progress.Progress()
     shown.begin(cells, {cells[3].address}, jobs=2)
     assert shown.seconds_left() is None

@@ -10,8 +10,9 @@ from compare_runs import SHORT, unreadable, written
 from bip_fast.commands import environment
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import grid, worker
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.runs import folder as run
+from bip_fast.experiments.data import sources
+from bip_fast.experiments.runs import folder
+from bip_fast.experiments.runs.folder import RunFolder
 
 if missing := environment.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
@@ -39,7 +40,7 @@ def order(tmp_path):
 
 
 def do(order, pipe=None):
-    worker._run(order, data.load("digits"), torch.device("cpu"), worker._Telling(pipe or Pipe(), order.address), True)
+    worker._run(order, sources.load("digits"), torch.device("cpu"), worker._Telling(pipe or Pipe(), order.address), True)
 
 
 def begin(order, checkpoint):
@@ -100,14 +101,14 @@ def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(order, m
     contents = report.read_bytes()
     report.unlink()
     (order.folder / "checkpoint.pt").write_bytes(b"of the other one")
-    other = run.RunFolder(order.folder)
+    other = RunFolder(order.folder)
     other.lock()
 
     def end(seconds):
         report.write_bytes(contents)
         other.release()
 
-    monkeypatch.setattr(run.time, "sleep", end)
+    monkeypatch.setattr(folder.time, "sleep", end)
     before = {path.name: path.stat().st_mtime_ns for path in order.folder.glob("*.safetensors")}
     pipe = Pipe()
     do(order, pipe)
@@ -123,6 +124,6 @@ def test_a_run_removes_its_checkpoint_while_it_has_the_folder(order, monkeypatch
     def release(self):
         seen.append((self._held is not None, (order.folder / "checkpoint.pt").exists()))
 
-    monkeypatch.setattr(run.RunFolder, "release", release)
+    monkeypatch.setattr(folder.RunFolder, "release", release)
     do(order)
     assert seen == [(True, False)]

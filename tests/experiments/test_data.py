@@ -1,6 +1,7 @@
 """Data sets: tiny files in the standard formats, splits, the random order of batches, augmentation."""
 
 import gzip
+import hashlib
 import io
 import os
 import pickle
@@ -15,17 +16,17 @@ from helpers import use_backend
 from torch.nn.functional import pad
 
 from bip_fast.errors import UserError
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.data import standard as files
+from bip_fast.experiments.data import arrays as arrays_module
+from bip_fast.experiments.data import batches, dataset, parts, sources
 from bip_fast.experiments.data.augment import normalised
-from bip_fast.experiments.data.sets import Position
+from bip_fast.experiments.data.batches import Position
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("subfolder", ["", "fashion-mnist"])
 def test_fashion_mnist_is_read_as_written(tmp_path, zipped, subfolder):
     arrays = write_fashion_mnist(tmp_path / subfolder, zipped=zipped)
-    read = data.load("fashion-mnist", tmp_path)
+    read = sources.load("fashion-mnist", tmp_path)
     np.testing.assert_array_equal(read.train_images[:, 0], arrays[0])
     np.testing.assert_array_equal(read.train_labels, arrays[1])
     np.testing.assert_array_equal(read.test_images[:, 0], arrays[2])
@@ -37,11 +38,11 @@ def test_fashion_mnist_is_read_as_written(tmp_path, zipped, subfolder):
 
 def test_the_official_contents_are_recognised_whatever_their_compression(tmp_path, monkeypatch):
     arrays = write_fashion_mnist(tmp_path)
-    md5 = {name: files.hashlib.md5(idx_bytes(array)).hexdigest() for name, array in zip(IDX, arrays, strict=True)}
-    monkeypatch.setattr(files, "OFFICIAL", md5)
+    md5 = {name: hashlib.md5(idx_bytes(array)).hexdigest() for name, array in zip(IDX, arrays, strict=True)}
+    monkeypatch.setattr(arrays_module, "OFFICIAL", md5)
     for level in (1, 9):
         (tmp_path / f"{IDX[0]}.gz").write_bytes(gzip.compress(idx_bytes(arrays[0]), level))
-        assert data.load("fashion-mnist", tmp_path).note == ""
+        assert sources.load("fashion-mnist", tmp_path).note == ""
 
 
 @pytest.mark.parametrize("name", IDX)
@@ -49,7 +50,7 @@ def test_a_missing_idx_file_is_named_with_the_place(tmp_path, name):
     write_fashion_mnist(tmp_path)
     (tmp_path / f"{name}.gz").unlink()
     with pytest.raises(UserError) as error:
-        data.load("fashion-mnist", tmp_path)
+        sources.load("fashion-mnist", tmp_path)
     assert f"{name}.gz is missing" in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -74,7 +75,7 @@ def test_a_broken_idx_file_is_named(tmp_path, case):
     path = tmp_path / f"{name}.gz"
     path.write_bytes(broken(path.read_bytes()))
     with pytest.raises(UserError) as error:
-        data.load("fashion-mnist", tmp_path)
+        sources.load("fashion-mnist", tmp_path)
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -90,7 +91,7 @@ def test_cifar_is_read_as_written(tmp_path, classes, form):
         place.mkdir()
         with tarfile.open(place / f"cifar-{classes}-python.tar.gz", "w:gz") as tar:
             tar.add(tmp_path / inner, inner)
-    read = data.load(f"cifar{classes}", place)
+    read = sources.load(f"cifar{classes}", place)
     train, test = cifar_names(classes)
     np.testing.assert_array_equal(read.train_images, np.concatenate([written[name][0] for name in train]))
     np.testing.assert_array_equal(read.train_labels, np.concatenate([written[name][1] for name in train]))
@@ -109,26 +110,26 @@ def test_a_fingerprint_is_of_the_files_that_are_read(tmp_path, name):
 
     first, size = tmp_path / "first", {"train": 50} if name == "fashion-mnist" else {"n": 15}
     write(first)
-    found = data.fingerprint(name, first)
+    found = sources.fingerprint(name, first)
     (first / "tiny-imagenet-200" / "train").mkdir(parents=True)
     (first / "notes").mkdir()
     others = ["notes/train", "notes/data_batch_9", f"{name.replace('cifar', 'cifar-')}-python.tar.gz", "more-ubyte", IDX[0]]
     for other in others:
         (first / other).write_bytes(b"not read")
-    assert data.fingerprint(name, first) == found
-    data.load(name, first)
+    assert sources.fingerprint(name, first) == found
+    sources.load(name, first)
     write(tmp_path / "second", **size)
-    assert data.fingerprint(name, tmp_path / "second") != found
-    assert data.fingerprint(name, tmp_path / "notes") == data.fingerprint(name, tmp_path)
+    assert sources.fingerprint(name, tmp_path / "second") != found
+    assert sources.fingerprint(name, tmp_path / "notes") == sources.fingerprint(name, tmp_path)
 
 
 def test_a_missing_cifar_file_is_named_with_the_places(tmp_path):
     with pytest.raises(UserError, match=r"data_batch_1 is missing; looked in .*cifar-10-batches-py and .*cifar-10-python\.tar\.gz"):
-        data.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
     write_cifar(tmp_path, 10)
     (tmp_path / "data_batch_4").unlink()
     with pytest.raises(UserError, match=r"data_batch_4 is missing in"):
-        data.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
 
 
 class Hostile:
@@ -158,7 +159,7 @@ def test_a_broken_cifar_file_is_named(tmp_path, contents, message):
     write_cifar(tmp_path, 10)
     (tmp_path / "data_batch_2").write_bytes(contents)
     with pytest.raises(UserError) as error:
-        data.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
     assert message in str(error.value)
     assert "data_batch_2" in str(error.value)
 
@@ -168,7 +169,7 @@ def test_a_hostile_pickle_does_not_run(tmp_path):
     trap = tmp_path / "trap"
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Hostile(trap), b"labels": []}, 2))
     with pytest.raises(UserError, match="mkdir is not allowed"):
-        data.load("cifar10", tmp_path)
+        sources.load("cifar10", tmp_path)
     assert not trap.exists()
     pickle.loads((tmp_path / "test_batch").read_bytes())  # the trap works where pickles are trusted
     assert trap.exists()
@@ -184,15 +185,15 @@ def test_a_damaged_archive_is_named(tmp_path):
     archive = place / "cifar-100-python.tar.gz"
     archive.write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match="cifar-100-python/test is missing in"):
-        data.load("cifar100", place)
+        sources.load("cifar100", place)
     archive.write_bytes(buffer.getvalue()[:1000])
     with pytest.raises(UserError, match="is damaged"):
-        data.load("cifar100", place)
+        sources.load("cifar100", place)
 
 
 def test_digits_have_a_fixed_stratified_split():
     pytest.importorskip("sklearn", reason="needs scikit-learn")
-    digits = data.load("digits")
+    digits = sources.load("digits")
     assert digits.train_images.shape == (1198, 1, 8, 8)
     assert digits.test_images.shape == (599, 1, 8, 8)
     assert int(digits.train_images.max()) == 16
@@ -203,17 +204,17 @@ def test_digits_have_a_fixed_stratified_split():
 def test_split_is_stratified_disjoint_and_without_a_seed():
     labels = torch.arange(3).repeat_interleave(torch.tensor([100, 50, 11]))[torch.randperm(161)]
     torch.manual_seed(1)
-    first, second = data.split(labels, 0.2)
+    first, second = dataset.split(labels, 0.2)
     torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(data.split(labels, 0.2), (first, second), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(dataset.split(labels, 0.2), (first, second), strict=True))
     assert labels[second].bincount().tolist() == [20, 10, 2]
     assert torch.equal(torch.cat([first, second]).sort().values, torch.arange(161))
 
 
 def test_hold_out_leaves_the_test_images_alone(tmp_path):
     write_fashion_mnist(tmp_path, train=50)
-    full = data.load("fashion-mnist", tmp_path)
-    part = data.hold_out(full, 8, seed=1)
+    full = sources.load("fashion-mnist", tmp_path)
+    part = parts.hold_out(full, 8, seed=1)
     assert (len(part.train_labels), len(part.test_labels)) == (42, 8)
     images = torch.cat([part.train_images, part.test_images]).flatten(1)
     assert {bytes(x.tolist()) for x in images} == {bytes(x.tolist()) for x in full.train_images.flatten(1)}
@@ -223,39 +224,39 @@ def test_hold_out_leaves_the_test_images_alone(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 7, 60, 100])
 def test_a_stratified_part_has_exactly_so_many(count):
     labels = torch.arange(10).repeat_interleave(torch.arange(1, 20, 2))  # 100 images, 1 to 19 of a class
-    others, chosen = data.stratified(labels, count, seed=3)
+    others, chosen = parts.stratified(labels, count, seed=3)
     assert len(chosen) == count
     assert torch.equal(torch.cat([others, chosen]).sort().values, torch.arange(100))
     shares = labels[chosen].bincount(minlength=10) - torch.arange(1, 20, 2) * count / 100
     assert shares.abs().max() < 1
-    assert torch.equal(chosen, data.stratified(labels, count, seed=3)[1])
-    assert not 0 < count < 100 or not torch.equal(chosen, data.stratified(labels, count, seed=4)[1])
+    assert torch.equal(chosen, parts.stratified(labels, count, seed=3)[1])
+    assert not 0 < count < 100 or not torch.equal(chosen, parts.stratified(labels, count, seed=4)[1])
 
 
 def test_held_out_images_are_5000_or_a_fifth(tmp_path):
     write_fashion_mnist(tmp_path, train=50)
-    full = data.load("fashion-mnist", tmp_path)
-    assert len(data.hold_out(full).test_labels) == 10
+    full = sources.load("fashion-mnist", tmp_path)
+    assert len(parts.hold_out(full).test_labels) == 10
     large = replace(full, train_images=full.train_images.repeat(600, 1, 1, 1), train_labels=full.train_labels.repeat(600))
-    assert len(data.hold_out(large).test_labels) == 5000
+    assert len(parts.hold_out(large).test_labels) == 5000
 
 
 def test_subset_and_stride(tmp_path):
     write_fashion_mnist(tmp_path, train=50)
-    full = data.load("fashion-mnist", tmp_path)
-    part = data.at_stride(data.subset(full, 20), 3)
+    full = sources.load("fashion-mnist", tmp_path)
+    part = parts.at_stride(parts.subset(full, 20), 3)
     assert part.train_labels.bincount().tolist() == [2] * 10
     assert torch.equal(part.test_images, full.test_images[:, :, ::3, ::3])
     assert (part.shape, part.padding) == ((1, 10, 10), 1)
     torch.testing.assert_close(part.mean, part.train_images.double().mean((0, 2, 3)).float())
     with pytest.raises(UserError, match=r"--train-images must be at most 50 for --data fashion-mnist, got 51"):
-        data.subset(full, 51)
+        parts.subset(full, 51)
 
 
 @pytest.fixture
 def tiny(tmp_path):
     write_fashion_mnist(tmp_path, train=5000 + 3)  # more than one block of `statistics`
-    return data.load("fashion-mnist", tmp_path)
+    return sources.load("fashion-mnist", tmp_path)
 
 
 def test_statistics_are_those_of_the_training_images(tiny):
@@ -269,46 +270,46 @@ def test_statistics_are_those_of_the_training_images(tiny):
 
 def test_order_is_a_function_of_seed_stage_and_epoch(tiny):
     position = Position(0, "prune", 3, 5)
-    order = data.epoch_order(tiny, position)
+    order = batches.epoch_order(tiny.train_labels, position)
     torch.manual_seed(7)
-    assert torch.equal(order, data.epoch_order(tiny, position._replace(step=9)))
+    assert torch.equal(order, batches.epoch_order(tiny.train_labels, position._replace(step=9)))
     for other in (position._replace(seed=1), position._replace(stage="pretrain"), position._replace(epoch=4)):
-        assert not torch.equal(order, data.epoch_order(tiny, other))
+        assert not torch.equal(order, batches.epoch_order(tiny.train_labels, other))
     assert torch.equal(order.sort().values, torch.arange(5003))
 
 
 def test_batches_of_an_epoch_are_full_and_disjoint(tiny):
-    steps = data.batch_count(tiny, 64)
+    steps = batches.batch_count(len(tiny.train_labels), 64)
     assert steps == 5003 // 64
     marked = replace(tiny, train_labels=torch.arange(5003))
-    epoch = data.Epoch(marked, 64, Position(0, "prune", 0))
-    batches = [epoch.batch(step)[1] for step in range(steps)]
-    assert {len(batch) for batch in batches} == {64}
-    assert torch.cat(batches).unique().numel() == 64 * steps
+    epoch = marked.epoch(64, Position(0, "prune", 0))
+    chosen = [epoch.batch(step)[1] for step in range(steps)]
+    assert {len(batch) for batch in chosen} == {64}
+    assert torch.cat(chosen).unique().numel() == 64 * steps
 
 
 def test_an_epoch_of_fewer_images_than_a_batch(tiny):
     few = replace(tiny, train_images=tiny.train_images[:5], train_labels=tiny.train_labels[:5])
-    images, labels = data.Epoch(few, 64, Position(0, "prune", 0)).batch(0)
+    images, labels = few.epoch(64, Position(0, "prune", 0)).batch(0)
     assert (images.shape, labels.shape) == ((5, 1, 28, 28), (5,))
 
 
 def test_a_batch_is_a_function_of_its_position(tiny):
     """Wherever the epoch is entered, whatever else draws random numbers."""
     position = Position(0, "prune", 0)
-    first, _ = data.Epoch(tiny, 64, position).batch(2)
+    first, _ = tiny.epoch(64, position).batch(2)
     torch.manual_seed(123)
-    assert torch.equal(first, data.Epoch(tiny, 64, position._replace(step=2)).batch(2)[0])
-    assert not torch.equal(first, data.Epoch(tiny, 64, position._replace(epoch=1)).batch(2)[0])
-    assert not torch.equal(first, data.Epoch(tiny, 64, position._replace(step=2)).batch(3)[0])
+    assert torch.equal(first, tiny.epoch(64, position._replace(step=2)).batch(2)[0])
+    assert not torch.equal(first, tiny.epoch(64, position._replace(epoch=1)).batch(2)[0])
+    assert not torch.equal(first, tiny.epoch(64, position._replace(step=2)).batch(3)[0])
 
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_a_batch_is_drawn_by_its_own_generator(tiny, mirror):
     """The bits that committed results were made with: shifts, then flips, of (seed, stage, epoch, step)."""
     mirrored, position = replace(tiny, mirror=mirror), Position(3, "pretrain", 5, 7)
-    found, labels = data.Epoch(mirrored, 32, position).batch(7)
-    chosen = data.epoch_order(mirrored, position)[7 * 32 : 8 * 32]
+    found, labels = mirrored.epoch(32, position).batch(7)
+    chosen = batches.epoch_order(mirrored.train_labels, position)[7 * 32 : 8 * 32]
     generator = position.generator(1)
     shifts = torch.randint(0, 5, (2, 32), generator=generator)
     flips = torch.rand(32, generator=generator) < 0.5 if mirror else torch.zeros(32, dtype=torch.bool)
@@ -328,11 +329,11 @@ def test_batches_are_the_same_on_the_gpu_and_do_not_wait_for_it(tiny, monkeypatc
     there = tiny.to(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        epoch = data.Epoch(there, 64, position)
+        epoch = there.epoch(64, position)
         given = [epoch.batch(step) for step in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for step, (images, labels) in enumerate(given):
-        expected, expected_labels = data.Epoch(tiny, 64, position).batch(step)
+        expected, expected_labels = tiny.epoch(64, position).batch(step)
         assert torch.equal(images.cpu(), expected)
         assert torch.equal(labels.cpu(), expected_labels)

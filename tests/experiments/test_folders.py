@@ -5,8 +5,7 @@ import pytest
 from data_files import save
 
 from bip_fast.errors import UserError
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.data import tiny_imagenet as folders
+from bip_fast.experiments.data import batches, sources, tiny_imagenet
 
 WNIDS = ("n03", "n01", "n02")  # not in alphabetical order: the order of wnids.txt is that of the labels
 
@@ -35,7 +34,7 @@ def root(tmp_path):
 
 def test_images_and_labels(tmp_path):
     colours = write_tiny_imagenet(tmp_path / "tree")
-    read = folders.read_tiny_imagenet(tmp_path / "tree", 3)
+    read = tiny_imagenet.read_tiny_imagenet(tmp_path / "tree", 3)
     assert read.train_images.shape == (9, 3, 64, 64)
     assert (read.train_images.dtype, read.train_labels.dtype) == (np.uint8, np.int64)
     assert read.train_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -49,10 +48,10 @@ def test_images_and_labels(tmp_path):
 
 
 def test_as_a_data_set(root, monkeypatch):
-    monkeypatch.setitem(data.DATA, "tiny-imagenet", data.DATA["tiny-imagenet"]._replace(classes=3))
-    read = data.load("tiny-imagenet", root.parent)
+    monkeypatch.setitem(sources.DATA, "tiny-imagenet", sources.DATA["tiny-imagenet"]._replace(classes=3))
+    read = sources.load("tiny-imagenet", root.parent)
     assert (read.shape, read.classes, len(read.train_labels)) == ((3, 64, 64), 3, 9)
-    images, labels = read.epoch(4, data.Position(0, "prune", 0)).batch(1)
+    images, labels = read.epoch(4, batches.Position(0, "prune", 0)).batch(1)
     assert images.shape == (4, 3, 64, 64)
     assert labels.shape == (4,)
 
@@ -99,20 +98,20 @@ def test_what_is_wrong_is_one_line(root, what):
     spoil, message = WRONG[what]
     spoil(root)
     with pytest.raises(UserError, match=message) as error:
-        folders.read_tiny_imagenet(root, 3)
+        tiny_imagenet.read_tiny_imagenet(root, 3)
     assert "\n" not in str(error.value)
 
 
 def test_pillow_is_named_where_it_is_missing(root, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs Pillow: pip install"):
-        folders.read_tiny_imagenet(root, 3)
+        tiny_imagenet.read_tiny_imagenet(root, 3)
 
 
 def test_the_fingerprint_is_of_classes_and_annotations(root):
-    found = data.fingerprint("tiny-imagenet", root)
+    found = sources.fingerprint("tiny-imagenet", root)
     (root / "train" / ".directory").write_text("of a file manager")
     (root / "val" / "readme.txt").write_text("not read")
-    assert data.fingerprint("tiny-imagenet", root) == found
+    assert sources.fingerprint("tiny-imagenet", root) == found
     (root / "wnids.txt").write_text("\n".join(WNIDS[::-1]) + "\n")
-    assert data.fingerprint("tiny-imagenet", root) != found
+    assert sources.fingerprint("tiny-imagenet", root) != found

@@ -9,12 +9,12 @@ from cli_runs import Interrupting, one_line, prune
 from method_stages import network, settings_of
 
 from bip_fast.commands import cli, environment
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.methods import begin as optimizers
-from bip_fast.experiments.methods import table as methods
+from bip_fast.experiments.data import sources
+from bip_fast.experiments.methods import begin, table
 from bip_fast.experiments.methods.table import METHODS, stages
 from bip_fast.experiments.runs import display
-from bip_fast.experiments.runs.settings import Settings
+from bip_fast.experiments.runs.resolve import resolve
+from bip_fast.experiments.settings import Settings
 
 if missing := environment.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
@@ -33,7 +33,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return sources.load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_weight_decay_of_dense_training_is_its_own(digits):
         for stage in stages(settings):
             model = network()
             saved = {name: x.clone() for name, x in model.state_dict().items()}
-            opt = optimizers.begin(stage, model, settings, digits, lambda m=model, s=saved: m.load_state_dict(s))
+            opt = begin.begin(stage, model, settings, digits, lambda m=model, s=saved: m.load_state_dict(s))
             found.append({group["weight_decay"] for group in opt.param_groups})
         return [value for (value,) in found]
 
@@ -124,7 +124,7 @@ def test_weight_decay_of_dense_training_is_its_own(digits):
     ],
 )
 def test_default_weight_decays(given, pruning, dense):
-    settings = Settings.of(given)
+    settings = resolve(given)
     assert (settings.weight_decay, settings.pretrain_weight_decay) == (pruning, dense)
 
 
@@ -185,6 +185,6 @@ def test_imp_from_a_network_that_is_sparse_enough(whole, tmp_path, capsys):
 
 
 def test_the_table_names_every_method():
-    text = methods.table()
+    text = table.table()
     assert all(f"| `{name}` |" in text for name in METHODS)
     assert stages(replace(Settings(), checkpoint="x"))[0].recipe == replace(stages(Settings())[0].recipe, epochs=0)

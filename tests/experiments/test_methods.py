@@ -12,10 +12,11 @@ import bip_fast
 from bip_fast.commands import environment
 from bip_fast.engine.layers import weights
 from bip_fast.engine.report import report
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.methods import begin as optimizers
-from bip_fast.experiments.methods.table import rounds, stages
-from bip_fast.experiments.models import names as models
+from bip_fast.experiments.data import sources
+from bip_fast.experiments.methods import begin
+from bip_fast.experiments.methods.imp import rounds
+from bip_fast.experiments.methods.table import stages
+from bip_fast.experiments.models.names import build
 
 if missing := environment.missing_extras():
     pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
@@ -32,7 +33,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return sources.load("digits")
 
 
 # --- masks at the beginning --------------------------------------------------------------------------------------------------------------
@@ -55,8 +56,8 @@ def test_the_first_mask_is_the_top_k_of_the_magnitudes(digits, method):
 def test_pruning_at_the_start_uses_the_scores_of_the_criterion(digits, method):
     model = network()
     stage = stages(settings_of(method))[0]
-    assert (stage.criterion, stage.recipe.epochs, stage.recipe.lr) == (method, 5, 0.1)
-    scores = optimizers._criterion(stage, model, settings_of(method), digits)
+    assert (stage.criterion.name, stage.recipe.epochs, stage.recipe.lr) == (method, 5, 0.1)
+    scores = begin._scores(stage, model, settings_of(method), digits)
     flat = torch.cat([x.flatten() for x in scores.values()])
     _, opt = begun(method, digits, model)
     mask = torch.cat([opt.mask_of(x).flatten() for _, x in weights(model)])
@@ -71,16 +72,16 @@ def test_pruning_at_the_start_uses_the_scores_of_the_criterion(digits, method):
 def test_the_rounds_of_synflow_prune_what_is_pruned_in_the_end(digits, monkeypatch, scope, pattern):
     """What a round has removed is not kept, but for ties with weights that have no flow left, because what they feed is gone."""
     torch.manual_seed(0)
-    model = models.build("resnet20b", 1, 10, width=4)
+    model = build("resnet20b", 1, 10, width=4)
     settings = settings_of("synflow", model="resnet20b", scope=scope, pattern=pattern)
-    rounds_, selector = [], optimizers._selector
+    rounds_, selector = [], begin._selector
 
     def watched(*given):
         select = selector(*given)
         return lambda chosen, sparsity: rounds_.append(select(chosen, sparsity)) or rounds_[-1]
 
-    monkeypatch.setattr(optimizers, "_selector", watched)
-    opt = optimizers.begin(stages(settings)[0], model, settings, digits)
+    monkeypatch.setattr(begin, "_selector", watched)
+    opt = begin.begin(stages(settings)[0], model, settings, digits)
     assert len(rounds_) == 99
     kept = {name: opt.mask_of(p) for name, p in weights(model) if p in set(opt.pruned_params)}
     for before, after in itertools.pairwise([*rounds_, kept]):
@@ -133,7 +134,7 @@ def test_hydra_starts_with_scores_scaled_in_every_layer_and_has_momentum_on_them
     model.fc.weight.grad = torch.full_like(model.fc.weight, 0.01)
     scores, h = opt.scores_of(model.fc.weight), 0.01 * opt.weight_of(model.fc.weight)
     for rate in (0.1, 0.1 * 1.9):
-        with optimizers.moving(stage, opt):
+        with begin.moving(stage, opt):
             opt.param_groups[0]["mask_lr"] = 0.1
             opt.step()
         scores = (scores - rate * h).clamp(0, 1)
@@ -163,7 +164,7 @@ def test_the_second_half_of_hydra_trains_under_its_mask(digits):
 def test_gradual_pruning_follows_the_cubic_curve_and_the_magnitudes(digits):
     model = network()
     stage, opt = begun("gmp", digits, model, ramp=0.5)
-    grow = optimizers.before_step(stage, opt)
+    grow = begin.before_step(stage, opt)
     n = flat_weights(model).numel()
     seen = []
     for done in range(41):
@@ -174,7 +175,7 @@ def test_gradual_pruning_follows_the_cubic_curve_and_the_magnitudes(digits):
         assert mask.sum() == n - round(sparsity * n)
         assert done > 20 or torch.equal(mask, bip_fast.topk_mask(theta, int(mask.sum())))
         seen.append(int(mask.sum()))
-        with optimizers.moving(stage, opt):
+        with begin.moving(stage, opt):
             assert opt.phase == "lower"
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(done))
@@ -191,7 +192,7 @@ def test_bip_with_a_ramp_starts_dense_and_ends_sparse(digits):
     assert report(model).sparsity == 0
     for p in opt.pruned_params:
         assert torch.equal(opt.scores_of(p), opt.weight_of(p).square().div(2).clamp(max=1))
-    grow = optimizers.before_step(stage, opt)
+    grow = begin.before_step(stage, opt)
     grow(10, 20)
     assert report(model).kept == n - round(0.8 * n), "at the end of the ramp, whether or not there are mask steps left"
     for done, kept in ((0, n), (5, n - round(0.8 * (1 - 0.5**3) * n)), (10, n - round(0.8 * n)), (11, n - round(0.8 * n))):
@@ -222,7 +223,7 @@ def test_rewound_weights_are_the_saved_ones_bit_for_bit(digits):
     trained = {name: x.detach().clone() for name, x in weights(model)}
     settings = settings_of("imp", rewind="init")
     stage = [stage for stage in stages(settings) if stage.sparsity is not None][1]
-    opt = optimizers.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
+    opt = begin.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
     chosen = torch.cat([x.abs().flatten() for x in trained.values()])
     k = chosen.numel() - round(stage.sparsity * chosen.numel())
     mask = bip_fast.topk_mask(chosen, k)
@@ -240,7 +241,7 @@ def test_rewound_weights_are_the_saved_ones_bit_for_bit(digits):
 def test_the_end_of_a_round_keeps_less_of_what_was_kept(tmp_path, monkeypatch, rewind):
     """A whole run of three rounds: masks are nested, and what a round starts from is the file of that epoch."""
     seen = []
-    original = optimizers.begin
+    original = begin.begin
 
     def watched(stage, model, settings, data, rewind=None):
         opt = original(stage, model, settings, data, rewind)
@@ -285,10 +286,10 @@ def test_methods_take_every_pattern(digits, method, pattern):
     """One epoch: masks are whole units, and what is not kept is 0."""
     settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
     torch.manual_seed(0)
-    model = models.build("resnet20b", 1, 10, width=4)
+    model = build("resnet20b", 1, 10, width=4)
     stage = next(stage for stage in stages(settings) if stage.sparsity is not None)
     saved = {name: x.clone() for name, x in model.state_dict().items()}
-    opt = optimizers.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
+    opt = begin.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
     run_stage(stage, opt, model, digits)
     kept = {name: opt.mask_of(x) for name, x in weights(model) if x in set(opt.pruned_params)}
     assert len(kept) > 10

@@ -17,7 +17,7 @@ from bip_fast.commands import cli, environment
 from bip_fast.commands import prune as prune_command
 from bip_fast.errors import UserError
 from bip_fast.experiments.runs import display
-from bip_fast.experiments.runs import folder as run
+from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.state_dicts import write_safetensors
 
 if missing := environment.missing_extras():
@@ -180,7 +180,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_pat
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    folder = run.RunFolder(tmp_path)
+    folder = RunFolder(tmp_path)
     folder.write("a.txt", lambda path: path.write_text("old"))
 
     def fail(path):
@@ -194,24 +194,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_folder_in_use_is_waited_for(tmp_path):
-    holder, said = run.RunFolder(tmp_path), []
+    holder, said = RunFolder(tmp_path), []
     holder.lock()
 
     def say(text):
         said.append(text)
         holder.release()
 
-    waiting = run.RunFolder(tmp_path, patience=30, say=say)
+    waiting = RunFolder(tmp_path, patience=30, say=say)
     waiting.lock()
     assert said == ["in use by another run, and waits for that to end"]
     with pytest.raises(UserError, match="is in use by another run"):
-        run.RunFolder(tmp_path, patience=0.3).lock()
+        RunFolder(tmp_path, patience=0.3).lock()
     waiting.release()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_named(tmp_path):
-    folder, model = run.RunFolder(tmp_path), torch.nn.Linear(100, 100)
+    folder, model = RunFolder(tmp_path), torch.nn.Linear(100, 100)
     for name, save in (
         ("checkpoint.pt", lambda: folder.save_checkpoint(model.state_dict())),
         ("model.safetensors", lambda: folder.write("model.safetensors", lambda path: write_safetensors(path, model))),

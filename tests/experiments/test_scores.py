@@ -9,7 +9,7 @@ from torch import nn
 
 import bip_fast
 from bip_fast.engine.layers import weights
-from bip_fast.experiments.methods import criteria as scores
+from bip_fast.experiments.methods import at_start, criteria
 from bip_fast.experiments.models.names import build
 
 
@@ -43,7 +43,7 @@ def test_synflow_is_conserved_from_layer_to_layer(shape):
     for i, module in enumerate(model.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(i))
-    found = scores.synflow(model, shape[1:], 0.0, globally, rounds=1)
+    found = at_start.synflow(model, shape[1:], 0.0, globally, rounds=1)
     sums = torch.stack([x.double().sum() for x in found.values()])
     torch.testing.assert_close(sums, sums[:1].expand_as(sums), rtol=1e-4, atol=0)
 
@@ -52,9 +52,9 @@ def test_synflow_needs_no_data_and_leaves_the_model_alone():
     model = build("resnet20", 1, 10, width=2)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     torch.manual_seed(5)
-    first = scores.synflow(model, (1, 8, 8), 0.9, globally)
+    first = at_start.synflow(model, (1, 8, 8), 0.9, globally)
     torch.manual_seed(6)
-    second = scores.synflow(model, (1, 8, 8), 0.9, globally)
+    second = at_start.synflow(model, (1, 8, 8), 0.9, globally)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert model.training
@@ -67,7 +67,7 @@ def test_synflow_spares_every_layer_where_one_round_does_not():
     k = 40
 
     def kept_in_layers(rounds):
-        found = scores.synflow(model, (12,), 1 - k / n, globally, rounds)
+        found = at_start.synflow(model, (12,), 1 - k / n, globally, rounds)
         mask = bip_fast.topk_mask(torch.cat([x.flatten() for x in found.values()]), k)
         return [int(part.sum()) for part in mask.split([x.numel() for x in found.values()])]
 
@@ -77,7 +77,7 @@ def test_synflow_spares_every_layer_where_one_round_does_not():
 
 def test_synflow_scores_of_what_is_gone_are_zero():
     model = perceptron()
-    found = torch.cat([x.flatten() for x in scores.synflow(model, (12,), 0.9, globally).values()])
+    found = torch.cat([x.flatten() for x in at_start.synflow(model, (12,), 0.9, globally).values()])
     n = found.numel()
     gone = int((found == 0).sum())
     assert n - round((1 - 0.1**0.99) * n) >= n - gone >= n - round(0.9 * n)
@@ -87,7 +87,7 @@ def test_synflow_scores_of_what_is_gone_are_zero():
 def test_snip_is_theta_times_gradient(batches):
     model = perceptron()
     given = [images(seed=i) for i in range(batches)]
-    found = scores.snip(model, given)
+    found = at_start.snip(model, given)
     loss = torch.stack([F.cross_entropy(model(x), y) for x, y in given]).mean()
     loss.backward()
     for name, p in weights(model):
@@ -98,7 +98,7 @@ def test_grasp_is_theta_times_hessian_times_gradient():
     """The product with the Hessian against finite differences of the gradient, in float64."""
     model = perceptron(activation=nn.Tanh).double()
     x, y = images()
-    found = scores.grasp(model, [(x.double(), y)])
+    found = at_start.grasp(model, [(x.double(), y)])
     params = [p for _, p in weights(model)]
 
     def gradient():
@@ -123,8 +123,8 @@ def test_grasp_over_batches_is_that_of_all_images():
     model = perceptron(activation=nn.Tanh).double()
     x, y = images(32)
     x = x.double()
-    parts = scores.grasp(model, [(x[:16], y[:16]), (x[16:], y[16:])])
-    whole = scores.grasp(model, [(x, y)])
+    parts = at_start.grasp(model, [(x[:16], y[:16]), (x[16:], y[16:])])
+    whole = at_start.grasp(model, [(x, y)])
     for name in whole:  # the loss of two halves adds up to twice the mean: four times the product
         torch.testing.assert_close(parts[name], 4 * whole[name])
 
@@ -140,7 +140,7 @@ def test_grasp_of_a_linear_layer_without_curvature():
         def forward(self, x):
             return self.used(x) + 0 * self.idle(x)
 
-    found = scores.grasp(Scaled(), [images()])
+    found = at_start.grasp(Scaled(), [images()])
     assert not found["idle.weight"].any()
     assert found["used.weight"].any()
 
@@ -150,7 +150,7 @@ def test_criteria_leave_gradients_random_state_and_statistics_alone():
     model[0].weight.grad = torch.ones_like(model[0].weight)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     state = torch.get_rng_state()
-    for found in (scores.snip(model, [images()]), scores.grasp(model, [images()]), scores.magnitude(model)):
+    for found in (at_start.snip(model, [images()]), at_start.grasp(model, [images()]), criteria.magnitude(model)):
         assert list(found) == ["0.weight", "3.weight"]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -159,7 +159,7 @@ def test_criteria_leave_gradients_random_state_and_statistics_alone():
 
 def test_random_scores_come_from_the_generator():
     model = perceptron()
-    first, again, other = (scores.random(model, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, again, other = (at_start.random(model, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     for name, x in first.items():
         assert torch.equal(x, again[name])
         assert not torch.equal(x, other[name])
@@ -168,12 +168,12 @@ def test_random_scores_come_from_the_generator():
 def test_unit_interval_keeps_the_order():
     generator = torch.Generator().manual_seed(0)
     large = {"a": torch.rand(500, generator=generator) * 37, "b": torch.rand(300, generator=generator) ** 8}
-    found = scores.to_unit_interval(large)
+    found = criteria.to_unit_interval(large)
     flat, mapped = (torch.cat(list(of.values())) for of in (large, found))
     assert torch.equal(mapped, flat / 64), "a power of two, which is exact"
     signed = {"a": torch.randn(500, generator=generator)}
-    mapped = scores.to_unit_interval(signed)["a"]
+    mapped = criteria.to_unit_interval(signed)["a"]
     assert (mapped.min(), mapped.max()) == (0, 1)
     assert torch.equal(mapped.argsort(), signed["a"].argsort())
-    assert not scores.to_unit_interval({"a": torch.zeros(3)})["a"].any()
-    assert scores.to_unit_interval({}) == {}
+    assert not criteria.to_unit_interval({"a": torch.zeros(3)})["a"].any()
+    assert criteria.to_unit_interval({}) == {}

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 from bip_fast.errors import UserError
-from bip_fast.experiments.data import image_folders as streamed
-from bip_fast.experiments.data import sets as data
-from bip_fast.experiments.data.sets import Position
-from bip_fast.experiments.runs.training import Cursor, Recipe, evaluate, train
+from bip_fast.experiments.data import image_folders, parts, sources
+from bip_fast.experiments.data.batches import Position
+from bip_fast.experiments.methods.stage import Recipe
+from bip_fast.experiments.runs.training import Cursor, evaluate, train
 
 CLASSES = ("n01", "n02", "n03")
 
@@ -83,7 +83,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def images(tree, torchvision):
-    found = streamed.read_image_folders(tree, "imagenet", 3)
+    found = image_folders.read_image_folders(tree, "imagenet", 3)
     return replace(found, workers=0)  # a stand-in is in this process only
 
 
@@ -129,14 +129,14 @@ def test_torchs_random_state_is_not_touched(images):
 
 
 def test_parts_for_choosing_options(images):
-    held = data.hold_out(images, 3)
+    held = parts.hold_out(images, 3)
     assert (len(held.train_labels), len(held.test_labels)) == (12, 3)
     assert held.test_labels.tolist() == [0, 1, 2]
     files = {bytes(x) for x in images.train_files}
     assert {bytes(x) for x in held.train_files} | {bytes(x) for x in held.test_files} == files
-    assert data.subset(images, 6).train_labels.bincount().tolist() == [2, 2, 2]
+    assert parts.subset(images, 6).train_labels.bincount().tolist() == [2, 2, 2]
     with pytest.raises(UserError, match="--stride is for data sets in memory"):
-        data.at_stride(images, 2)
+        parts.at_stride(images, 2)
 
 
 def test_crops_stay_inside_and_have_the_customary_size():
@@ -144,8 +144,8 @@ def test_crops_stay_inside_and_have_the_customary_size():
     for width, height in ((500, 375), (50, 400), (1000, 20), (8, 8)):
         areas = []
         for _ in range(300):
-            numbers = torch.rand(2 * streamed.TRIES + 2, generator=generator, dtype=torch.float64).tolist()
-            top, left, h, w = streamed.crop_of(width, height, numbers)
+            numbers = torch.rand(2 * image_folders.TRIES + 2, generator=generator, dtype=torch.float64).tolist()
+            top, left, h, w = image_folders.crop_of(width, height, numbers)
             assert 0 <= top <= height - h
             assert 0 <= left <= width - w
             assert 0 < h <= height
@@ -198,7 +198,7 @@ def test_training_and_evaluation(images):
 def test_wrong_folders_are_one_line(tree, torchvision, spoil, message):
     spoil(tree)
     with pytest.raises(UserError, match=message) as error:
-        streamed.read_image_folders(tree, "imagenet", 3)
+        image_folders.read_image_folders(tree, "imagenet", 3)
     assert "\n" not in str(error.value)
 
 
@@ -213,4 +213,4 @@ def test_a_damaged_image_is_one_line(tree, images):
 def test_torchvision_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs torchvision: pip install torchvision"):
-        data.load("imagenet", tmp_path)
+        sources.load("imagenet", tmp_path)

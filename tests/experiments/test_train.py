@@ -12,10 +12,11 @@ from graph_pairs import Double, Uncapturable
 from torch import nn
 
 from bip_fast import FastBiP, graphs
-from bip_fast.experiments.data import sets as data
+from bip_fast.experiments.data import sources
 from bip_fast.experiments.data.augment import normalised
-from bip_fast.experiments.data.sets import Position
-from bip_fast.experiments.runs.training import Cursor, Recipe, evaluate, kept_flags, train
+from bip_fast.experiments.data.batches import Position
+from bip_fast.experiments.methods.stage import Recipe
+from bip_fast.experiments.runs.training import Cursor, evaluate, kept_flags, train
 
 RECIPE = Recipe("prune", epochs=3, batch_size=16, seed=4, lr=0.1, mask_lr=2.0)
 
@@ -23,7 +24,7 @@ RECIPE = Recipe("prune", epochs=3, batch_size=16, seed=4, lr=0.1, mask_lr=2.0)
 @pytest.fixture
 def images(tmp_path):
     write_fashion_mnist(tmp_path, train=70, test=30)
-    return data.load("fashion-mnist", tmp_path)
+    return sources.load("fashion-mnist", tmp_path)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_it_is_the_plain_loop(images, model):
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
     for epoch in range(3):
-        batches, losses, right = data.Epoch(images, 16, Position(4, "prune", epoch)), [], 0
+        batches, losses, right = images.epoch(16, Position(4, "prune", epoch)), [], 0
         for step in range(4):  # 70 images make four full batches of 16
             x, y = batches.batch(step)
             optimizer.zero_grad()

@@ -1,10 +1,9 @@
 """What a comparison consists of: a file of settings, the runs it stands for, and which run starts from which.
 
-The file is YAML: names of settings (`settings.Settings`), each with a value or a list of values, and `methods`, a mapping from the label of
-a row to the settings of that row alone. The runs are all combinations. Every method that prunes a trained network starts from a dense run,
-which is shared; every round of iterative pruning is a run that starts from the one before, and rows share the rounds they have in common. A
-run is known by a hash of its settings, its data and the run it starts from, so a run that is finished is never repeated, in whatever file
-it is named.
+The file is YAML: names of settings (`experiments.settings`), each with a value or a list of values, and `methods`, a mapping from the
+label of a row to the settings of that row alone. The runs are all combinations. Methods that prune a trained network share a dense run.
+Every round of iterative pruning is a run that starts from the one before, and rows share the rounds that they have in common. The address
+of a run is a hash of its settings, its data and the run it starts from, so a finished run is never repeated, whichever file names it.
 """
 
 from __future__ import annotations
@@ -19,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, one_line
-from ..data import sets as data
-from ..methods.table import METHODS, first_epoch, rounds, stages
-from ..runs.settings import FIELDS, PATHS, Settings, unused
+from ..data.sources import fingerprint
+from ..methods.imp import rounds
+from ..methods.stage import first_epoch
+from ..methods.table import METHODS, stages
+from ..runs.resolve import resolve, unused
+from ..settings import FIELDS, PATHS, Settings
 
 __all__ = ["Cell", "Grid", "read"]
 
@@ -43,7 +45,7 @@ class Cell:
         parent: run whose network it starts from.
         dense: run whose early weights it rewinds to.
         swept: settings that the file gives a list of, other than sparsity and seed, with the value of this run.
-        files: `data.fingerprint` of its data set.
+        files: `data.sources.fingerprint` of its data set.
     """
 
     label: str
@@ -133,7 +135,7 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise UserError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name != "methods"}
-    grid = _Builder(path, functools.cache(lambda name: data.fingerprint(name, data_dir)))
+    grid = _Builder(path, functools.cache(lambda name: fingerprint(name, data_dir)))
     for label, own in content["methods"].items():
         if not isinstance(own, (dict, type(None))):
             raise UserError(f"{path}: methods: {label}: expected settings, got {own!r}")
@@ -186,7 +188,7 @@ class _Builder:
         if isinstance(given.get("rewind"), int):
             given["rewind"] = str(given["rewind"])
         try:
-            settings = Settings.of(given)
+            settings = resolve(given)
         except UserError as error:
             message = str(error).removeprefix("--")
             if isinstance(given.get("pattern"), int) and message.startswith("pattern"):
@@ -211,6 +213,6 @@ class _Builder:
     def _dense(self, settings: Settings) -> Cell:
         """The dense run that a method with these settings starts from."""
         own = {name: getattr(settings, name) for name in DENSE}
-        cell = Cell("", Settings.of({**own, "method": "dense", "epochs": 0}), files=self.fingerprint(settings.data))
+        cell = Cell("", resolve({**own, "method": "dense", "epochs": 0}), files=self.fingerprint(settings.data))
         self.snapshots.setdefault(cell.address, set())
         return self.cells.setdefault(cell.address, cell)

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +23,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import UserError, one_line
-from ..data import sets as data
+from ..data.parts import AnyData
+from ..data.sources import load as load_data
 from ..runs import display
 from ..runs.folder import DamagedCheckpoint, RunFolder, snapshot_name
-from ..runs.settings import Settings
+from ..runs.resolve import changed
 from ..runs.signals import Stop
+from ..settings import Settings
 
 __all__ = ["Order", "finished", "work"]
 
@@ -93,7 +94,7 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, alone: bool)
     """Take orders from ``pipe`` until it closes; ``alone``: no other process does."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     device = torch.device(device_name)
-    load = functools.lru_cache(maxsize=2)(data.load)
+    load = functools.lru_cache(maxsize=2)(load_data)
     while True:
         try:
             order: Order = pipe.recv()
@@ -117,16 +118,16 @@ def work(pipe: Connection, data_dir: Path | None, device_name: str, alone: bool)
             return
 
 
-def _run(order: Order, loaded: data.AnyData, device: torch.device, shown: _Telling, alone: bool) -> None:
+def _run(order: Order, loaded: AnyData, device: torch.device, shown: _Telling, alone: bool) -> None:
     from ..runs.job import Job
 
     settings = order.settings
     if order.parent is not None:
-        settings = replace(settings, checkpoint=str(order.parent / "model.safetensors"))
+        paths = {"checkpoint": str(order.parent / "model.safetensors")}
         if settings.rewind not in (None, "lr") and order.dense is not None:
             epoch = 0 if settings.rewind == "init" else settings.rewind
-            settings = replace(settings, rewind_checkpoint=str(order.dense / snapshot_name(str(epoch))))
-    settings.check()
+            paths["rewind_checkpoint"] = str(order.dense / snapshot_name(str(epoch)))
+        settings = changed(settings, **paths)
     options: dict[str, Any] = {"start": order.start, "score_start": False, "alone": alone, "stop_on": [signal.SIGTERM]}
 
     def resumed(job: Job) -> Job | None:

@@ -1,7 +1,7 @@
 """ImageNet, which does not fit in memory: files in a folder for each class, decoded by torchvision in worker processes as they are needed.
 
-It has the small interface of `data.Dataset` that training and evaluation use. The random numbers of a batch are a function of its position
-and are drawn here, not in the workers, so a run continues from any batch with the same images.
+It has the small interface of `dataset.Dataset` that training and evaluation use. The random numbers of a batch are a function of its
+position and are drawn here, not in the workers, so a run continues from any batch with the same images.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...errors import UserError, one_line
 from .augment import normalised
+from .batches import Position, batch_count
 
 __all__ = ["Streamed", "crop_of", "read_image_folders"]
 
@@ -100,7 +101,7 @@ def _stream(batches: Iterable[Sequence[Item]], workers: int) -> Iterator[Tensor]
 
 @dataclass(frozen=True)
 class Streamed:
-    """Files and labels int64 (n,) of both parts; the attributes mean what they mean in `data.Dataset`."""
+    """Files and labels int64 (n,) of both parts; the attributes mean what they mean in `dataset.Dataset`."""
 
     name: str
     classes: int
@@ -132,7 +133,7 @@ class Streamed:
             parts |= {"test_files": self.train_files[test.numpy()], "test_labels": self.train_labels[test]}
         return replace(self, **parts)
 
-    def epoch(self, batch_size: int, position: Any) -> _Epoch:
+    def epoch(self, batch_size: int, position: Position) -> _Epoch:
         """Batches of an epoch from ``position.step`` on."""
         return _Epoch(self, batch_size, position)
 
@@ -150,13 +151,13 @@ class Streamed:
 
 
 class _Epoch:
-    """As `data.Epoch`, but batches must be asked for in their order."""
+    """As `batches.Epoch`, but batches must be asked for in their order."""
 
-    def __init__(self, data: Streamed, batch_size: int, position: Any) -> None:
+    def __init__(self, data: Streamed, batch_size: int, position: Position) -> None:
         count = len(data.train_labels)
         self.data, self.next, self.position = data, position.step, position
         self.order = torch.randperm(count, generator=position._replace(step=0).generator(0))
-        self.n, self.steps = min(batch_size, count), max(1, count // batch_size)
+        self.n, self.steps = min(batch_size, count), batch_count(count, batch_size)
         self.images = _stream(_Items(self), data.workers)
 
     def chosen(self, step: int) -> Tensor:

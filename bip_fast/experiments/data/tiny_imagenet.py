@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import UserError, one_line
-from .standard import Arrays
+from .arrays import Arrays
 
 __all__ = ["read_tiny_imagenet"]
 

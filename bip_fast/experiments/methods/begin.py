@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.layers import weights
+from ...export.coupling import coupled_filters
 from ...optimizer import FastBiP
 from ...schedule import CURVES
-from ..data.sets import AnyData, Position
-from ..runs.settings import Settings
-from . import criteria as scores
-from .table import Stage, pretraining
+from ..data.parts import AnyData
+from ..settings import Settings
+from .criteria import MAGNITUDE, Scored, Scores, Select, to_unit_interval
+from .stage import Stage, pretraining
 
-__all__ = ["before_step", "begin", "dense_optimizer", "moving", "pruner", "scored_images"]
+__all__ = ["before_step", "begin", "dense_optimizer", "moving", "optimizer_of", "pruner"]
 
 UPDATES = 100  # of the masks while the sparsity grows by magnitude
-GRASP_IMAGES = 10  # of every class, as in its paper
 
 
 def dense_optimizer(model: nn.Module, settings: Settings, stage: Stage | None = None) -> torch.optim.Optimizer:
@@ -34,8 +35,6 @@ def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | N
     """FastBiP over all Conv and Linear weights of ``model``. Filters that can only be removed together are learned together."""
     coupled: list[list[str]] = []
     if settings.pattern == "filter":
-        from ...export.coupling import coupled_filters
-
         coupled = coupled_filters(model, data.example())
     sparsity = settings.sparsity if stage is None or stage.sparsity is None else stage.sparsity
     moves = settings.levels if stage is None else stage.moves
@@ -69,7 +68,7 @@ def begin(
         model: changed in place.
         rewind: loads the weights of a stage that rewinds.
     """
-    chosen = None if stage.sparsity is None else _criterion(stage, model, settings, data)
+    chosen = None if stage.sparsity is None else _scores(stage, model, settings, data)
     if stage.rewind:
         rewind()
     optimizer = optimizer_of(stage, model, settings, data)
@@ -78,7 +77,7 @@ def begin(
     if stage.ramp > 0:
         _set_sparsity(optimizer, 0.0)
     # The scores of BiP are a relaxed mask and stay what FastBiP makes of the magnitudes; all others are an order, or Hydra's start.
-    learned = stage.moves != "weights" and stage.criterion == "magnitude"
+    learned = stage.moves != "weights" and stage.criterion is MAGNITUDE
     if learned and settings.score_start == "square" and chosen is not None:
         squares = {name: (x * x / 2).clamp(max=1) for name, x in chosen.items()}
         optimizer.set_scores(_by_parameter(optimizer, model, squares))
@@ -89,29 +88,23 @@ def begin(
     return optimizer
 
 
-def _criterion(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> scores.Scores:
-    """Scores of every Conv and Linear weight by the criterion of the stage."""
-    if stage.criterion == "magnitude":
-        return scores.magnitude(model)
-    if stage.criterion == "layer":
-        return scores.layer_magnitude(model)
-    position = Position(settings.seed, "scores", 0)
-    if stage.criterion == "random":
-        return scores.random(model, position.generator(0))
-    if stage.criterion == "synflow":
-        return scores.synflow(model, data.shape, float(stage.sparsity or 0.0), _selector(stage, model, settings, data))
-    epoch = data.epoch(settings.batch_size, position)
-    batches = [epoch.batch(i) for i in range(_score_batches(stage, settings, data))]
-    return scores.snip(model, batches) if stage.criterion == "snip" else scores.grasp(model, batches)
+def _scores(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> Scores:
+    """What every Conv and Linear weight is worth by the criterion of the stage."""
+    of = Scored(model, settings, data, float(stage.sparsity or 0.0), _selector(stage, model, settings, data))
+    return stage.criterion.scores(of)
 
 
-def _selector(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> scores.Select:
+def _selector(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> Select:
     """Masks as the stage chooses them, under its pattern, scope and budgets, without touching ``model``."""
-    twin = copy.deepcopy(model)
-    optimizer = pruner(twin, settings, data, stage)
-    pruned = set(optimizer.pruned_params)
 
-    def select(chosen: scores.Scores, sparsity: float) -> dict[str, Tensor]:
+    @functools.cache
+    def twin_and_optimizer() -> tuple[nn.Module, FastBiP]:
+        twin = copy.deepcopy(model)
+        return twin, pruner(twin, settings, data, stage)
+
+    def select(chosen: Scores, sparsity: float) -> dict[str, Tensor]:
+        twin, optimizer = twin_and_optimizer()
+        pruned = set(optimizer.pruned_params)
         _set_sparsity(optimizer, sparsity)
         optimizer.set_scores(_by_parameter(optimizer, twin, chosen))
         return {name: optimizer.mask_of(p) for name, p in weights(twin) if p in pruned}
@@ -119,23 +112,9 @@ def _selector(stage: Stage, model: nn.Module, settings: Settings, data: AnyData)
     return select
 
 
-def _score_batches(stage: Stage, settings: Settings, data: AnyData) -> int:
-    if stage.criterion != "grasp":
-        return int(stage.criterion == "snip")
-    available = max(1, len(data.train_labels) // settings.batch_size)
-    return min(available, math.ceil(GRASP_IMAGES * data.classes / settings.batch_size))
-
-
-def scored_images(stage: Stage, settings: Settings, data: AnyData) -> int:
-    """Forward and backward passes that the criterion of a stage takes, in images."""
-    images = _score_batches(stage, settings, data) * min(settings.batch_size, len(data.train_labels))
-    # GraSP: one backward for g, one with a graph and one through it for H g.
-    return {"snip": images, "grasp": 3 * images, "synflow": scores.ROUNDS}.get(stage.criterion, 0)
-
-
-def _by_parameter(optimizer: FastBiP, model: nn.Module, chosen: scores.Scores) -> dict[Tensor, Tensor]:
+def _by_parameter(optimizer: FastBiP, model: nn.Module, chosen: Scores) -> dict[Tensor, Tensor]:
     pruned = set(optimizer.pruned_params)
-    return scores.to_unit_interval({x: chosen[name] for name, x in weights(model) if x in pruned})
+    return to_unit_interval({x: chosen[name] for name, x in weights(model) if x in pruned})
 
 
 def _set_sparsity(optimizer: FastBiP, sparsity: float) -> None:
@@ -167,7 +146,7 @@ def before_step(stage: Stage, optimizer: torch.optim.Optimizer) -> Callable[[int
         last = done == length
         _set_sparsity(optimizer, end if last else end * (1 - CURVES["cubic"](done / length)))
         if stage.follow_magnitude and (last or done % max(1, length // UPDATES) == 0):
-            optimizer.set_scores(scores.to_unit_interval({p: optimizer.weight_of(p).abs() for p in optimizer.pruned_params}))
+            optimizer.set_scores(to_unit_interval({p: optimizer.weight_of(p).abs() for p in optimizer.pruned_params}))
         elif last:
             optimizer.set_scores({})  # now: there may be no upper step any more
 

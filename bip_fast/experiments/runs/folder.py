@@ -27,7 +27,8 @@ import torch
 from ...errors import MEMORY, one_line
 from ...atomic import write_beside
 from ...errors import UserError
-from .settings import FIELDS, PATHS, Settings, option
+from ..settings import FIELDS, PATHS, Settings, option
+from .resolve import resolve
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
@@ -180,7 +181,7 @@ class RunFolder:
             if own != value:
                 raise UserError(f"--resume continues a run with {option(name)} {own}, got {value}; leave {option(name)} out")
         try:
-            return Settings.of(stored)
+            return resolve(stored)
         except (UserError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path / 'config.json'} is damaged: {one_line(error, 160)}") from error
 

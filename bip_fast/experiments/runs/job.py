@@ -23,13 +23,15 @@ from ...optimizer import FastBiP
 from ...engine.report import report
 from ...errors import UserError
 from . import display
-from ..models import names as models
-from ..data.sets import AnyData, batch_count, prepared
+from ..models.names import build
+from ..data.batches import batch_count
+from ..data.parts import AnyData
 from .energy import joules
-from ..methods.table import METHODS, PRETRAIN, Stage, first_epoch, stages
-from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of, scored_images
+from ..methods.stage import PRETRAIN, Stage, first_epoch
+from ..methods.table import METHODS, stages
+from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of
 from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
-from .settings import Settings
+from ..settings import Settings
 from .signals import STOP_SIGNALS, Stop, stop_requests
 from ...state_dicts import load_into, read_state_dict, write_safetensors
 from .training import Cursor, check_finite, evaluate, train
@@ -77,16 +79,16 @@ class Job:
     ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
         self.score_start, self.stop_on, self.asked = score_start, stop_on, start
-        self.data = prepared(data, settings).to(device)
+        self.data = settings.part_of(data).to(device)
         torch.manual_seed(settings.seed)
         try:
-            model = models.build(settings.model, data.channels, data.classes, settings.width)
+            model = build(settings.model, data.channels, data.classes, settings.width)
         except (RuntimeError, MemoryError) as error:
             raise UserError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
         check_model(model, settings, self.data)
         torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.steps = batch_count(self.data, settings.batch_size)
+        self.steps = batch_count(len(self.data.train_labels), settings.batch_size)
         self.stages: tuple[Stage, ...] = ()
         self.at = 0  # number of the stage
         self.cursor = Cursor()
@@ -296,7 +298,7 @@ class Job:
         self.done["history"][stage.name] = self.cursor.history
         self.done["seconds"][stage.name] = self.cursor.seconds
         passes = self._epochs(stage) * self.steps * min(self.settings.batch_size, len(self.data.train_labels))
-        self.done["image_passes"][stage.name] = passes + scored_images(stage, self.settings, self.data)
+        self.done["image_passes"][stage.name] = passes + stage.criterion.images(self.settings, self.data)
         if stage.name == PRETRAIN:
             if self.score_start:
                 self._score("dense")

@@ -21,32 +21,11 @@ from torch import Tensor, nn
 from ...graphs import GraphedIteration
 from ...engine.layers import weights
 from ...errors import UserError
-from ..data.sets import AnyData, Position, batch_count
+from ..data.batches import Position, batch_count
+from ..data.parts import AnyData
+from ..methods.stage import Recipe
 
-__all__ = ["Cursor", "Recipe", "Score", "check_finite", "evaluate", "kept_flags", "train"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One stage of a run.
-
-    Args:
-        stage: its name; enters the random order of the images.
-        lr, mask_lr: step sizes at the start, for weights and scores.
-        freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
-        first_epoch: of the schedule, that a rewound stage starts with.
-        weight_decay: of the optimizer that it is trained with.
-    """
-
-    stage: str
-    epochs: int
-    batch_size: int
-    seed: int
-    lr: float
-    mask_lr: float = 0.0
-    freeze: float = 1.0
-    first_epoch: int = 0
-    weight_decay: float = 0.0
+__all__ = ["Cursor", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
 
 @dataclass
@@ -171,7 +150,7 @@ def train(
         amp: bfloat16 autocast.
         say: is told once, and why, when the iterations cannot be graphs although the device has them.
     """
-    steps = batch_count(data, recipe.batch_size)
+    steps = batch_count(len(data.train_labels), recipe.batch_size)
     total = recipe.epochs * steps
     frozen = recipe.freeze >= 1 or not hasattr(optimizer, "freeze_masks")
     cursor.sums = cursor.sums.to(data.train_labels.device)

@@ -10,9 +10,9 @@ from torch import nn
 from ...errors import one_line
 from ...engine.layers import weights
 from ...errors import UserError
-from ..data.sets import AnyData
+from ..data.parts import AnyData
 from ..methods.begin import pruner
-from .settings import Settings
+from ..settings import Settings
 
 __all__ = ["check_model"]
 

@@ -1,0 +1,246 @@
+"""The settings of a run: one record, whose fields say what they mean, what values they may have, and where the command line shows them.
+
+What depends on several of them, or on the method, is in `runs.resolve`. Defaults were chosen on a part of the training images
+(`--validate`), never on test images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from ..engine.options import LEVELS, SCOPES
+from ..errors import UserError
+from .data.parts import VALIDATION_IMAGES, AnyData, at_stride, hold_out, subset
+from .data.sources import DATA
+from .models.names import MODELS
+
+__all__ = ["FIELDS", "PARTS", "PATHS", "RUN", "Settings", "described", "option", "user_error"]
+
+# What scores start from: |theta|, as in the paper, or theta^2 / 2, which gradient descent on theta moves by -lr*theta*g, as upper steps
+# move scores by -mask_lr*theta*g: learned and inherited parts of a score are then of one kind.
+SCORE_STARTS = ("magnitude", "square")
+# Parts of the help of `bip-fast prune`.
+PARTS = WHAT, HOW, TRAINING, RUN = "what to prune", "how to prune", "training", "the run"
+
+
+def _told(part: str, metavar: str, text: str, *, default: str | None = None, **limits: Any) -> Any:
+    """A field that is an option: its part of the help, the name of its value, a description; ``default``: in words, None: its value."""
+    return Field(description=text, json_schema_extra={"part": part, "metavar": metavar, "default": default}, **limits)
+
+
+def _checked(expected: str, right: Callable[[Any], bool], hint: Callable[[Any], str] = lambda value: "") -> AfterValidator:
+    def check(value: Any) -> Any:
+        if value is not None and not right(value):
+            raise PydanticCustomError("expected", "{expected}", {"expected": expected, "hint": hint(value)})
+        return value
+
+    return AfterValidator(check)
+
+
+def _one_of(names: Iterable[str]) -> AfterValidator:
+    return _checked(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def _percent(value: float) -> str:
+    return f" (write {value / 100:g} for {value:g} %)" if 1 < value < 100 else ""
+
+
+# Step sizes and the like: finite, and 0 or more.
+_Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class Settings:
+    """Everything that decides the result of a run; `config.json` holds exactly this.
+
+    Raises:
+        pydantic.ValidationError: a value is of another type or out of range; `user_error` makes a sentence of it.
+    """
+
+    data: Annotated[str, _one_of(DATA), _told(WHAT, "NAME", ", ".join(DATA))] = "digits"
+    train_images: Annotated[
+        int | None, _told(WHAT, "N", "only so many training images, the same share of every class", default="", ge=1)
+    ] = None
+    stride: Annotated[int, _told(WHAT, "N", "only every N-th pixel in both directions", ge=1)] = 1
+    model: Annotated[
+        str, _told(WHAT, "NAME", f"{', '.join(MODELS)}, timm:NAME, torchvision:NAME, or your own: FILE.py:function(channels, classes)")
+    ] = "resnet20"
+    width: Annotated[
+        int | None,
+        _told(WHAT, "N", "channels of the first stage", default="16, for resnet18, resnet50 and vgg16bn 64", ge=1),
+    ] = None
+    method: Annotated[str, _told(HOW, "NAME", "README.md has a table of what each does")] = "bip"
+    sparsity: Annotated[
+        float,
+        _checked("in [0, 1)", lambda value: 0 <= value < 1, _percent),
+        _told(WHAT, "S", "fraction of zeros among all Conv and Linear weights, or pruned share of the units of --pattern, in [0, 1)"),
+    ] = 0.95
+    pattern: Annotated[str, _told(WHAT, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")] = "unstructured"
+    scope: Annotated[str, _one_of(SCOPES), _told(WHAT, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")] = (
+        "global"
+    )
+    levels: Annotated[
+        str,
+        _one_of(LEVELS),
+        _told(HOW, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one"),
+    ] = "alternating"
+    pretrain_epochs: Annotated[int, _told(TRAINING, "N", "epochs of dense training", ge=0)] = 30
+    epochs: Annotated[int, _told(HOW, "N", "passes over the training images while pruning", ge=0)] = 40
+    batch_size: Annotated[int, _told(TRAINING, "N", "images in a batch", ge=2)] = 64
+    pretrain_lr: Annotated[_Size, _told(TRAINING, "X", "step size of dense training, at the start of a cosine")] = 0.1
+    lr: Annotated[_Size, _told(HOW, "X", "step size of the weights, at the start of a cosine")] = 0.05
+    mask_lr: Annotated[_Size, _told(HOW, "X", "step size of the scores, at the start of a cosine")] = 1.0
+    gamma: Annotated[
+        float, _told(HOW, "X", "weight of the lower level's convexity; larger: smaller implicit gradient", gt=0, allow_inf_nan=False)
+    ] = 1.0
+    momentum: Annotated[float, _told(TRAINING, "X", "momentum of the weights", ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[_Size, _told(TRAINING, "X", "weight decay of pruning and fine-tuning")] = 5e-4
+    pretrain_weight_decay: Annotated[
+        _Size,
+        _told(
+            TRAINING,
+            "X",
+            "weight decay of dense training, also where a method trains by its schedule",
+            default="that of --weight-decay, or of the data set",
+        ),
+    ] = 5e-4
+    mask_momentum: Annotated[float, _told(HOW, "X", "momentum of the scores", ge=0, lt=1)] = 0.0
+    score_start: Annotated[
+        str,
+        _one_of(SCORE_STARTS),
+        _told(HOW, "NAME", f"{' or '.join(SCORE_STARTS)}: scores of bip begin at min(|theta|, 1) or at theta^2 / 2"),
+    ] = "magnitude"
+    ramp: Annotated[
+        float,
+        _told(HOW, "X", "share of the time until masks freeze in which the sparsity grows; 0: all of it at once", ge=0, le=1),
+    ] = 0.0
+    freeze: Annotated[
+        float,
+        _told(HOW, "X", "share of pruning after which masks stay; 0: one-shot magnitude pruning, 1: never", ge=0, le=1),
+    ] = 1.0
+    rewind: Annotated[
+        str | None,
+        _checked("init, lr or a number of epochs", lambda value: value in ("init", "lr") or bool(re.fullmatch("0|[1-9][0-9]*", value))),
+        _told(
+            HOW,
+            "E",
+            "retrain under the mask from the weights of an epoch of dense training, a number or init, under the rest of its schedule "
+            "(all of it after the last epoch), or lr: the weights as they are, under all of it",
+            default="init for imp and omp, otherwise not",
+        ),
+    ] = None
+    per_round: Annotated[float, _told(HOW, "X", "imp: share of the weights left that goes in each round", gt=0, lt=1)] = 0.2
+    seed: Annotated[
+        int,
+        _checked("less than 2**63", lambda value: value < 2**63),
+        _told(TRAINING, "N", "decides the first weights and the order of the images", ge=0),
+    ] = 0
+    checkpoint: Annotated[
+        str | None,
+        _checked("the name of a file", bool),
+        _told(WHAT, "FILE", "trained dense weights to prune (.safetensors or .pt): no dense training", default=""),
+    ] = None
+    rewind_checkpoint: Annotated[
+        str | None, _told(HOW, "FILE", "with --checkpoint: the weights that --rewind goes back to", default="")
+    ] = None
+    validate: Annotated[
+        bool,
+        _told(
+            TRAINING,
+            "",
+            f"hold out {VALIDATION_IMAGES:,} training images, or a fifth if that is less, and measure on these: for choosing options",
+            default="",
+        ),
+    ] = False
+    validation_images: Annotated[int, Field(ge=1)] = VALIDATION_IMAGES
+    amp: Annotated[
+        bool,
+        _told(
+            TRAINING,
+            "",
+            "train under bfloat16 autocast, for speed on a GPU",
+            default="float32 on every device, and results are measured in it",
+        ),
+    ] = False
+    # Of the CPU: they decide the order in which sums are made, and so the last bits of a result.
+    threads: Annotated[
+        int | None,
+        _told(RUN, "N", "CPU threads; sums, and so results, depend on their number", default="one for each core", ge=1),
+    ] = None
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the default run folder: what a person tells runs apart by."""
+        model, pattern = ("".join(c if c.isalnum() else "-" for c in name) for name in (self.model, self.pattern))
+        kind = "" if self.pattern == "unstructured" else f"-{pattern}"
+        method = "" if self.method == "bip" else f"-{self.method}"
+        return f"{self.data}-{model}{method}-{100 * self.sparsity:g}{kind}-seed{self.seed}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def part_of(self, data: AnyData) -> AnyData:
+        """What a run works on: held-out images in place of the test images, fewer images, fewer pixels."""
+        if self.validate:
+            data = hold_out(data, self.validation_images)
+        if self.train_images is not None:
+            data = subset(data, self.train_images)
+        return at_stride(data, self.stride) if self.stride > 1 else data
+
+
+FIELDS = tuple(field.name for field in fields(Settings))
+PATHS = ("checkpoint", "rewind_checkpoint")  # where something is; all others say what the run is
+
+
+def option(field: str) -> str:
+    """Option of the command line that sets a field."""
+    return "--" + field.replace("_", "-")
+
+
+def described() -> dict[str, FieldInfo]:
+    """What pydantic knows of every field: its annotation, description, and ``json_schema_extra`` for the command line."""
+    return dict(Settings.__pydantic_fields__)  # type: ignore[attr-defined]
+
+
+# --- errors --------------------------------------------------------------------------------------------------------------------------
+
+
+def user_error(error: ValidationError) -> UserError:
+    """The first of the errors in the words of the command line: the option, what was expected, and what came."""
+    first = error.errors(include_url=False)[0]
+    name, value, own = str(first["loc"][0]), first["input"], first.get("ctx", {})
+    if name not in FIELDS:
+        return UserError(f"there is no setting {name!r}; there are {', '.join(FIELDS)}")
+    info = described()[name]
+    if first["type"] == "expected":
+        expected = own["expected"]
+    elif first["type"].endswith("_type"):
+        expected = _type(info)
+    else:
+        expected = _range(info)
+    got = f"{value:g}" if isinstance(value, float) else repr(value)
+    return UserError(f"{option(name)} must be {expected}, got {got}{own.get('hint', '')}")
+
+
+def _type(info: FieldInfo) -> str:
+    parts = get_args(info.annotation) or (info.annotation,)
+    return " or ".join("float or int" if part is float else part.__name__ for part in parts)
+
+
+def _range(info: FieldInfo) -> str:
+    """The limits of a field as people write them: "in [0, 1)", "at least 1", "0 or more", "more than 0"."""
+    limits = {kind: getattr(limit, kind) for limit in info.metadata for kind in ("ge", "gt", "le", "lt") if hasattr(limit, kind)}
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    if low is not None and high is not None:
+        return f"in {'[' if 'ge' in limits else '('}{low:g}, {high:g}{']' if 'le' in limits else ')'}"
+    if "gt" in limits:
+        return f"more than {low:g}"
+    return f"{low:g} or more" if info.annotation is float else f"at least {low:g}"
