@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import UserError
+from .environment import EXTRAS, check_extras
 
 __all__ = ["COMMANDS", "main"]
 
@@ -28,6 +29,8 @@ COMMANDS = {
     "compare": "run a grid of methods, sparsities and seeds; tables and pictures",
     "doctor": "show versions, devices and what is missing",
 }
+# Packages of [cli] that a command cannot do without.
+NEEDS = {"prune": tuple(EXTRAS), "compare": tuple(EXTRAS), "measure": ("pydantic", "filelock", "safetensors")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in arguments[:1] if word in COMMANDS), None)
     try:
+        check_extras(NEEDS.get(str(command), ()))
         top = parser(command)
         try:
             options = vars(top.parse_args(arguments))

@@ -14,7 +14,7 @@ from ..experiments.compare.execution import Comparison
 from ..experiments.compare.grid import read
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.signals import Stop
-from .environment import check_extras, pick_device
+from .environment import pick_device
 
 __all__ = ["add_options", "run"]
 
@@ -41,7 +41,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> int:
     """Run the grid; returns 1 when a run failed. UserError where the input is not what it should be."""
-    check_extras()
     device = pick_device(options["device"])
     data_dir = options["data_dir"]
     grid = read(options["config"], data_dir)

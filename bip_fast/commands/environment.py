@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 
@@ -18,19 +19,20 @@ EXTRAS = {
     "matplotlib": "matplotlib",
     "safetensors": "safetensors",
     "yaml": "pyyaml",
+    "pydantic": "pydantic",
+    "filelock": "filelock",
 }
 INSTALL = "pip install 'bip_fast[cli]'"
 
 
-def missing_extras() -> list[str]:
-    """Names of the packages of `[cli]` that are not installed."""
-    return [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+def missing_extras(modules: Iterable[str] = EXTRAS) -> list[str]:
+    """Names of the packages of `[cli]`, or of some of its ``modules``, that are not installed."""
+    return [EXTRAS[module] for module in modules if importlib.util.find_spec(module) is None]
 
 
-def check_extras() -> None:
-    """UserError when a package of `[cli]` is not installed."""
-    missing = missing_extras()
-    if missing:
+def check_extras(modules: Iterable[str]) -> None:
+    """UserError when a package of `[cli]` that has one of the ``modules`` is not installed."""
+    if missing := missing_extras(modules):
         raise UserError(f"needs {', '.join(missing)}: {INSTALL}")
 
 

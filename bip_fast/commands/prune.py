@@ -20,7 +20,7 @@ from ..experiments.runs.job import Job
 from ..experiments.runs.resolve import PRESETS, resolve, unused
 from ..experiments.runs.signals import Stop
 from ..experiments.settings import FIELDS, PARTS, RUN, Settings, described, option
-from .environment import check_extras, pick_device
+from .environment import pick_device
 
 __all__ = ["add_options", "run"]
 
@@ -73,7 +73,6 @@ def _default(name: str) -> str:
 
 def run(options: dict[str, Any]) -> int:
     """Run it, or go on with it; UserError where the input is not what it should be."""
-    check_extras()
     device = pick_device(options["device"])
     if str(options.get("out", "out")) == "." and not options.get("overwrite"):
         raise UserError("--out must name a folder of its own, got the current one")

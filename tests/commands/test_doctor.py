@@ -11,6 +11,8 @@ import bip_fast
 from bip_fast.commands import cli, environment
 from bip_fast.engine import native
 
+PACKAGES = "scikit-learn, rich, matplotlib, safetensors, pyyaml, pydantic, filelock"
+
 
 def test_doctor_names_versions_devices_and_build(capsys):
     assert cli.main(["doctor"]) == 0
@@ -28,10 +30,7 @@ def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "undefined symbol: x" in shown.out
     assert "pip install --force-reinstall" in shown.out
-    assert (
-        "scikit-learn, rich, matplotlib, safetensors, pyyaml: for `bip-fast prune` and `compare`\n    pip install 'bip_fast[cli]'"
-        in shown.out
-    )
+    assert f"{PACKAGES}: for `bip-fast prune` and `compare`\n    pip install 'bip_fast[cli]'" in shown.out
     assert shown.err == ""
 
 
@@ -39,7 +38,7 @@ def test_prune_without_its_packages_says_what_to_install(monkeypatch, capsys, tm
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     assert prune(tmp_path / "run") == 2
     line = one_line(capsys.readouterr().err)
-    assert line == "bip-fast prune: needs scikit-learn, rich, matplotlib, safetensors, pyyaml: pip install 'bip_fast[cli]'\n"
+    assert line == f"bip-fast prune: needs {PACKAGES}: pip install 'bip_fast[cli]'\n"
 
 
 def test_no_command_and_help_and_unknown_command(capsys):

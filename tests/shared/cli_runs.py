@@ -26,7 +26,7 @@ def large(channels, classes):
 
 
 SMALL = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "3", "--sparsity", "0.8"]
-FILES = {"config.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "report.json"}
+FILES = {"config.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "report.json", ".lock"}
 
 
 def load_weights(path):

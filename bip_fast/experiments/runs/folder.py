@@ -7,30 +7,27 @@ epoch-E.safetensors weights after E epochs of dense training, where a method or 
 model.safetensors   the pruned network: the keys of the plain model, exact zeros
 curves.png          loss, accuracy and mask changes
 report.json         every figure; written last, so a folder with one is finished
+.lock               empty: held by the process that works here
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ...errors import MEMORY, one_line
 from ...atomic import write_beside
 from ...errors import UserError
 from ..settings import FIELDS, PATHS, Settings, option
 from .resolve import resolve
-
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 __all__ = [
     "DamagedCheckpoint",
@@ -40,6 +37,7 @@ __all__ = [
 ]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+LOCK = ".lock"
 # What others read of a report.
 REPORT = {
     "layers": list, "kept": int, "total": int, "sparsity": float, "evaluated_on": str, "images": dict, "pruned": dict, "image_passes": dict,
@@ -80,7 +78,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, patience: float = 0.0, say: Callable[[str], None] = lambda text: None) -> None:
         self.path, self.patience, self.say = path, patience, say
-        self._held: int | None = None  # the folder itself, open and locked
+        self._lock = FileLock(path / LOCK, thread_local=False)
 
     @property
     def finished(self) -> bool:
@@ -142,27 +140,26 @@ class RunFolder:
         Raises:
             UserError: another process has it.
         """
-        if fcntl is None or self._held is not None:
+        if self._lock.is_locked:
             return
-        self._held = os.open(self.path, os.O_RDONLY)
-        end = time.monotonic() + self.patience
-        say_once = functools.cache(self.say)
-        while True:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            if self.patience <= 0:
+                raise self._in_use() from None
+            self.say("in use by another run, and waits for that to end")
             try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise UserError(f"{self.path} is in use by another run; wait for it, or give another --out") from None
-            except OSError:  # a file system without locks
-                return
-            say_once("in use by another run, and waits for that to end")
-            time.sleep(0.1)
+                self._lock.acquire(timeout=self.patience, poll_interval=0.1)
+            except Timeout:
+                raise self._in_use() from None
+        except OSError:  # nothing can be written here, as the first file of the run will say
+            return
+
+    def _in_use(self) -> UserError:
+        return UserError(f"{self.path} is in use by another run; wait for it, or give another --out")
 
     def release(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        self._lock.release()
 
     def settings(self, given: dict[str, Any]) -> Settings:
         """Settings of the run that began here; ``given`` options must agree with them.
