@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
-from ..experiments.compare import figures, progress, results
-from ..experiments.compare.execution import Comparison
-from ..experiments.compare.grid import read
+from ..experiments.compare import cluster, figures, progress, results
+from ..experiments.compare.execution import Comparison, run_here
+from ..experiments.compare.grid import Grid, read
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.signals import Stop
 from .environment import pick_device
@@ -34,7 +36,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="runs at the same time, which changes no result; default: as many as the CPU cores have room for, or 1 on a GPU; "
-        "each has one CPU thread, or as many as the setting `threads` of CONFIG says",
+        "each has one CPU thread, or as many as the setting `threads` of CONFIG says; more than one need Ray",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="run on the Ray cluster at this address, such as HOST:6379, whose nodes share the folders; `gpus` in CONFIG says what part of "
+        "a GPU each run takes",
     )
     parser.add_argument("--list", action="store_true", help="only list the runs, what they cost, and which are finished")
 
@@ -45,15 +53,15 @@ def run(options: dict[str, Any]) -> int:
     data_dir = options["data_dir"]
     grid = read(options["config"], data_dir)
     out: Path = options["out"] or Path("runs") / grid.name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(cell.settings.threads or 1 for cell in grid.cells.values())
-    jobs = options["jobs"] if options["jobs"] is not None else (max(1, cores // threads) if device.type == "cpu" else 1)
-    if jobs < 1:
+    jobs, address = options["jobs"], options["address"]
+    if jobs is not None and jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if jobs is not None and address is not None:
+        raise UserError("--jobs is for this machine, and the nodes at --address say themselves how many runs they take: give one of them")
     for name in sorted({cell.settings.data for cell in grid.cells.values()} - {"digits"}):
         if data_dir is None:
             raise UserError(f"data {name} needs --data-dir, the folder with its files")
-    comparison = Comparison(grid, out, data_dir, str(device), jobs, progress.make())
+    comparison = Comparison(grid, out, data_dir, str(device), progress.make())
     if options["list"]:
         _list(comparison)
         return 0
@@ -65,13 +73,30 @@ def run(options: dict[str, Any]) -> int:
     folder.lock()
     comparison.after_cell = lambda: _write(comparison)
     try:
-        comparison.run()
+        if address is not None:
+            cluster.run_on_ray(comparison, None, address)
+        elif (jobs := jobs or _jobs(grid, device)) > 1:
+            cluster.run_on_ray(comparison, jobs)
+        else:
+            run_here(comparison)
     except Stop as stop:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop.number
     finally:
         folder.release()
     return _finish(comparison)
+
+
+def _jobs(grid: Grid, device: torch.device) -> int:
+    """As many runs at a time as the CPU cores have room for, if there is Ray to run them; on a GPU one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = cores // max(cell.settings.threads or 1 for cell in grid.cells.values())
+    if device.type != "cpu" or room < 2:
+        return 1
+    if not cluster.available():
+        print(f"one run at a time; {room} at a time need Ray: {cluster.INSTALL}", file=sys.stderr)
+        return 1
+    return room
 
 
 def _write(comparison: Comparison) -> None:

@@ -105,12 +105,14 @@ class Grid:
         cells: runs by address, each after the one it starts from.
         snapshots: epochs of dense runs that others rewind to.
         rows: of the results; several may be of one run.
+        gpus: share of a GPU that every run takes, where several run at the same time; None: as many as run at a time share it.
     """
 
     name: str
     cells: dict[str, Cell]
     snapshots: dict[str, set[int]]
     rows: list[Cell]
+    gpus: float | None = None
 
 
 def read(path: Path, data_dir: Path | None = None) -> Grid:
@@ -134,7 +136,10 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
         raise UserError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise UserError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
-    shared = {name: value for name, value in content.items() if name != "methods"}
+    shared = {name: value for name, value in content.items() if name not in ("methods", "gpus")}
+    gpus = content.get("gpus")
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or not gpus > 0 or (gpus > 1 and gpus % 1)):
+        raise UserError(f"{path}: gpus must be a share of a GPU, such as 0.5, or a whole number of GPUs, got {gpus!r}")
     grid = _Builder(path, functools.cache(lambda name: fingerprint(name, data_dir)))
     for label, own in content["methods"].items():
         if not isinstance(own, (dict, type(None))):
@@ -142,7 +147,7 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
         given = {"threads": 1, **shared, **(own or {})}  # a fixed number, whatever else runs at the same time
         given.setdefault("method", str(label))
         grid.add_row(str(label), given, tuple(own or ()))
-    return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()))
+    return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()), gpus)
 
 
 def _repeated_key(node: Any, depth: int = 3) -> Any:

@@ -1,102 +1,99 @@
-"""Progress of a whole comparison: runs finished, what every process does, and the time left."""
+"""Progress of a whole comparison: runs finished, what every run does, and the time left, which rich estimates from the epochs done."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 from ..runs.display import clock
 from .grid import Cell
 
-__all__ = ["Lines", "Progress", "make"]
+__all__ = ["Bars", "Lines", "Progress", "make"]
 
 
 class Progress:
-    """What a comparison says while it goes. This one is silent; it knows how much is left.
+    """What a comparison says while it goes. This one is silent; it knows how much is left. The unit is an epoch.
 
-    The unit is an epoch. Epochs of the same data and model take the same time, which is measured on the way.
+    Args:
+        console: of rich, that the bars go to; None: nothing is drawn.
+        now: a clock, in seconds.
     """
 
+    def __init__(self, console: Any = None, now: Callable[[], float] = time.monotonic) -> None:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Rich
+
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+        # All samples count for the speed: runs of several kinds alternate.
+        self.rich = Rich(*columns, console=console, disable=console is None, get_time=now, speed_estimate_period=float("inf"))
+
     def __enter__(self) -> Progress:
+        self.rich.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        return None
+        self.rich.stop()
 
-    def begin(self, cells: Sequence[Cell], done: set[str], jobs: int) -> None:
-        """All runs, the addresses of those that are finished, and how many go at a time."""
+    def begin(self, cells: Sequence[Cell], done: set[str]) -> None:
+        """All runs, and the addresses of those that are finished."""
         self.left = {cell.address: float(cell.epochs) for cell in cells if cell.address not in done}
-        self.cells = {cell.address: cell for cell in cells}
         self.epochs = max(1.0, sum(float(cell.epochs) for cell in cells))
-        self.jobs = jobs
-        self.finished, self.failures = len(done), 0
-        self.texts: dict[str, str] = {}
-        self._began: dict[str, tuple[float, float]] = {}  # when a run began here, and the epochs it then had left
-        self._speeds: dict[Any, tuple[float, float]] = {}  # epochs and seconds by kind of run
+        self.runs, self.finished, self.failures = len(cells), len(done), 0
+        self.whole = self.rich.add_task("comparison", total=sum(self.left.values()), text="")
+        self._show(0.0)
 
     def update(self, cell: Cell, share: float, text: str, *, fresh: bool = False) -> None:
         """``share`` of a run is done; ``fresh``: it has just begun, or taken up where it was."""
-        self.left[cell.address] = (1 - share) * cell.epochs
-        if fresh:
-            self._began[cell.address] = time.monotonic(), self.left[cell.address]
-        if text:
-            self.texts[cell.address] = text
+        before, self.left[cell.address] = self.left[cell.address], (1 - share) * cell.epochs
+        if fresh:  # what was done earlier says nothing of the speed
+            self._skip(before - self.left[cell.address])
+            self._show(0.0)
+        else:
+            self._show(before - self.left[cell.address])
 
     def finish(self, cell: Cell) -> None:
         """A run is finished."""
-        self.left.pop(cell.address, None)
-        self.texts.pop(cell.address, None)
         self.finished += 1
-        if cell.address in self._began:
-            began, epochs = self._began.pop(cell.address)
-            before = self._speeds.get(self._kind(cell), (0.0, 0.0))
-            self._speeds[self._kind(cell)] = before[0] + epochs, before[1] + time.monotonic() - began
+        self._show(self.left.pop(cell.address, 0.0))
 
     def fail(self, cell: Cell, why: str) -> None:
         """A run has failed, or cannot start."""
-        for kept in (self.left, self.texts, self._began):
-            kept.pop(cell.address, None)
         self.failures += 1
+        self._skip(self.left.pop(cell.address, 0.0))
+        self._show(0.0)
 
     def say(self, text: str) -> None:
         """One line that stays."""
 
-    def share(self) -> float:
-        """Of all epochs that are done."""
-        return 1 - sum(self.left.values()) / self.epochs
+    def _skip(self, epochs: float) -> None:
+        """Some of the epochs will not be run."""
+        self.rich.update(self.whole, total=(self._task.total or 0.0) - epochs)
 
-    def seconds_left(self) -> float | None:
-        """Until the last run is finished; None while nothing is known."""
-        speeds = {kind: list(speed) for kind, speed in self._speeds.items()}
-        for address, (began, epochs) in self._began.items():
-            known = speeds.setdefault(self._kind(self.cells[address]), [0.0, 0.0])
-            known[0] += epochs - self.left[address]
-            known[1] += time.monotonic() - began
-        per_epoch = {kind: seconds / epochs for kind, (epochs, seconds) in speeds.items() if epochs > 0.5}
-        if not per_epoch:
-            return None
-        usual = sum(per_epoch.values()) / len(per_epoch)
-        all_left = sum(epochs * per_epoch.get(self._kind(self.cells[address]), usual) for address, epochs in self.left.items())
-        return all_left / max(1, min(self.jobs, len(self.left)))
+    def _show(self, epochs: float) -> None:
+        """So many more epochs are done."""
+        self.rich.update(self.whole, advance=epochs)
+        self.rich.update(self.whole, text=self.summary())
 
-    def _kind(self, cell: Cell) -> Any:
-        s = cell.settings
-        return s.data, s.train_images, s.stride, s.model, s.width, s.batch_size
+    @property
+    def _task(self) -> Any:
+        return self.rich.tasks[self.rich.task_ids.index(self.whole)]
 
     def summary(self) -> str:
-        seconds = self.seconds_left()
+        seconds = self._task.time_remaining if self._task.completed else None
         failed = f", {self.failures} failed" if self.failures else ""
         left = "" if seconds is None else f", {clock(seconds)} left"
-        return f"{self.finished} of {len(self.cells)} runs{failed}, {100 * self.share():.1f} % of the epochs{left}"
+        share = 1 - sum(self.left.values()) / self.epochs
+        return f"{self.finished} of {self.runs} runs{failed}, {100 * share:.1f} % of the epochs{left}"
 
 
 class Lines(Progress):
     """A plain line for every run that ends, and one every ``interval`` seconds."""
 
     def __init__(self, interval: float = 30.0) -> None:
+        super().__init__()
         self.interval = interval
         self.last = time.monotonic()
 
@@ -119,51 +116,32 @@ class Lines(Progress):
 
 
 class Bars(Progress):
-    """Bars of `rich` on stderr: one for the comparison, one for each run that goes on."""
+    """Bars of rich on stderr: one for the comparison, one for each run that goes on."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Rich
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
-        self.rich = Rich(*columns, console=Console(stderr=True))
+        super().__init__(Console(stderr=True))
         self.bars: dict[str, Any] = {}
 
-    def __enter__(self) -> Progress:
-        self.rich.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.rich.stop()
-
-    def begin(self, cells: Sequence[Cell], done: set[str], jobs: int) -> None:
-        super().begin(cells, done, jobs)
-        self.whole = self.rich.add_task("comparison", total=1.0, text=self.summary())
-
     def update(self, cell: Cell, share: float, text: str, *, fresh: bool = False) -> None:
-        super().update(cell, share, text, fresh=fresh)
         if cell.address not in self.bars:
             self.bars[cell.address] = self.rich.add_task(cell.name, total=1.0, text="")
         self.rich.update(self.bars[cell.address], completed=share, text=text)
-        self._show()
+        super().update(cell, share, text, fresh=fresh)
 
     def finish(self, cell: Cell) -> None:
-        super().finish(cell)
         self._drop(cell)
+        super().finish(cell)
 
     def fail(self, cell: Cell, why: str) -> None:
-        super().fail(cell, why)
         self._drop(cell)
+        super().fail(cell, why)
         self.say(f"failed: {cell.name}: {why}")
 
     def _drop(self, cell: Cell) -> None:
         if cell.address in self.bars:
             self.rich.remove_task(self.bars.pop(cell.address))
-        self._show()
-
-    def _show(self) -> None:
-        self.rich.update(self.whole, completed=self.share(), text=self.summary())
 
     def say(self, text: str) -> None:
         self.rich.console.print(text, highlight=False, markup=False, soft_wrap=True)

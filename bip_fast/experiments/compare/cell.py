@@ -1,0 +1,173 @@
+"""One cell of a comparison, run in this process: in a folder where nothing, a part of it, or all of it may be done already."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ...errors import UserError, one_line
+from ..data.parts import AnyData
+from ..data.sources import load
+from ..runs.display import Display
+from ..runs.folder import DamagedCheckpoint, RunFolder, snapshot_name
+from ..runs.job import Job
+from ..runs.resolve import changed
+from ..runs.signals import Stop
+from ..settings import Settings
+
+__all__ = ["CellTask", "Tell", "finished", "run_cell"]
+
+PATIENCE = 90.0  # seconds to wait for a process that has the folder, because it was lost and is still saving
+
+Tell = Callable[[str, str, object], bool]  # (kind, address, what) -> whether the run is asked to save and stop
+_load = functools.lru_cache(maxsize=2)(load)  # data sets stay loaded from cell to cell
+
+
+class CellTask(NamedTuple):
+    """What to run: ``settings`` in ``folder``, from the networks in the folders ``parent``, which was pruned to the sparsity ``start``, and
+    ``dense``. ``snapshots``: epochs of dense training whose weights other cells want. ``alone``: no other run uses the device."""
+
+    address: str
+    settings: Settings
+    folder: Path
+    parent: Path | None
+    dense: Path | None
+    start: float
+    snapshots: Collection[int]
+    data_dir: Path | None
+    device: str
+    alone: bool
+
+
+def finished(folder: Path, snapshots: Collection[int]) -> bool:
+    """Whether the run in ``folder`` has all that is asked of it."""
+    return RunFolder(folder).finished and all((folder / snapshot_name(epoch)).is_file() for epoch in snapshots)
+
+
+class _Telling(Display):
+    """Tells how far the run is. When the answer asks it to stop, it sends this process the signal at which the run saves and stops."""
+
+    def __init__(self, tell: Tell, address: str) -> None:
+        self.told, self.address = tell, address
+        self.last = 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        self.total = max(total, 1)
+        self._tell("begin", done / self.total)
+
+    def wants(self) -> bool:
+        return time.monotonic() - self.last >= 0.5
+
+    def update(self, stage: str, epoch: str, done: int, loss: float, accuracy: float, sparsity: float) -> None:
+        self.last = time.monotonic()
+        self._tell("progress", (done / self.total, f"{stage} {epoch}, loss {loss:.3f}, accuracy {100 * accuracy:.1f} %"))
+
+    def note(self, text: str) -> None:
+        """A line that stays, with the name of the run."""
+        self._tell("note", text)
+
+    def _tell(self, kind: str, what: object) -> None:
+        if self.told(kind, self.address, what):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_cell(task: CellTask, tell: Tell) -> str | None:
+    """Run it to its end, with as many threads as its settings say.
+
+    Returns:
+        None, or why it failed.
+
+    Raises:
+        Stop: this process was asked to stop; the run has saved where it stands.
+    """
+    torch.set_num_threads(task.settings.threads or 1)
+    try:
+        _run(task, _load(task.settings.data, task.data_dir), torch.device(task.device), _Telling(tell, task.address))
+    except Stop:
+        raise
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # of the user's model, or a defect: the other runs go on
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{one_line(error, 300, named=True)} ({Path(where.filename).name}:{where.lineno})"
+    return None
+
+
+def _run(task: CellTask, loaded: AnyData, device: torch.device, shown: _Telling) -> None:
+    settings = task.settings
+    if task.parent is not None:
+        paths = {"checkpoint": str(task.parent / "model.safetensors")}
+        if settings.rewind not in (None, "lr") and task.dense is not None:
+            epoch = 0 if settings.rewind == "init" else settings.rewind
+            paths["rewind_checkpoint"] = str(task.dense / snapshot_name(str(epoch)))
+        settings = changed(settings, **paths)
+
+    def go(folder: RunFolder, snapshots: Collection[int], until: int | None = None) -> None:
+        def new() -> Job:
+            return Job(
+                settings,
+                folder,
+                loaded,
+                device,
+                shown,
+                snapshots=snapshots,
+                until=until,
+                start=task.start,
+                score_start=False,
+                alone=task.alone,
+            )
+
+        same = folder.began_with(settings)
+        if folder.begun and not same:
+            shown.note("began with other settings; it starts afresh")
+        job = _resumed(new(), shown) if same else None
+        if job is None:  # and what one that could not resume had on the device is free
+            job = new()
+            job.start()
+            folder.open(settings, overwrite=True)
+        job.run()
+
+    with _held(task.folder, shown) as folder:  # first of all: whoever had it may have finished the run
+        if not folder.finished:
+            go(folder, task.snapshots)
+        (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        missing = sorted(epoch for epoch in task.snapshots if not (folder.path / snapshot_name(epoch)).is_file())
+        if missing:  # another file asks for them: trained again beside the finished run, as far as they go
+            with _held(folder.path / f"until-{'-'.join(map(str, missing))}", shown) as beside:
+                go(beside, missing, until=missing[-1])
+                for epoch in missing:
+                    os.replace(beside.path / snapshot_name(epoch), folder.path / snapshot_name(epoch))
+                shutil.rmtree(beside.path)
+
+
+def _resumed(job: Job, shown: _Telling) -> Job | None:
+    """The job where its checkpoint stands; None if that is damaged, which is then set aside."""
+    try:
+        job.resume()
+    except DamagedCheckpoint as error:
+        shown.note(f"{error.why}; it starts afresh")
+        job.folder.set_aside(error.path)
+        return None
+    return job
+
+
+@contextmanager
+def _held(path: Path, shown: _Telling) -> Iterator[RunFolder]:
+    """The folder, made where it is none, when no other process has it any more."""
+    folder = RunFolder(path, patience=PATIENCE, say=shown.note)
+    try:
+        folder.make()
+        folder.lock()
+        yield folder
+    finally:
+        folder.release()
