@@ -68,5 +68,5 @@ def finished(tmp_path_factory):
     from compare_runs import compare, written
 
     folder = tmp_path_factory.mktemp("compare")
-    assert compare(written(folder), folder / "out") == 0
+    assert compare(written(folder), folder / "out", "--jobs", "2") == 0
     return folder / "out"

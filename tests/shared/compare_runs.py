@@ -41,7 +41,8 @@ def written(folder, text=TINY, name="tiny.yaml"):
 
 
 def compare(config, out, *options):
-    return cli.main(["compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "2", *options])
+    """In this process, one run after another, unless ``options`` say another number of jobs."""
+    return cli.main(["compare", str(config), "--out", str(out), "--device", "cpu", "--jobs", "1", *options])
 
 
 def rows_of(path):

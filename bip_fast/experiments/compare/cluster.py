@@ -4,7 +4,8 @@ Ray orders the tasks, places them, and runs one again whose process was lost. Wh
 
     a worker            Ray runs its task again in another one, `LOST` times; the run goes on from its checkpoint
     a node of several   the same, on another node; if the lost process still lives, the new one waits for the lock of the run folder
-    the last node       this process says so and ends
+    the last node, or   this process says so and ends; the same command goes on
+    the mailbox's
     this process        Ray ends the workers; the same command goes on from the checkpoints, at most a minute old
     Ctrl-C              this process tells the `Mailbox`, every run hears it with its next report, saves and ends
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +77,25 @@ def work(task: CellTask, folder: str, mailbox: Any, *parents: str | None) -> str
 
     if any(why is not None for why in parents):
         return "the run that it starts from has not ended well"
-    if ray.get(mailbox.post.remote("started", task.address, os.getpid())):
-        return STOPPED
-
-    os.chdir(folder)
 
     def tell(kind: str, address: str, what: object) -> bool:
-        return bool(ray.get(mailbox.post.remote(kind, address, what)))
+        with suppress(ray.exceptions.RayActorError):  # the mailbox is gone, as the process that reads it will see
+            return bool(ray.get(mailbox.post.remote(kind, address, what)))
+        return False
 
+    os.chdir(folder)
+    if tell("started", task.address, os.getpid()):
+        return STOPPED
     try:
         return run_cell(task, tell)
     except Stop:
-        if ray.get(mailbox.post.remote("stopped", task.address, None)):
+        if tell("stopped", task.address, None):
             return STOPPED
         raise
 
 
 STOPPED = "it was stopped"
+GONE = "Ray has lost the last node, or the one that listens to all runs; the same command goes on from the checkpoints"
 
 
 # --- Ray itself ----------------------------------------------------------------------------------------------------------------------
@@ -105,6 +109,7 @@ def _ray(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise UserError(f"--{'address' if address else 'jobs'} needs Ray: {INSTALL}") from error
+    _check_answers(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         if address is None:
@@ -127,6 +132,17 @@ def _ray(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """UserError when nothing listens at ``HOST:PORT``, for which Ray itself would wait many minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"nothing answers at --address {address}: {error.strerror or error}; `ray start --head` makes one") from error
 
 
 def run_on_ray(comparison: Comparison, jobs: int | None, address: str | None = None) -> None:
@@ -172,18 +188,21 @@ class _Run:
         there = ray.cluster_resources().get("GPU", 0.0)
         self.gpus = comparison.grid.gpus or (min(1.0, there / jobs) if jobs else 1.0)
         self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-        self.started: set[str] = set()
+        self.started: dict[str, object] = {}  # the process of every run that has begun, by address
 
     def run(self) -> None:
         comparison = self.comparison
         with stop_requests(STOP_SIGNALS) as signals, comparison.shown:
             comparison.begin()
             running = self._submit()
-            while running:
-                if signals:
-                    self._stop(running)
-                    raise Stop(signals[0])
-                self._collect(running)
+            try:
+                while running:
+                    if signals:
+                        self._stop(running)
+                        raise Stop(signals[0])
+                    self._collect(running)
+            except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError) as error:  # the mailbox is gone with its node
+                raise UserError(GONE) from error
 
     def options(self, cell: Cell) -> dict[str, Any]:
         """What a task asks Ray for."""
@@ -214,7 +233,7 @@ class _Run:
             if cell.address not in self.comparison.failed:  # with one that it starts from
                 self.comparison.ended(cell, self._result(reference))
         if not any(node["Alive"] for node in self.ray.nodes()):
-            raise UserError("Ray has lost its last node; the same command goes on from the checkpoints")
+            raise UserError(GONE)
 
     def _result(self, reference: Any) -> str | None:
         try:
@@ -231,7 +250,7 @@ class _Run:
             if kind == "started":
                 if address in self.started:
                     self.comparison.heard("note", address, "its process was lost; another one goes on with it")
-                self.started.add(address)
+                self.started[address] = what
             elif kind != "stopped":
                 self.comparison.heard(kind, address, what)
 
@@ -263,6 +282,9 @@ def _check_nodes(ray: Any, comparison: Comparison) -> None:
     """UserError that names the first node that does not see the folders or has other versions."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    threads = max(cell.settings.threads or 1 for cell in comparison.grid.cells.values())
+    if threads > max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0):
+        raise UserError(f"no node has the {threads} CPUs that a run of {threads} threads takes")
     token = comparison.out.resolve() / f".shared-{uuid.uuid4().hex}"
     folders = [token, Path.cwd(), *([comparison.data_dir.resolve()] if comparison.data_dir else [])]
     token.touch()

@@ -42,17 +42,13 @@ class Progress:
         self.left = {cell.address: float(cell.epochs) for cell in cells if cell.address not in done}
         self.epochs = max(1.0, sum(float(cell.epochs) for cell in cells))
         self.runs, self.finished, self.failures = len(cells), len(done), 0
-        self.whole = self.rich.add_task("comparison", total=sum(self.left.values()), text="")
+        self.whole = self.rich.add_task("comparison", total=self.epochs, completed=self.epochs - sum(self.left.values()), text="")
         self._show(0.0)
 
     def update(self, cell: Cell, share: float, text: str, *, fresh: bool = False) -> None:
         """``share`` of a run is done; ``fresh``: it has just begun, or taken up where it was."""
         before, self.left[cell.address] = self.left[cell.address], (1 - share) * cell.epochs
-        if fresh:  # what was done earlier says nothing of the speed
-            self._skip(before - self.left[cell.address])
-            self._show(0.0)
-        else:
-            self._show(before - self.left[cell.address])
+        self._show(0.0 if fresh else before - self.left[cell.address])  # what was done earlier says nothing of the speed
 
     def finish(self, cell: Cell) -> None:
         """A run is finished."""
@@ -62,15 +58,11 @@ class Progress:
     def fail(self, cell: Cell, why: str) -> None:
         """A run has failed, or cannot start."""
         self.failures += 1
-        self._skip(self.left.pop(cell.address, 0.0))
+        self.left.pop(cell.address, None)
         self._show(0.0)
 
     def say(self, text: str) -> None:
         """One line that stays."""
-
-    def _skip(self, epochs: float) -> None:
-        """Some of the epochs will not be run."""
-        self.rich.update(self.whole, total=(self._task.total or 0.0) - epochs)
 
     def _show(self, epochs: float) -> None:
         """So many more epochs are done."""
@@ -82,10 +74,10 @@ class Progress:
         return self.rich.tasks[self.rich.task_ids.index(self.whole)]
 
     def summary(self) -> str:
-        seconds = self._task.time_remaining if self._task.completed else None
+        epochs, speed = sum(self.left.values()), self._task.speed
         failed = f", {self.failures} failed" if self.failures else ""
-        left = "" if seconds is None else f", {clock(seconds)} left"
-        share = 1 - sum(self.left.values()) / self.epochs
+        left = f", {clock(epochs / speed)} left" if speed else ""
+        share = 1 - epochs / self.epochs
         return f"{self.finished} of {self.runs} runs{failed}, {100 * share:.1f} % of the epochs{left}"
 
 
