@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..experiments.compare import cluster, figures, progress, results
 from ..experiments.compare.execution import Comparison, run_here
 from ..experiments.compare.grid import Grid, read
+from ..experiments.data.sources import DATA
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.signals import Stop
 from .environment import pick_device
@@ -58,8 +59,8 @@ def run(options: dict[str, Any]) -> int:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if jobs is not None and address is not None:
         raise UserError("--jobs is for this machine, and the nodes at --address say themselves how many runs they take: give one of them")
-    for name in sorted({cell.settings.data for cell in grid.cells.values()} - {"digits"}):
-        if data_dir is None:
+    for name in sorted({cell.settings.data for cell in grid.cells.values()}):
+        if data_dir is None and DATA[name].files is not None:
             raise UserError(f"data {name} needs --data-dir, the folder with its files")
     comparison = Comparison(grid, out, data_dir, str(device), progress.make())
     if options["list"]:

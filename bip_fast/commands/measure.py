@@ -109,7 +109,7 @@ def _settings(run: RunFolder) -> Settings:
 
 def _data(settings: Settings, data_dir: Path | None) -> tuple[AnyData | None, str]:
     """The data set as the run measured on it; or None, and why."""
-    if data_dir is None and settings.data != "digits":
+    if data_dir is None and DATA[settings.data].files is not None:
         return None, f"no accuracy: --data-dir names the folder with the files of {settings.data}"
     try:
         data = load(settings.data, data_dir)

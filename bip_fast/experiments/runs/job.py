@@ -18,22 +18,21 @@ import torch
 
 import bip_fast
 
-from ...errors import one_line
-from ...optimizer import FastBiP
 from ...engine.report import report
-from ...errors import UserError
-from . import display
-from ..models.names import build
+from ...errors import UserError, one_line
+from ...optimizer import FastBiP
+from ...state_dicts import load_into, read_state_dict, write_safetensors
 from ..data.batches import batch_count
 from ..data.parts import AnyData
-from .energy import joules
+from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of
 from ..methods.stage import PRETRAIN, Stage, first_epoch
 from ..methods.table import METHODS, stages
-from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of
-from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
+from ..models.names import build
 from ..settings import Settings
+from . import display
+from .energy import joules
+from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
 from .signals import STOP_SIGNALS, Stop, stop_requests
-from ...state_dicts import load_into, read_state_dict, write_safetensors
 from .training import Cursor, check_finite, evaluate, train
 from .trial import check_model
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["STOP_SIGNALS", "Stop", "stop_requests"]
+__all__ = ["STOP_SIGNALS", "Stop", "interruptible", "stop_requests"]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,6 +19,28 @@ class Stop(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM interrupts like Ctrl-C where no run collects signals, and both come out as a `Stop`."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    here = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
+    try:
+        if here:
+            signal.signal(signal.SIGTERM, interrupt)
+        yield
+    except KeyboardInterrupt:
+        raise Stop(seen[0] if seen else signal.SIGINT) from None
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

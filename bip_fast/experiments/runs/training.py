@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...graphs import GraphedIteration
 from ...engine.layers import weights
 from ...errors import UserError
+from ...graphs import GraphedIteration
 from ..data.batches import Position, batch_count
 from ..data.parts import AnyData
 from ..methods.stage import Recipe

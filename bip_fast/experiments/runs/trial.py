@@ -7,9 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from ...errors import one_line
 from ...engine.layers import weights
-from ...errors import UserError
+from ...errors import UserError, one_line
 from ..data.parts import AnyData
 from ..methods.begin import pruner
 from ..settings import Settings

@@ -1,0 +1,99 @@
+"""From the options that were given to the settings of a run: presets fill in the others, and what a method asks for is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from ...engine.patterns import parse
+from ...errors import UserError
+from ..data.sources import DATA
+from ..methods.stage import STEPS
+from ..methods.table import METHODS, stages, used
+from ..settings import Settings, described, user_error
+
+__all__ = ["changed", "resolve", "unused"]
+
+
+def resolve(given: dict[str, Any]) -> Settings:
+    """Settings from the options that were given; the data set's preset and the method fill in the others.
+
+    Raises:
+        UserError: there is no such option, or a value is out of range.
+    """
+    data = given.get("data", Settings.data)
+    if not isinstance(data, str) or data not in DATA:
+        raise UserError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
+    method = given.get("method", Settings.method)
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+    try:
+        sparsity = parse(given.get("pattern", Settings.pattern)).sparsity
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    own = {} if sparsity is None else {"sparsity": sparsity}
+    preset = DATA[data].preset
+    decay = given.get("weight_decay", preset.get("weight_decay", Settings.weight_decay))  # not that of a method that has its own
+    values = {**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given}
+    for name, info in described().items():
+        if info.annotation is float and type(values.get(name)) is int:
+            values[name] = float(str(values[name]))  # 1 and 1.0 are one setting; inf for what is too large
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise user_error(error) from error
+    _check(settings)
+    return settings
+
+
+def changed(settings: Settings, **values: Any) -> Settings:
+    """The same settings but for some; UserError as from `resolve`."""
+    try:
+        settings = dataclasses.replace(settings, **values)
+    except ValidationError as error:
+        raise user_error(error) from error
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    """UserError for values that do not go together, or not with the method."""
+    method, sparsity = METHODS[settings.method], parse(settings.pattern).sparsity
+    if sparsity is not None and settings.sparsity != sparsity:
+        raise UserError(f"--sparsity must be {sparsity:g} with --pattern {settings.pattern}, got {settings.sparsity:g}")
+    if settings.method == "dense":
+        if settings.pattern != Settings.pattern:
+            raise UserError(f"--pattern must be {Settings.pattern} with --method dense, which prunes nothing, got {settings.pattern}")
+        if settings.sparsity:
+            raise UserError(f"--sparsity must be 0 with --method dense, which prunes nothing, got {settings.sparsity:g}")
+    elif settings.epochs < 1:
+        raise UserError(f"--epochs must be at least 1, got {settings.epochs}")
+    if settings.checkpoint and not method.needs_dense:
+        raise UserError(f"--method {settings.method} starts from random weights: leave --checkpoint out")
+    if method.in_rounds and not settings.sparsity:
+        raise UserError(f"--sparsity must be more than 0 with --method {settings.method}, got 0")
+    if method.any_sparsity and sparsity is not None:
+        raise UserError(f"--method {settings.method} prunes in rounds, and --pattern {settings.pattern} has one sparsity only")
+    _check_rewind(settings)
+
+
+def _check_rewind(settings: Settings) -> None:
+    rewinds = settings.rewind not in (None, "lr")
+    if rewinds and settings.checkpoint and not settings.rewind_checkpoint:
+        raise UserError(f"--rewind {settings.rewind} with --checkpoint needs --rewind-checkpoint, the weights to go back to")
+    if settings.rewind_checkpoint and not (rewinds and settings.checkpoint):
+        raise UserError("--rewind-checkpoint needs --checkpoint, and --rewind init or a number of epochs")
+    if rewinds and settings.rewind != "init":
+        epoch, end = int(str(settings.rewind)), settings.pretrain_epochs
+        trained = min([end, *(stage.recipe.epochs for stage in stages(settings) if stage.rewind)])
+        if epoch >= trained and epoch != end:
+            raise UserError(f"--rewind must be an epoch before the last of {trained}, or {end}, the trained network, got {epoch}")
+
+
+def unused(settings: Settings, names: Iterable[str]) -> str | None:
+    """The first of the settings ``names`` that has no meaning for a run; None if all have one."""
+    meaningless = {*STEPS} - used(settings) | (set() if METHODS[settings.method].in_rounds else {"per_round"})
+    return next((name for name in names if name in meaningless), None)
