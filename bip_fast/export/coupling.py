@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from ..engine.layers import prunable_layers
 from ..engine.param_groups import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
 
@@ -52,8 +52,7 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
 
 def _last_layers(twin: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
     """Names of the Conv and Linear layers behind which there is no other on some way to a tensor that the model returns."""
-    layers = ((name, layer) for name, layer in twin.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
-    name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in layers}
+    name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in prunable_layers(twin)}
     for weight in twin.parameters():
         weight.requires_grad_(weight.is_floating_point())
     with torch.enable_grad():

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from ..atomic import write_beside
-from ..engine.layers import weights
+from ..engine.layers import prunable_layers, weights
 from ..errors import one_line
 from ..optimizer import FastBiP
 from .channels import zero_outputs
@@ -81,7 +80,7 @@ def _looked_at(name: str, x: Tensor) -> bool:
 def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
     """Masks of what goes with zero filters. A model does not say which batch-norm follows which layer, and one may start at 0 (the last of
     a residual block), so that such a one must have the zeros of a layer, entry by entry."""
-    layers = [m for m in model.modules() if isinstance(m, (_ConvNd, nn.Linear)) and m.weight.numel()]
+    layers = [layer for _, layer in prunable_layers(model) if layer.weight.numel()]
     filters = [(layer, zero) for layer in layers if bool((zero := zero_outputs(layer)).any())]
     dead = {layer.bias: zero & (layer.bias.detach() == 0) for layer, zero in filters if layer.bias is not None}
     for norm in model.modules():

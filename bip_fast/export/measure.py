@@ -11,7 +11,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,14 +29,12 @@ from ..errors import one_line
 from ..timing.clock import calls_in, synchronize
 from .measurement import Measurement, Timing, Variant, sentence
 from .runtimes import check_runtime, prepared_call, version
-from .semi_structured import OLDEST, Converted, to_semi_structured
-from .shrink import shrink
+from .variants import device_of, variants_of
 
 __all__ = ["Measurement", "Timing", "Variant", "measure"]
 
 WARM_UP = 3  # calls: memory is allocated, algorithms are chosen
 LEAST, MOST = 5, 200  # rounds
-STAND_IN = "What the others are compared with: the same network, zeros replaced by random numbers, as no dense one was given."
 
 
 def measure(
@@ -77,16 +74,14 @@ def measure(
     Example:
         >>> print(measure(model, images[:1], dense=before, data=test_loader))
     """
-    sizes = list(dict.fromkeys(batch_sizes))
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"batch_sizes must be whole numbers of at least 1, got {batch_sizes}")
+    sizes = _checked_sizes(batch_sizes)
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"seconds must be more than 0, got {seconds}")
-    where = _device_of(model) if device is None else _usable(device)
+    where = device_of(model) if device is None else _usable(device)
     check_runtime(runtime, where)
     model, dense = _on(model, where), None if dense is None else _on(dense, where)
     inputs = _inputs(example_input, where)
-    networks, rows = _variants(model, dense, inputs)
+    networks, rows = variants_of(model, dense, inputs)
     with torch.no_grad(), launch_guard(where), _eval_mode(networks.values()):
         for name, network in networks.items():
             rows[name] = _with_facts(rows[name], network, _batch(inputs, 1))
@@ -103,6 +98,14 @@ def measure(
     return Measurement(told, name, torch.get_num_threads(), dtype, version(runtime), rounds)
 
 
+def _checked_sizes(batch_sizes: Sequence[int]) -> list[int]:
+    """Each once; ValueError unless they are whole numbers of at least 1."""
+    sizes = list(dict.fromkeys(batch_sizes))
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"batch_sizes must be whole numbers of at least 1, got {batch_sizes}")
+    return sizes
+
+
 def _timed(
     networks: Mapping[str, nn.Module], batches: Mapping[int, tuple[Any, ...]], runtime: str, where: torch.device, seconds: float
 ) -> tuple[dict[str, dict[int, Timing]], dict[int, int]]:
@@ -115,86 +118,6 @@ def _timed(
         for name, own in zip(networks, taken, strict=True):
             times[name][size] = _timing(own, taken[0])
     return times, rounds
-
-
-# --- the networks --------------------------------------------------------------------------------------------------------------------
-
-
-def _variants(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ...]) -> tuple[dict[str, nn.Module], dict[str, Variant]]:
-    """The networks that can run, and a row for every variant, with a note where it needs one."""
-    networks = {"dense": _filled(model) if dense is None else _in_format_of(model, dense), "masked": model}
-    rows = {"dense": Variant("dense", note="" if dense is not None else STAND_IN), "masked": Variant("masked")}
-    shrunk = _shrunk(model, inputs)
-    rows["shrunk"] = Variant("shrunk", note=shrunk if isinstance(shrunk, str) else "")
-    if isinstance(shrunk, nn.Module):
-        networks["shrunk"] = shrunk
-    converted = _converted(model)
-    if isinstance(converted, Converted):
-        networks["2:4"] = converted.model
-        rows["2:4"] = Variant("2:4", note=_share(converted))
-    else:
-        rows["2:4"] = Variant("2:4", note=converted)
-    return networks, rows
-
-
-def _in_format_of(model: nn.Module, other: nn.Module) -> nn.Module:
-    """``other``, or a copy in the memory format of ``model``, which makes convolutions slower or faster by itself."""
-
-    def channels_last(network: nn.Module) -> bool:
-        maps = (p for p in network.parameters() if p.dim() == 4 and not p.is_contiguous())
-        return any(p.is_contiguous(memory_format=torch.channels_last) for p in maps)
-
-    own = channels_last(model)
-    if own == channels_last(other):
-        return other
-    format_ = torch.channels_last if own else torch.contiguous_format
-    return copy.deepcopy(other).to(memory_format=format_)  # type: ignore[call-overload]
-
-
-@torch.no_grad()
-def _filled(model: nn.Module) -> nn.Module:
-    """Copy with random numbers, as large as the kept weights, in place of zeros: multiplying zeros draws less power on some devices."""
-    new = copy.deepcopy(model)
-    for _, p in weights(new):
-        if p.is_floating_point() and p.numel():
-            generator = torch.Generator(p.device).manual_seed(0)
-            noise = torch.empty(p.shape, device=p.device).normal_(0, max(float(p.float().std(correction=0)), 1e-3), generator=generator)
-            p.copy_(torch.where(p == 0, noise.to(p.dtype), p))
-    return new
-
-
-def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
-    """The network without dead channels, or why there is none."""
-    try:
-        small = shrink(model, inputs).model
-    except ImportError as error:  # it needs an optional package
-        return str(error).rstrip(".")
-    except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
-        return f"the network cannot be shrunk: {one_line(error)}"
-    if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters()):
-        return "no filter or channel can be removed, as none that may go is all zero"
-    return small
-
-
-def _converted(model: nn.Module) -> Converted | str:
-    """The network with 2:4 layers, or why there is none."""
-    device = _device_of(model)
-    if device.type != "cuda":
-        return f"2:4 needs an NVIDIA GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer, this is a {device.type.upper()}"
-    found = to_semi_structured(model)
-    if found.count:
-        return found
-    if not found.layers:
-        return "it has no Linear layer, and torch has nothing else that is 2:4"
-    reason, count = Counter(row.reason for row in found.layers).most_common(1)[0]
-    return f"no layer can be 2:4; {count} of {len(found.layers)}: {reason}"
-
-
-def _share(converted: Converted) -> str:
-    total = sum(math.prod(row.shape) for row in converted.layers)
-    own = sum(math.prod(row.shape) for row in converted.layers if row.converted)
-    layers = f"{converted.count} of {len(converted.layers)} Linear and Conv layers, with {100 * own / max(total, 1):.3g} % of their weights"
-    return f"{layers}, are multiplied by sparse tensor cores"
 
 
 # --- facts ---------------------------------------------------------------------------------------------------------------------------
@@ -299,10 +222,6 @@ def _timing(own: list[float], dense: list[float]) -> Timing:
 # --- inputs and modes ----------------------------------------------------------------------------------------------------------------
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next((x.device for part in (model.parameters(), model.buffers()) for x in part), torch.device("cpu"))
-
-
 def _usable(device: torch.device | str) -> torch.device:
     try:
         torch.zeros(1, device=device).cpu()
@@ -313,7 +232,7 @@ def _usable(device: torch.device | str) -> torch.device:
 
 def _on(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, or a copy where it is not on ``device``."""
-    own = _device_of(model)
+    own = device_of(model)
     same = own.type == device.type and device.index in (None, own.index)
     return model if same else copy.deepcopy(model).to(device)
 

@@ -7,7 +7,6 @@ is narrower, so every layer gets a line: converted, or all the reasons why not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from ..engine.layers import prunable_layers
 from ..engine.native import is_ordinary
 from ..errors import one_line
 from ..tables import aligned
@@ -144,7 +144,7 @@ def to_semi_structured(model: nn.Module) -> Converted:
     fused = {child for module in new.modules() if isinstance(module, FUSED) for child in module.children()}
     done: dict[Tensor, tuple[nn.Parameter | None, str]] = {}
     rows = []
-    for name, layer in _layers(new):
+    for name, layer in prunable_layers(new):
         weight = layer._parameters.get("weight")
         if weight is None or is_lazy(weight) or not is_ordinary(weight):
             rows.append(Conversion(name, (), _unusual(weight)))
@@ -160,10 +160,6 @@ def to_semi_structured(model: nn.Module) -> Converted:
                 layer.weight = packed
             rows.append(Conversion(name, tuple(weight.shape), reason))
     return Converted(new, tuple(rows))
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
 
 
 def _unusual(weight: Tensor | None) -> str:

@@ -37,7 +37,7 @@ MACS = 16 * 8 * 3 * 9 + 8 * 16 * 10
 
 
 def with_shrink(monkeypatch, shrink):
-    monkeypatch.setattr("bip_fast.export.measure.shrink", shrink)
+    monkeypatch.setattr("bip_fast.export.variants.shrink", shrink)
 
 
 # --- figures -------------------------------------------------------------------------------------------------------------------------
