@@ -302,7 +302,7 @@ class GraphedIteration:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of the error that came first: the end of a capture only says that there was one."""
+    """First line of the first error in the chain; the last one only says that a capture failed."""
     while error.__context__ is not None:
         error = error.__context__
     return next(iter(str(error).splitlines()), type(error).__name__)

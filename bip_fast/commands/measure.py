@@ -77,7 +77,7 @@ class _What:
 
 
 def _what(options: dict[str, Any]) -> _What:
-    """From the options; UserError if they do not say enough, or something else than the run."""
+    """What the options name; UserError if they do not say enough, or contradict the run."""
     path: Path = options["path"]
     folder = path if path.is_dir() else path.parent
     run = RunFolder(folder)

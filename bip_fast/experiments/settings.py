@@ -32,7 +32,13 @@ PARTS = WHAT, HOW, TRAINING, RUN = "what to prune", "how to prune", "training", 
 
 
 def _told(part: str, metavar: str, text: str, *, default: str | None = None, **limits: Any) -> Any:
-    """A field that is an option: its part of the help, the name of its value, a description; ``default``: in words, None: its value."""
+    """A field that is an option of the command line.
+
+    Args:
+        part: of the help that it stands in.
+        metavar: name of its value there.
+        default: the default in words; "": none is shown; None: the value.
+    """
     return Field(description=text, json_schema_extra={"part": part, "metavar": metavar, "default": default}, **limits)
 
 

@@ -38,7 +38,7 @@ def as_inputs(example_input: Any) -> tuple[Any, ...]:
 
 
 def depthwise(layer: object) -> bool:
-    """A convolution with one filter for each channel, so that its outputs are its inputs, filtered."""
+    """Whether it is a convolution with one filter for each channel: output i is input i, filtered."""
     return isinstance(layer, _ConvNd) and layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
 
 
@@ -168,7 +168,7 @@ def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str,
 
 
 def _check_aligned(channels: Channels, name: str, places: Mapping[int, list[int]], size: int) -> None:
-    """Every channel is one of the layer's and they are all it has; otherwise a slice or a padding is between."""
+    """Whether the channels are exactly those of the layer. If not, a slice or a padding lies between."""
     if size != channels.count or any(own != [channel] for channel, own in places.items()) or len(places) != size:
         channels.refused = f"the {size} channels of {name} are not one to one the {channels.count} of {channels.root}"
 

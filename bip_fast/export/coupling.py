@@ -1,4 +1,4 @@
-"""Which filters can only be removed together: what `FastBiP(model, pattern="filter", coupled=...)` should know of a network."""
+"""Which filters can only be removed together: the argument ``coupled`` of `FastBiP(model, pattern="filter", coupled=...)`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
 
 
 def _last_layers(twin: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
-    """Names of the Conv and Linear layers behind which there is no other on some way to a tensor that the model returns."""
+    """Names of the layers that are the last Conv or Linear on some path to a tensor that the model returns."""
     name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in prunable_layers(twin)}
     for weight in twin.parameters():
         weight.requires_grad_(weight.is_floating_point())

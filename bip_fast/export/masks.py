@@ -78,8 +78,8 @@ def _looked_at(name: str, x: Tensor) -> bool:
 
 
 def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
-    """Masks of what goes with zero filters. A model does not say which batch-norm follows which layer, and one may start at 0 (the last of
-    a residual block), so that such a one must have the zeros of a layer, entry by entry."""
+    """Masks of the vectors that belong to zero filters. A model does not say which batch-norm follows which layer, and the last one of a
+    residual block may start at 0. So a batch-norm counts only if its zeros are exactly those of a layer."""
     layers = [layer for _, layer in prunable_layers(model) if layer.weight.numel()]
     filters = [(layer, zero) for layer in layers if bool((zero := zero_outputs(layer)).any())]
     dead = {layer.bias: zero & (layer.bias.detach() == 0) for layer, zero in filters if layer.bias is not None}
@@ -176,7 +176,7 @@ def _unpacked(name: str, packed: Tensor, about: Mapping[str, Any]) -> Tensor:
 
 
 class _Masked:
-    """One masked parameter of a model: where it hangs, and which entries are dead (bool, in the parameter's memory format)."""
+    """One masked parameter: the module that has it, and which entries are dead (bool, in the parameter's memory format)."""
 
     def __init__(self, name: str, module: nn.Module, key: str, mask: Tensor) -> None:
         self.name, self.module, self.key = name, module, key
@@ -198,7 +198,7 @@ class _Masked:
 
 @torch.no_grad()
 def _masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> list[_Masked]:
-    """A `_Masked` for every parameter that a name means; ValueError if one does not fit. Two masks of a tied one both count."""
+    """A `_Masked` for every named parameter; ValueError if a mask does not fit. If a tied parameter has two masks, both count."""
     found: dict[Tensor, _Masked] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, mask in masks_of(masks).items():

@@ -167,7 +167,7 @@ def _cause(dense: Variant, own: Variant) -> str:
 
 
 def _fewer_flops(ratio: float, times: dict[int, Timing]) -> str:
-    """``ratio``: FLOPs of the dense network over own ones; speedup / ratio is then the own FLOP rate over the dense one's."""
+    """``ratio``: FLOPs of the dense network over those of this one; speedup / ratio is the ratio of their FLOP rates, this one's first."""
     gone = f"{100 * (1 - 1 / ratio):.3g} % of the FLOPs are gone ({ratio:.2f}x fewer)"
     rates = {size: t.speedup / ratio for size, t in times.items()}
     slow = {size: rate for size, rate in rates.items() if rate < SLOW or (rate < 0.995 and not times[size].faster)}

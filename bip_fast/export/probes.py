@@ -80,7 +80,7 @@ def probes_of(model: nn.Module, example: tuple[Any, ...]) -> Probes:
 
 
 def _taker(model: nn.Module, example: tuple[Any, ...]) -> Callable[[Any], bool]:
-    """A function that says whether the model computes something of arguments, and not nan unless it does so of the example."""
+    """A function that says whether the model takes arguments: it does not raise, and gives nan only if it does so for the example."""
 
     def computes(arguments: Any, nan: bool) -> bool:
         try:
@@ -117,7 +117,7 @@ def _drawn(x: Tensor, draw: Callable[[Tensor, Generator], Tensor], seed: int) ->
 
 
 def _anew(x: Tensor, generator: Generator) -> Tensor:
-    """Normal numbers; integers from the least to the largest, from 0 or to 1 where those are one; a quarter of the truth values turned."""
+    """Normal numbers; integers in the range of the example, widened to 0 or 1 if it is one value; a quarter of the bools flipped."""
     if x.dtype == torch.bool:
         return x ^ (torch.rand(x.shape, generator=generator) < 0.25)
     if x.is_floating_point() or x.is_complex():

@@ -28,7 +28,7 @@ class _Untied(Exception):
 
 @dataclass
 class Removal:
-    """Channels of one set that go, and what is folded into whom first: (reader, its input, number)."""
+    """Channels of one set that are removed, and the constants that are folded into their readers before: (reader, its input, number)."""
 
     channels: Channels
     places: list[int]
@@ -38,7 +38,7 @@ class Removal:
 def checked(
     model: nn.Module, inputs: tuple[Any, ...], removals: list[Removal], probes: Sequence[tuple[Any, ...]]
 ) -> tuple[nn.Module, list[Removal], list[tuple[Removal, str]]]:
-    """The model without all channels that can go, each set tried by itself where all together change what it computes.
+    """The model without all channels that can be removed. If removing all together changes its outputs, each set is tried by itself.
 
     Returns:
         a copy in eval mode, what was removed from it, and what was not, with the reason.
@@ -77,7 +77,7 @@ def _ties(model: nn.Module) -> list[list[tuple[str, str]]]:
 
 
 def _units(model: nn.Module, removals: Sequence[Removal]) -> list[list[Removal]]:
-    """Removals from layers that share a parameter, which may only be possible together; all others by themselves."""
+    """Removals in groups: those from layers that share a parameter together, as only that may be possible; every other one alone."""
     units = [[removal] for removal in removals]
     for tie in _ties(model):
         names = {name for name, _ in tie}
@@ -150,7 +150,7 @@ def restore(model: nn.Module, small: nn.Module) -> None:
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """The format with channels last if that is what the strides of ``x`` are, which is more than that they could be."""
+    """The channels-last format, if the strides of ``x`` say so and could not be those of another format as well."""
     format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if format_ is None:
         return None

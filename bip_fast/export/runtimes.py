@@ -81,7 +81,7 @@ def prepared_call(runtime: str, network: nn.Module, inputs: tuple[Any, ...]) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of packages that it does not find and of what it is made of."""
+    """Silences the exporter, which reports packages that it does not find, and its own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

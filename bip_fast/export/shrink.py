@@ -116,7 +116,7 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
 
 
 class _Zeros(NamedTuple):
-    """Bool by layer, for every channel of a set: its filter in this layer that makes or filters it is all zero; this layer reads it."""
+    """For every channel of a set, by layer: is its filter all zero (layers that make or filter it), is it read (readers)."""
 
     makers: dict[str, Tensor]
     between: dict[str, Tensor]
@@ -134,7 +134,7 @@ def _zeros_of(channels: Channels) -> _Zeros:
 
 
 def _removal_of(channels: Channels, arriving: Mapping[str, Sequence[float]], doubt: str, kept: list[Kept]) -> Removal | None:
-    """Channels of a set that can go; adds to ``kept`` those that are pruned and cannot. Constants count unless there is ``doubt``."""
+    """Channels of a set that can be removed; adds pruned ones that cannot to ``kept``. With ``doubt``, constants do not count."""
     if channels.refused:
         kept += _all_of(channels, channels.refused)
         return None
@@ -181,7 +181,7 @@ def _all_of(channels: Channels, why: str) -> list[Kept]:
 
 
 def _partly(channels: Channels, zeros: _Zeros, told: Tensor) -> list[Kept]:
-    """Channels that are pruned in some of the layers of a set only, but for those of which something is ``told`` already."""
+    """Channels that are pruned in only some layers of a set, except those that were ``told`` of already."""
     kept = []
     for name, own in zeros.makers.items():
         if count := int((own & ~told).sum()):
@@ -236,7 +236,7 @@ def _pads(layer: _ConvNd) -> bool:
 
 
 def _arriving(sets: Sequence[Channels], twin: nn.Module, probes: Sequence[tuple[Any, ...]]) -> dict[str, list[float]]:
-    """The number that every input channel of the layers that read has, over all probes, batches and places; NaN if it has several."""
+    """The constant of every input channel of the readers, over all probes, samples and places; NaN if it is not constant."""
     layers = {reader.name: reader.layer for channels in sets for reader in channels.readers}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 

@@ -1,4 +1,4 @@
-"""The clock: medians of calls, whatever the device, and the copy of as many bytes that they are compared with."""
+"""The clock: median times of calls on any device, and of a copy of as many bytes, which they are compared with."""
 
 from __future__ import annotations
 

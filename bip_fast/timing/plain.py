@@ -1,7 +1,7 @@
 """Lower, upper and joint steps in plain torch, as a user who knows torch would write them: what benchmarks compare the kernels with.
 
-In place, no copies, no loops over weights. The formulas are those of `bip_fast.reference`; the mask is `torch.topk`, ties as it likes: as
-it comes, or, for those who know that it sorts what it selects unless told otherwise, with ``sorted=False``.
+In place, no copies, no loops over weights. The formulas are those of `bip_fast.reference`. The mask is made by `torch.topk`, which breaks
+ties in any order. It also sorts what it selects, unless called with ``sorted=False``; both ways are measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One cell of a comparison, run in this process: in a folder where nothing, a part of it, or all of it may be done already."""
+"""One cell of a comparison, run in this process. Nothing, a part or all of it may be done already in its folder."""
 
 from __future__ import annotations
 
@@ -34,8 +34,15 @@ _load = functools.lru_cache(maxsize=2)(load)  # data sets stay loaded from cell 
 
 
 class CellTask(NamedTuple):
-    """What to run: ``settings`` in ``folder``, from the networks in the folders ``parent``, which was pruned to the sparsity ``start``, and
-    ``dense``. ``snapshots``: epochs of dense training whose weights other cells want. ``alone``: no other run uses the device."""
+    """A cell, with all that another process has to know.
+
+    Args:
+        folder: of the run.
+        parent: folder of the run whose network it starts from, which has the sparsity ``start``.
+        dense: folder of the dense run, whose early weights it may rewind to.
+        snapshots: epochs of dense training whose weights other cells want.
+        alone: whether no other run uses the device at the same time.
+    """
 
     address: str
     settings: Settings
@@ -55,7 +62,7 @@ def finished(folder: Path, snapshots: Collection[int]) -> bool:
 
 
 class _Telling(Display):
-    """Tells how far the run is. When the answer asks it to stop, it sends this process the signal at which the run saves and stops."""
+    """Tells how far the run is. When the answer is to stop, it sends this process the signal at which the run saves and ends."""
 
     def __init__(self, tell: Tell, address: str) -> None:
         self.told, self.address = tell, address
@@ -131,13 +138,13 @@ def _run(task: CellTask, loaded: AnyData, device: torch.device, shown: _Telling)
         if folder.begun and not same:
             shown.note("began with other settings; it starts afresh")
         job = _resumed(new(), shown) if same else None
-        if job is None:  # and what one that could not resume had on the device is free
+        if job is None:  # the memory of a job that could not resume is free again
             job = new()
             job.start()
             folder.open(settings, overwrite=True)
         job.run()
 
-    with _held(task.folder, shown) as folder:  # first of all: whoever had it may have finished the run
+    with _held(task.folder, shown) as folder:  # before anything else: the process that had it may have finished the run
         if not folder.finished:
             go(folder, task.snapshots)
         (folder.path / "checkpoint.pt").unlink(missing_ok=True)
@@ -163,7 +170,7 @@ def _resumed(job: Job, shown: _Telling) -> Job | None:
 
 @contextmanager
 def _held(path: Path, shown: _Telling) -> Iterator[RunFolder]:
-    """The folder, made where it is none, when no other process has it any more."""
+    """Make the folder if there is none, and hold it as soon as no other process does."""
     folder = RunFolder(path, patience=PATIENCE, say=shown.note)
     try:
         folder.make()

@@ -103,7 +103,7 @@ GONE = "Ray has lost the last node, or the one that listens to all runs; the sam
 
 @contextmanager
 def _ray(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
-    """A Ray of our own on this machine, or the cluster at ``address``; left, and if it is our own ended, at the end."""
+    """Join the cluster at ``address``, or start a Ray on this machine, which ends with the context."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -70,8 +70,8 @@ class Comparison:
         self.shown.begin(cells, {cell.address for cell in cells} - {cell.address for cell in to_do})
 
     def _discard_damaged(self) -> None:
-        """Set aside what is damaged. Snapshots are made again beside a finished run; for anything else it runs again, so its report
-        goes as well."""
+        """Set damaged files aside. Snapshots are made again beside a finished run. For any other file the whole run is done again, so its
+        report is set aside as well."""
         for cell in self.grid.cells.values():
             folder = RunFolder(self.folder(cell))
             snapshots = self.grid.snapshots.get(cell.address, ())
@@ -82,7 +82,7 @@ class Comparison:
                     folder.set_aside(path)
 
     def _urgencies(self) -> dict[str, int]:
-        """Epochs of the longest way through the runs that wait for a run, itself included."""
+        """Epochs of every run and of the longest chain of runs that start from it."""
         urgency: dict[str, int] = {}
         for cell in reversed(list(self.grid.cells.values())):  # a run stands after the one it starts from
             urgency[cell.address] = max(cell.epochs, 1) + urgency.get(cell.address, 0)

@@ -104,8 +104,8 @@ class Grid:
     Args:
         cells: runs by address, each after the one it starts from.
         snapshots: epochs of dense runs that others rewind to.
-        rows: of the results; several may be of one run.
-        gpus: share of a GPU that every run takes, where several run at the same time; None: as many as run at a time share it.
+        rows: cells that have a row in the results; several rows may show one run.
+        gpus: share of a GPU that a run takes on Ray; None: the GPUs are shared out among the runs that go at a time.
     """
 
     name: str

@@ -25,7 +25,7 @@ GROUP = ("data", "model", "width", "row", "sparsity")
 
 
 def collect(comparison: Comparison) -> list[Row]:
-    """A row for every finished run that has a place in the results; figures that end in _total are with the runs it stands on."""
+    """A row for every finished run that has a place in the results. Figures that end in _total include the runs that it started from."""
     reports: dict[str, Row] = {}
 
     def report(cell: Cell) -> Row:
@@ -127,9 +127,11 @@ def write(rows: Sequence[Row], out: Path) -> list[Path]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: for each data set and model, a line for each method, a column for each sparsity: accuracy in percent, mean and standard
-    deviation over seeds, that of a dense network in each; then cost, of the sparsest where it differs: epochs of forward and backward
-    passes, and minutes."""
+    """Markdown, a table for each data set and model: a line for each method, a column for each sparsity, and the cost.
+
+    A cell is the accuracy in percent, mean and standard deviation over seeds; a dense network has the same one in every column. The cost is
+    that of the sparsest networks: epochs of forward and backward passes, and minutes.
+    """
     lines: list[str] = []
     found = summary(rows)
     for where in dict.fromkeys((line["data"], line["model"], line["width"]) for line in found):

@@ -1,4 +1,4 @@
-"""What every reader gives, and how contents are judged: shapes and labels that fit, and whether a file is the published one."""
+"""What every reader returns, the check that images and labels fit, and whether a file is the published one."""
 
 from __future__ import annotations
 

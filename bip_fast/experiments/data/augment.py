@@ -1,4 +1,4 @@
-"""From uint8 images to what a network is trained on, on the device of the images, whatever that is."""
+"""Augmentation: from uint8 images to the float32 images that a network is trained on, on the device of the images."""
 
 from __future__ import annotations
 

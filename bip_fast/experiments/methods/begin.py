@@ -1,4 +1,4 @@
-"""The beginning of a stage: weights rewound, masks chosen, and the optimizer that trains what the stage moves."""
+"""How a stage begins: weights are rewound, masks chosen, and the optimizer is made that trains what the stage moves."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ __all__ = ["HYDRA"]
 
 
 def layer_magnitude(model: nn.Module) -> Scores:
-    """|theta| as a share of the largest of its layer: what Hydra's scores start from, in every layer as large."""
+    """|theta| as a share of the largest of its layer: what Hydra's scores start from, so that they are as large in every layer."""
     return {name: x / x.max().clamp(min=torch.finfo(x.dtype).tiny) for name, x in magnitude(model).items()}
 
 

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning: in rounds, each from the network that the one before leaves."""
+"""Iterative magnitude pruning, in rounds: each starts from the network that the round before has trained."""
 
 from __future__ import annotations
 

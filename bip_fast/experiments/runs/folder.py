@@ -37,7 +37,7 @@ __all__ = [
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
 LOCK = ".lock"
-# What others read of a report.
+# Entries of a report that other rooms read.
 REPORT = {
     "layers": list, "kept": int, "total": int, "sparsity": float, "evaluated_on": str, "images": dict, "pruned": dict, "image_passes": dict,
     "seconds": dict, "joules": dict, "versions": dict, "device": str,
@@ -50,7 +50,7 @@ def snapshot_name(epoch: int | str) -> str:
 
 
 class DamagedFile(UserError):
-    """A file of a run folder is missing or has the wrong content; not one that could not be read this time."""
+    """A file of a run folder is missing or has the wrong content. One that merely could not be read this time is another error."""
 
 
 class DamagedCheckpoint(UserError):
@@ -62,7 +62,7 @@ class DamagedCheckpoint(UserError):
 
 
 def of_the_machine(error: Exception) -> bool:
-    """Whether an error while a file is read says nothing of the file: there may be memory, or a device, the next time."""
+    """Whether an error, raised while a file was read, is the machine's and not the file's: memory, a device, open files."""
     machine = (*MEMORY, OSError, getattr(torch, "AcceleratorError", OSError))
     return isinstance(error, machine) or any(text in str(error) for text in ("CUDA error", "out of memory", "DefaultCPUAllocator"))
 
@@ -88,7 +88,7 @@ class RunFolder:
         return (self.path / "config.json").is_file()
 
     def began_with(self, settings: Settings) -> bool:
-        """Whether a run of these settings began here, wherever the files are that it starts from."""
+        """Whether a run of these settings began here. Where the files lie that it starts from does not count."""
         try:
             stored = self.read_json("config.json")
         except DamagedFile:
@@ -202,7 +202,7 @@ class RunFolder:
         """Content of report.json.
 
         Raises:
-            DamagedFile: it is missing, or has not what others read of it.
+            DamagedFile: it is missing, or lacks an entry that is read from reports.
             UserError: it cannot be read.
         """
         value = self.read_json("report.json")
@@ -212,8 +212,8 @@ class RunFolder:
         return value
 
     def damaged(self, snapshots: Collection[int] = ()) -> dict[Path, str]:
-        """The files of a finished run that are missing or have the wrong content, and why: of those that others want to read, which are
-        the report, the network and the weights after ``snapshots`` epochs.
+        """Files of a finished run that are missing or have the wrong content, and why. Only those are looked at that other runs and
+        results read: the report, the network and the weights after ``snapshots`` epochs.
 
         Raises:
             UserError, OSError: one cannot be read, which says nothing of its content.

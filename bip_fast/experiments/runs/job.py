@@ -42,7 +42,7 @@ SAVE_EVERY = 60.0  # seconds between checkpoints inside of an epoch
 
 
 class _Enough(Exception):
-    """All weights that were wanted are kept."""
+    """All weights that the run was for are kept (``until``)."""
 
 
 class Job:
@@ -226,7 +226,7 @@ class Job:
         load_into(model, read_state_dict(source), source)
 
     def _keep(self, epoch: int) -> None:
-        """Keep the weights of an epoch of dense training, if someone will want them."""
+        """Keep the weights of an epoch of dense training, if a rewind will go back to them."""
         if self.stage.name != PRETRAIN:
             return
         if epoch in self.snapshots:
@@ -251,7 +251,7 @@ class Job:
                 raise Stop(self.signals[0])
 
     def _show(self, cursor: Cursor) -> BrokenPipeError | None:
-        """Tell how far the run is; returns the error if nobody reads that any more, to be raised when the state is saved."""
+        """Tell how far the run is. Returns the error of a pipe that nobody reads any more, to be raised once the state is saved."""
         loss, accuracy = cursor.running()
         epochs = self.stage.recipe.epochs
         epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
@@ -275,7 +275,7 @@ class Job:
         self.saved = time.monotonic()
 
     def _meter(self) -> None:
-        """Add what the device has used since the last time; a stage of which any part was not counted has None."""
+        """Add the energy that the device has used since the last call. A stage has None if any part of it was not counted."""
         before, now = self.energy, self.count_joules()
         so_far = self.done["joules"].get(self.stage.name, 0.0)
         lost = before is None or now is None or now < before or so_far is None
@@ -288,7 +288,7 @@ class Job:
         self.done["scores"][name] = {"accuracy": score.accuracy, "loss": score.loss}
 
     def _say_score(self, name: str) -> None:
-        """After everything is written: the reader of the progress may be gone."""
+        """Called after everything is written, because the reader of the progress may be gone."""
         self.shown.say(f"{name}: {100 * self.done['scores'][name]['accuracy']:.2f} % of the {self._part} images right")
 
     def _end_stage(self) -> None:

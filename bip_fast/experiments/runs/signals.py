@@ -23,7 +23,7 @@ class Stop(Exception):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM interrupts like Ctrl-C where no run collects signals, and both come out as a `Stop`."""
+    """SIGTERM interrupts like Ctrl-C inside, and both leave the context as a `Stop`. A run that goes on inside collects its own."""
     seen: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:

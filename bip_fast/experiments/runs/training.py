@@ -42,7 +42,7 @@ class Cursor:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What happens inside takes no time of the stage. Waits first until the device has done what it was given, which does."""
+        """What happens inside does not count as time of the stage. First waits for the device, whose work does count."""
         self.sums.cpu()
         self.seconds += time.perf_counter() - self.began
         try:

@@ -1,4 +1,4 @@
-"""A trial of a model before its run: what would end in an error after hours ends in one at once."""
+"""A trial of a model before its run, so that an error that would come after hours comes at once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ __all__ = ["check_model"]
 
 
 def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
-    """Raises UserError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved.
-
-    All on a copy, so that a long training does not end in an error that could have been seen before it.
-    """
+    """UserError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved. Works on a copy."""
     name, shape = settings.model, (2, *data.shape)
     try:
         with torch.no_grad():
