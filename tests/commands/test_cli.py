@@ -10,7 +10,7 @@ import torch
 from cli_runs import FILES, OWN, load_weights, one_line, prune
 
 import bip_fast
-from bip_fast.commands import cli, environment
+from bip_fast.commands import cli
 from bip_fast.engine import report
 from bip_fast.experiments.data import sources
 from bip_fast.experiments.models import resnet
@@ -19,9 +19,6 @@ from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.experiments.runs.training import evaluate
 from bip_fast.experiments.settings import Settings
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,15 +7,11 @@ import pytest
 import torch
 from compare_runs import SHORT, unreadable, written
 
-from bip_fast.commands import environment
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import cell, grid
 from bip_fast.experiments.data import sources
 from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.experiments.runs.signals import Stop
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 class Listener:

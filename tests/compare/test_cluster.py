@@ -16,14 +16,12 @@ from cli_runs import one_line
 from compare_runs import SHORT, TINY, compare, written
 
 import bip_fast
-from bip_fast.commands import cli, environment
+from bip_fast.commands import cli
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import cluster, grid
 from bip_fast.experiments.compare.execution import Comparison
 from bip_fast.experiments.compare.progress import Progress
 
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 pytest.importorskip("ray", reason=f"needs Ray: {cluster.INSTALL}")
 
 ONE_SEED = TINY.replace("seed: [0, 1]", "seed: 0")

@@ -11,13 +11,10 @@ import time
 import pytest
 import torch
 from cli_runs import one_line
-from compare_runs import SHORT, TINY, compare, rows_of, unreadable, written
+from compare_runs import JOBS, SHORT, TINY, compare, rows_of, unreadable, written
 
-from bip_fast.commands import cli, environment
+from bip_fast.commands import cli
 from bip_fast.experiments.compare.execution import Comparison
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 def test_every_figure_of_every_run(finished):
@@ -187,7 +184,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", JOBS)
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how, jobs):
     text = TINY.replace("seed: [0, 1]", "seed: 0")
@@ -216,7 +213,7 @@ def test_stopped_or_killed_it_goes_on_with_the_same_bits(finished, tmp_path, how
         assert (out / name / "model.safetensors").read_bytes() == (finished / name / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", JOBS)
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, capsys, jobs):
     (tmp_path / "own.py").write_text(
         "from torch import nn\n"

@@ -9,15 +9,11 @@ from cli_runs import one_line
 from compare_runs import TINY, compare, written
 from data_files import write_fashion_mnist
 
-from bip_fast.commands import environment
 from bip_fast.errors import UserError
 from bip_fast.experiments.compare import grid
 from bip_fast.experiments.methods.imp import rounds
 from bip_fast.experiments.methods.table import steps_of
 from bip_fast.experiments.settings import Settings
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 def test_all_combinations_and_what_they_start_from(tmp_path):

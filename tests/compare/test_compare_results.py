@@ -6,14 +6,10 @@ from pathlib import Path
 import pytest
 from compare_runs import rows_of
 
-from bip_fast.commands import environment
 from bip_fast.experiments.compare import figures, grid, progress, results
 from bip_fast.experiments.methods.stage import STEPS
 from bip_fast.experiments.methods.table import steps_of
 from bip_fast.experiments.runs.resolve import resolve
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 def row(label="BiP", sparsity=0.9, seed=0, accuracy=0.8, **more):

@@ -8,11 +8,7 @@ import pytest
 import torch
 from cli_runs import prune
 
-from bip_fast.commands import environment
 from bip_fast.experiments.runs import energy
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 CPU = torch.device("cpu")
 

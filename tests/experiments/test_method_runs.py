@@ -8,16 +8,13 @@ import torch
 from cli_runs import Interrupting, one_line, prune
 from method_stages import network, settings_of
 
-from bip_fast.commands import cli, environment
+from bip_fast.commands import cli
 from bip_fast.experiments.data import sources
 from bip_fast.experiments.methods import begin, table
 from bip_fast.experiments.methods.table import METHODS, stages
 from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.settings import Settings
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 PRUNING = [name for name in METHODS if name != "dense"]
 

@@ -9,7 +9,6 @@ from cli_runs import load_weights, prune
 from method_stages import begun, flat_weights, network, run_stage, settings_of
 
 import bip_fast
-from bip_fast.commands import environment
 from bip_fast.engine.layers import weights
 from bip_fast.engine.report import report
 from bip_fast.experiments.data import sources
@@ -17,9 +16,6 @@ from bip_fast.experiments.methods import begin
 from bip_fast.experiments.methods.imp import rounds
 from bip_fast.experiments.methods.table import stages
 from bip_fast.experiments.models.names import build
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,15 +13,12 @@ import torch
 from cli_runs import FILES, OWN, SMALL, Interrupting, one_line, prune
 
 import bip_fast
-from bip_fast.commands import cli, environment
+from bip_fast.commands import cli
 from bip_fast.commands import prune as prune_command
 from bip_fast.errors import UserError
 from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.state_dicts import write_safetensors
-
-if missing := environment.missing_extras():
-    pytest.skip(f"needs {', '.join(missing)}: {environment.INSTALL}", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,7 +4,10 @@ import csv
 import errno
 from pathlib import Path
 
+import pytest
+
 from bip_fast.commands import cli
+from bip_fast.experiments.compare import cluster
 
 TINY = """
 data: digits
@@ -32,6 +35,10 @@ pretrain_epochs: 1
 epochs: 1
 methods:
 """
+
+
+needs_ray = pytest.mark.skipif(not cluster.available(), reason=f"needs Ray: {cluster.INSTALL}")
+JOBS = ["1", pytest.param("2", marks=needs_ray)]
 
 
 def written(folder, text=TINY, name="tiny.yaml"):
