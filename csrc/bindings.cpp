@@ -101,7 +101,7 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
 }  // namespace
 
 PYBIND11_MODULE(BIP_MODULE, m) {
-  m.doc() = "Kernels of bip_fast. Private: bip_fast.ops checks what reaches them.";
+  m.doc() = "Kernels of bip_fast. Private: bip_fast.engine checks what reaches them.";
 
   m.attr("tensor_dtype") = table_dtype(
       {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, scores, "u8"),
