@@ -61,6 +61,20 @@ def test_a_process_that_is_lost_is_replaced(finished, tmp_path, monkeypatch, cap
     assert same_networks(tmp_path / "out", finished) == 5
 
 
+def test_a_run_that_is_stopped_again_and_again_has_failed(tmp_path, monkeypatch, capsys):
+    """By SIGTERM of somebody else, whose `Stop` comes back through Ray."""
+    text = ONE_SEED.replace("pretrain_epochs: 2", "pretrain_epochs: 60").split("  BiP")[0]
+    left = lose_processes(monkeypatch, signal.SIGTERM, 2)
+    assert compare(written(tmp_path, text), tmp_path / "out", "--jobs", "2") == 1
+    assert not left
+    assert "its process was stopped by somebody else 2 times; the next start continues it" in capsys.readouterr().err
+
+
+def test_nothing_to_do_starts_no_ray(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_ray", None)
+    assert compare(written(tmp_path), finished, "--jobs", "2") == 0
+
+
 def test_a_second_start_of_a_run_is_said(tmp_path):
     """That is how this process learns that a worker was lost."""
 

@@ -27,7 +27,7 @@ import torch
 from ...errors import UserError, one_line
 from ..runs.signals import STOP_SIGNALS, Stop, stop_requests
 from .cell import CellTask, run_cell
-from .execution import Comparison
+from .execution import Comparison, run_here
 from .grid import Cell
 
 __all__ = ["available", "run_on_ray"]
@@ -156,7 +156,11 @@ def run_on_ray(comparison: Comparison, jobs: int | None, address: str | None = N
         Stop: a signal came; every run has saved where it stands.
         UserError: Ray is not there, a node of the cluster lacks something, or the last node was lost.
     """
-    threads = max(cell.settings.threads or 1 for cell in comparison.grid.cells.values())
+    cells = comparison.grid.cells.values()
+    if all(map(comparison.is_finished, cells)):
+        run_here(comparison)  # nothing is left to run
+        return
+    threads = max(cell.settings.threads or 1 for cell in cells)
     on_gpu = comparison.device.startswith("cuda")
     with _visible(comparison.device), _ray(address, threads * (jobs or 1), torch.cuda.device_count() if on_gpu else 0) as ray:
         if address is not None:

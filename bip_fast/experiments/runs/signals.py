@@ -17,8 +17,11 @@ class Stop(Exception):
     """A signal asked the run to stop; raised between two batches, when all state is whole."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)  # so that it can be pickled
         self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
 
 
 @contextmanager
