@@ -38,13 +38,20 @@ def backend(request, monkeypatch):
     return use_backend(request.param, monkeypatch)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """One thread unless a test asks for more: networks this small only wait for threads, and long where cores are shared."""
+    """Networks this small only wait for threads, and long where cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_again(one_thread):
+    """After a test that has asked for more."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -81,3 +88,21 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     assert compare(written(folder), folder / "out", "--jobs", "2" if cluster.available() else "1") == 0
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """Folder of a whole run of `bip-fast prune`; tests read it and leave it as it is."""
+    from cli_runs import prune
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert prune(out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The data set, which tests leave as it is."""
+    from bip_fast.experiments.data import sources
+
+    return sources.load("digits")

@@ -21,39 +21,22 @@ from bip_fast.experiments.runs.training import evaluate
 from bip_fast.experiments.settings import Settings
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small gain nothing from threads, and threads that wait for a busy machine take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def test_a_run_leaves_exactly_the_promised_files(finished_run):
+    assert {path.name for path in finished_run.iterdir()} == FILES
+    assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole run; tests read it and leave it as it is."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert prune(out) == 0
-    return out
-
-
-def test_a_run_leaves_exactly_the_promised_files(finished):
-    assert {path.name for path in finished.iterdir()} == FILES
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_model_is_plain_pruned_and_as_good_as_reported(finished):
-    result = json.loads((finished / "report.json").read_text())
+def test_the_model_is_plain_pruned_and_as_good_as_reported(finished_run):
+    result = json.loads((finished_run / "report.json").read_text())
     model = build("resnet20", 1, 10, width=2)
-    model.load_state_dict(load_weights(finished / "model.safetensors"), strict=True)
+    model.load_state_dict(load_weights(finished_run / "model.safetensors"), strict=True)
     table = report.report(model)
     assert table.total == sum(x.numel() for _, x in report.weights(model))
     assert table.kept == table.total - round(0.8 * table.total)
     assert result["layers"] == table.as_dict()["layers"]
     digits = sources.load("digits")
     assert evaluate(model, digits).accuracy == pytest.approx(result["pruned"]["accuracy"], abs=2 / 599)
-    model.load_state_dict(load_weights(finished / "dense.safetensors"), strict=True)
+    model.load_state_dict(load_weights(finished_run / "dense.safetensors"), strict=True)
     assert evaluate(model, digits).accuracy == pytest.approx(result["dense"]["accuracy"], abs=2 / 599)
     assert report.report(model).sparsity == 0
     assert [len(result["history"][stage]) for stage in ("pretrain", "prune")] == [2, 3]
@@ -61,14 +44,14 @@ def test_the_model_is_plain_pruned_and_as_good_as_reported(finished):
     assert result["images"] == {"train": 1198, "test": 599}
 
 
-def test_the_result_is_printed(finished, capsys):
-    assert prune(finished, "--resume") == 0  # finished: shows it again
+def test_the_result_is_printed(finished_run, capsys):
+    assert prune(finished_run, "--resume") == 0  # finished: shows it again
     printed = capsys.readouterr().out
-    result = json.loads((finished / "report.json").read_text())
+    result = json.loads((finished_run / "report.json").read_text())
     assert f"dense {100 * result['dense']['accuracy']:.2f} %" in printed
     assert f"pruned {100 * result['pruned']['accuracy']:.2f} %" in printed
     assert "stages.2.2.conv2.weight  8x8x3x3" in printed
-    assert str(finished) in printed
+    assert str(finished_run) in printed
 
 
 def test_progress_on_a_pipe_is_plain_lines(tmp_path, capsys, monkeypatch):
@@ -95,25 +78,25 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
         assert part in shown
 
 
-def test_a_run_is_never_overwritten_unasked(finished, capsys):
-    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
-    assert prune(finished) == 2
+def test_a_run_is_never_overwritten_unasked(finished_run, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()}
+    assert prune(finished_run) == 2
     assert "holds a finished run; --overwrite" in one_line(capsys.readouterr().err)
-    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in finished_run.iterdir()} == before
 
 
-def test_overwrite_gives_the_same_bits_again(finished, tmp_path, capsys):
+def test_overwrite_gives_the_same_bits_again(finished_run, tmp_path, capsys):
     out = tmp_path / "again"
     assert prune(out, "--epochs", "1") == 0
     (out / ".123-checkpoint.pt").write_bytes(b"left by a killed run")
     (out / "notes.txt").write_text("mine")
     assert prune(out, "--overwrite") == 0
     assert {path.name for path in out.iterdir()} == FILES | {"notes.txt"}
-    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
-def test_levels_seed_and_freeze_change_the_result(finished, tmp_path):
-    whole = load_weights(finished / "model.safetensors")
+def test_levels_seed_and_freeze_change_the_result(finished_run, tmp_path):
+    whole = load_weights(finished_run / "model.safetensors")
     for i, options in enumerate((["--levels", "alternating"], ["--seed", "1"], ["--freeze", "0"])):
         assert prune(tmp_path / str(i), *options) == 0
         other = load_weights(tmp_path / str(i) / "model.safetensors")
@@ -121,12 +104,12 @@ def test_levels_seed_and_freeze_change_the_result(finished, tmp_path):
         assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
 
-def test_amp_trains_under_autocast_and_measures_in_float32(finished, tmp_path, monkeypatch):
+def test_amp_trains_under_autocast_and_measures_in_float32(finished_run, tmp_path, monkeypatch):
     seen = set()
     monkeypatch.setattr(resnet.BasicBlock, "forward", watched(resnet.BasicBlock.forward, seen))
     assert prune(tmp_path / "run", "--amp") == 0
     assert seen == {(True, True), (False, False)}
-    whole, amp = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
+    whole, amp = (json.loads((folder / "report.json").read_text()) for folder in (finished_run, tmp_path / "run"))
     assert (amp["settings"]["amp"], whole["settings"]["amp"]) == (True, False)
     assert all(x.dtype == torch.float32 for x in load_weights(tmp_path / "run" / "model.safetensors").values() if x.is_floating_point())
     assert amp["kept"] == whole["kept"]
@@ -152,19 +135,19 @@ def test_frozen_masks_are_magnitude_pruning(tmp_path):
     assert (mask != kept).float().mean() < 1e-3  # not equal: ties, and the memory order of channels-last weights
 
 
-def test_checkpoint_skips_dense_training(finished, tmp_path):
-    assert prune(tmp_path / "run", "--checkpoint", str(finished / "dense.safetensors")) == 0
-    first, second = (json.loads((folder / "report.json").read_text()) for folder in (finished, tmp_path / "run"))
+def test_checkpoint_skips_dense_training(finished_run, tmp_path):
+    assert prune(tmp_path / "run", "--checkpoint", str(finished_run / "dense.safetensors")) == 0
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (finished_run, tmp_path / "run"))
     assert second["dense"] == first["dense"]
     assert second["image_passes"]["pretrain"] == 0
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
-def test_checkpoint_of_torch_and_of_data_parallel(finished, tmp_path):
-    state = {f"module.{name}": x for name, x in load_weights(finished / "dense.safetensors").items()}
+def test_checkpoint_of_torch_and_of_data_parallel(finished_run, tmp_path):
+    state = {f"module.{name}": x for name, x in load_weights(finished_run / "dense.safetensors").items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "dense.pt")
     assert prune(tmp_path / "run", "--checkpoint", str(tmp_path / "dense.pt")) == 0
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
 def test_validate_never_measures_on_test_images(tmp_path):
@@ -174,7 +157,7 @@ def test_validate_never_measures_on_test_images(tmp_path):
     assert result["images"]["train"] + result["images"]["validation"] == 1198
 
 
-def test_own_model(tmp_path, finished):
+def test_own_model(tmp_path, finished_run):
     (tmp_path / "own.py").write_text(
         "from torch import nn\n"
         "def small(channels, classes):\n"
@@ -264,8 +247,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, op
     assert Path("mine/model.safetensors").read_text() == "somebody else's"
 
 
-def test_a_run_does_not_replace_the_weights_it_starts_from(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
+def test_a_run_does_not_replace_the_weights_it_starts_from(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run, tmp_path / "run")
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert prune(tmp_path / "run", "--overwrite", "--checkpoint", str(tmp_path / "run" / "model.safetensors")) == 2
     assert "would be overwritten" in one_line(capsys.readouterr().err)
@@ -298,13 +281,13 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys):
     assert prune(tmp_path, "--overwrite", "--pretrain-epochs", "0", "--epochs", "1") == 0
 
 
-def test_report_prints_the_table_of_a_file_and_of_a_run(finished, tmp_path, capsys):
-    state = load_weights(finished / "model.safetensors")
+def test_report_prints_the_table_of_a_file_and_of_a_run(finished_run, tmp_path, capsys):
+    state = load_weights(finished_run / "model.safetensors")
     torch.save(state, tmp_path / "model.pt")
-    for path in (finished, finished / "model.safetensors", tmp_path / "model.pt"):
+    for path in (finished_run, finished_run / "model.safetensors", tmp_path / "model.pt"):
         assert cli.main(["report", str(path)]) == 0
         assert capsys.readouterr().out == f"{report.report(state)}\n"
-    assert cli.main(["report", "--json", str(finished)]) == 0
+    assert cli.main(["report", "--json", str(finished_run)]) == 0
     assert json.loads(capsys.readouterr().out) == report.report(state).as_dict()
 
 

@@ -4,12 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from cli_runs import Interrupting, one_line, prune
 from method_stages import network, settings_of
 
 from bip_fast.commands import cli
-from bip_fast.experiments.data import sources
 from bip_fast.experiments.methods import begin, table
 from bip_fast.experiments.methods.table import METHODS, stages
 from bip_fast.experiments.runs import display
@@ -17,20 +15,6 @@ from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.settings import Settings
 
 PRUNING = [name for name in METHODS if name != "dense"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return sources.load("digits")
 
 
 @pytest.fixture(scope="module")

@@ -11,26 +11,10 @@ from method_stages import begun, flat_weights, network, run_stage, settings_of
 import bip_fast
 from bip_fast.engine.layers import weights
 from bip_fast.engine.report import report
-from bip_fast.experiments.data import sources
 from bip_fast.experiments.methods import begin
 from bip_fast.experiments.methods.imp import rounds
 from bip_fast.experiments.methods.table import stages
 from bip_fast.experiments.models.names import build
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return sources.load("digits")
-
 
 # --- masks at the beginning --------------------------------------------------------------------------------------------------------------
 

@@ -21,26 +21,9 @@ from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.state_dicts import write_safetensors
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small gain nothing from threads, and threads that wait for a busy machine take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole run; tests read it and leave it as it is."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert prune(out) == 0
-    return out
-
-
 # 10 batches of dense training, then 15 of pruning; after an even number of those the next step is a lower one.
 @pytest.mark.parametrize("after", [[1], [5], [10], [11], [12, 1], [3, 4, 8], [25]])
-def test_stop_and_resume_gives_the_same_bits(finished, tmp_path, monkeypatch, capsys, after):
+def test_stop_and_resume_gives_the_same_bits(finished_run, tmp_path, monkeypatch, capsys, after):
     out, resume = tmp_path / "run", []
     for batches in after:
         monkeypatch.setattr(display, "make", lambda n=batches: Interrupting(n))
@@ -52,8 +35,8 @@ def test_stop_and_resume_gives_the_same_bits(finished, tmp_path, monkeypatch, ca
     assert cli.main(["prune", "--resume", str(out)]) == 0  # the settings come from the folder
     assert {path.name for path in out.iterdir()} == FILES
     for name in ("model.safetensors", "dense.safetensors"):
-        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    first, second = (json.loads((folder / "report.json").read_text()) for folder in (finished, out))
+        assert (out / name).read_bytes() == (finished_run / name).read_bytes(), name
+    first, second = (json.loads((folder / "report.json").read_text()) for folder in (finished_run, out))
     for stage in ("pretrain", "prune"):
         for a, b in zip(first["history"][stage], second["history"][stage], strict=True):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
@@ -99,7 +82,7 @@ class Unread(display.Display):
 
 
 @pytest.mark.parametrize(("after", "batches"), [(3, 3), (10, 10), (25, 25), (0, 10)])
-def test_progress_that_nobody_reads_loses_nothing(finished, tmp_path, monkeypatch, after, batches):
+def test_progress_that_nobody_reads_loses_nothing(finished_run, tmp_path, monkeypatch, after, batches):
     """`bip-fast prune 2>&1 | head -1`"""
     out = tmp_path / "run"
     options = vars(cli.parser("prune").parse_args(["prune", *SMALL, "--out", str(out)]))
@@ -111,7 +94,7 @@ def test_progress_that_nobody_reads_loses_nothing(finished, tmp_path, monkeypatc
     monkeypatch.setattr(display, "make", display.Display)
     assert cli.main(["prune", "--resume", str(out)]) == 0
     for name in ("model.safetensors", "dense.safetensors"):
-        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+        assert (out / name).read_bytes() == (finished_run / name).read_bytes(), name
 
 
 LONGER = ["--width", "2", "--batch-size", "200", "--pretrain-epochs", "10", "--epochs", "10", "--sparsity", "0.8"]
@@ -168,12 +151,12 @@ def test_a_killed_process_leaves_whole_files(longer, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (longer / "model.safetensors").read_bytes()
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished_run, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "config.json").write_bytes((finished / "config.json").read_bytes())
+    (out / "config.json").write_bytes((finished_run / "config.json").read_bytes())
     assert cli.main(["prune", "--resume", str(out)]) == 0
-    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
