@@ -1,13 +1,13 @@
 """Cells at the same time, on Ray: one task for each, whose arguments are the tasks it starts from.
 
-Ray orders the tasks, places them, and runs one again whose process was lost. What each process does when another dies:
+Ray orders the tasks, places them, and runs one again whose process was lost. What happens when something dies:
 
-    a worker            Ray runs its task again in another one, `LOST` times; the run goes on from its checkpoint
-    a node of several   the same, on another node; if the lost process still lives, the new one waits for the lock of the run folder
-    the last node, or   this process says so and ends; the same command goes on
-    the mailbox's
-    this process        Ray ends the workers; the same command goes on from the checkpoints, at most a minute old
-    Ctrl-C              this process tells the `Mailbox`, every run hears it with its next report, saves and ends
+    a worker           Ray runs its task again in another one, `LOST` times; the run goes on from its checkpoint
+    one of many nodes  the same, on another node; if the lost process still lives, the new one waits for the lock of the run folder
+    the last node      this process says so and ends; so it does when the node of the `Mailbox` dies
+    this process       Ray ends the workers; the same command goes on from the checkpoints, which are at most a minute old
+
+Ctrl-C: this process tells the `Mailbox`; every run hears it as the answer to its next report, saves and ends.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def run_on_ray(comparison: Comparison, jobs: int | None, address: str | None = N
         return
     threads = max(cell.settings.threads or 1 for cell in cells)
     on_gpu = comparison.device.startswith("cuda")
-    with _visible(comparison.device), _ray(address, threads * (jobs or 1), torch.cuda.device_count() if on_gpu else 0) as ray:
+    gpus = 0 if not on_gpu else 1 if ":" in comparison.device else torch.cuda.device_count()
+    with _visible(comparison.device), _ray(address, threads * (jobs or 1), gpus) as ray:
         if address is not None:
             _check_nodes(ray, comparison)
         device = "cuda" if on_gpu else comparison.device  # Ray shows a task only its own GPU
