@@ -14,7 +14,7 @@ import torch
 
 from ..engine import native
 from ..errors import one_line
-from .environment import EXTRAS, missing_extras
+from .environment import EXTRAS, INSTALL, missing_extras
 
 __all__ = ["add_options", "run"]
 
@@ -68,7 +68,7 @@ def _needs(error: str | None, missing: list[str]) -> list[tuple[str, str]]:
     if error is not None:
         needs.append((f"the kernels: {error}", REBUILD))
     if missing:
-        needs.append((f"{', '.join(missing)}: for `bip-fast prune` and `compare`", "pip install 'bip_fast[cli]'"))
+        needs.append((f"{', '.join(missing)}: for `bip-fast prune` and `compare`", INSTALL))
     if torch.cuda.is_available() and error is None and "cuda" not in native.BACKENDS:
         needs.append(("CUDA kernels: torch sees a GPU, this build is for the CPU only", f"BIP_FAST_CUDA=1 {REBUILD} (needs nvcc)"))
     return needs

@@ -26,6 +26,7 @@ from ..engine.layers import weights
 from ..engine.native import launch_guard
 from ..engine.report import layer_table
 from ..errors import one_line
+from ..state_dicts import write_safetensors
 from ..timing.clock import calls_in, synchronize
 from .measurement import Measurement, Timing, Variant, sentence
 from .runtimes import check_runtime, prepared_call, version
@@ -154,8 +155,6 @@ def _bytes_of(x: Tensor) -> int:
 
 def _file_bytes(network: nn.Module) -> int | None:
     """Size of its safetensors file, which is written and deleted; None if that cannot be."""
-    from ..state_dicts import write_safetensors
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         try:
