@@ -5,7 +5,7 @@
     python3 -m bench.report bench/results/<device>             print tables and targets, draw times.png and roofline.png beside the results
     python3 -m bench.readme                                    put the tables into README.md
 
-test_steps, test_topk and test_iterations are the rows; workload and networks what is timed; peers and cub who is compared; clock and
+test_steps, test_topk and test_iterations are the rows; workload and networks what is timed; peers and cub who is compared; gpu_clock and
 conftest how; studies of one question each are in `studies`. NOTES.md says what is expected. `bip-fast bench` is the short form, for a
 machine that has only the package.
 Results are committed; the tables and charts in README.md are made from them.

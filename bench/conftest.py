@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock
+from bench import gpu_clock
 from bench.workload import DEFAULT_SIZES, SIZES, processor_name
 from bip_fast.timing.clock import calls_in, synchronize
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: "launches" in item.name)
     if config.getoption("--device").startswith("cuda"):
         for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=clock.event_timer))
+            item.add_marker(pytest.mark.benchmark(timer=gpu_clock.event_timer))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Clock:
             seconds = time.perf_counter() - start
             if seconds > 0.15 and (warm or not self.gpu):
                 break
-        self.host = clock.host_seconds(call, 5 if seconds < 0.05 else 2) if self.gpu else seconds
+        self.host = gpu_clock.host_seconds(call, 5 if seconds < 0.05 else 2) if self.gpu else seconds
         self.calls = 1 if before else calls_in(seconds, device)
         self.rounds = max(3, min(30, int(budget / (seconds * self.calls))))
 
@@ -127,7 +127,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         **labels: object,
     ) -> None:
         gpu = device.type == "cuda"
-        first_copy = clock.copy_seconds(n * bytes_per_weight, device) if bytes_per_weight else math.inf
+        first_copy = gpu_clock.copy_seconds(n * bytes_per_weight, device) if bytes_per_weight else math.inf
         allocated = torch.cuda.memory_allocated(device) if gpu and allocated is None else allocated
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -137,14 +137,14 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
             if before:
                 before()
             if gpu and device_only:
-                clock.hide_host(1.5 * timed.host * timed.calls + 1e-4)
+                gpu_clock.hide_host(1.5 * timed.host * timed.calls + 1e-4)
 
         benchmark.group = group
         benchmark.pedantic(timed.round, setup=setup, rounds=timed.rounds, iterations=1)
         # Neighbours on the machine come and go, so the copy is measured on both sides of the row; the faster one is the yardstick.
         if bytes_per_weight:
             labels["bytes_per_weight"] = round(bytes_per_weight, 2)
-            labels["copy_seconds"] = min(first_copy, clock.copy_seconds(n * bytes_per_weight, device))
+            labels["copy_seconds"] = min(first_copy, gpu_clock.copy_seconds(n * bytes_per_weight, device))
         if gpu:
             labels["host_seconds"] = timed.host / each
             labels["peak_bytes"] = torch.cuda.max_memory_allocated(device) - (allocated or 0)

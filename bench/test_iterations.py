@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import clock
+from bench import gpu_clock
 from bench.networks import DEFAULT_NETWORKS, NETWORKS, missing
 from bench.workload import DENSITY
 from bip_fast import FastBiP
@@ -192,5 +192,5 @@ def test_launches(
     for _ in range(2):
         run.call()
     benchmark.group = f"{kind}, {network}"
-    counted = benchmark.pedantic(lambda: clock.launches(run.call), rounds=1)
+    counted = benchmark.pedantic(lambda: gpu_clock.launches(run.call), rounds=1)
     benchmark.extra_info.update(implementation=implementation, calls=1, launches=counted)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock
+from bench import gpu_clock
 from bench.conftest import sizes_of
 from bench.peers import PEERS, Row
 from bench.workload import SGD_BYTES, Case, forget_workloads, size_name, step_cases, workload_of
@@ -64,7 +64,7 @@ def test_launches(case: Case, implementation: str, device: torch.device, compili
         pytest.skip("launches are counted on a GPU")
     row = row_of(case, implementation, device, compiling)
     benchmark.group = case.group
-    counted = benchmark.pedantic(lambda: clock.launches(row.call), rounds=1)
+    counted = benchmark.pedantic(lambda: gpu_clock.launches(row.call), rounds=1)
     benchmark.extra_info.update(
         implementation=implementation, calls=row.each, launches={key: value / row.each for key, value in counted.items()}
     )

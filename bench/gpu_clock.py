@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from bip_fast.timing import clock as wall_clock
+from bip_fast.timing import clock
 
 HIDE_AT_MOST = 0.03  # seconds
 
@@ -38,8 +38,8 @@ def hide_host(seconds: float) -> None:
 def copy_seconds(num_bytes: float, device: torch.device) -> float:
     """Median time of a copy that moves ``num_bytes``, on a GPU by events, as the rows."""
     if device.type != "cuda":
-        return wall_clock.copy_seconds(num_bytes, device, 0.05)
-    call, times = wall_clock.copy_call(num_bytes, device)
+        return clock.copy_seconds(num_bytes, device, 0.05)
+    call, times = clock.copy_call(num_bytes, device)
     host = host_seconds(call)
 
     def once() -> float:
