@@ -1,4 +1,5 @@
-// pybind11 and nothing else: integers and numpy tables in, bip::cpu and bip::cuda calls out. Pointers were checked in bip_fast/engine/native.py.
+// pybind11 and nothing else: it turns integers and numpy tables into calls of bip::cpu and bip::cuda. bip_fast/engine/native.py has checked
+// the pointers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -37,8 +37,8 @@ struct Tensor {
   int32_t hyper;       // row of `hypers`
   DType dtype;         // of `param`
   int32_t reserved;
-  // N:M. Of every `of` consecutive entries (2, 4, 8, 16 or 32; `numel` is a multiple) the `keep` largest have m = 1; `group` is -1, and entry i
-  // has index i in the tie order. 0: another pattern.
+  // N:M: the `keep` largest of every `of` consecutive entries have m = 1. `of` is 2, 4, 8, 16 or 32 and divides `numel`; `group` is -1, and
+  // entry i has index i in the tie order. Both are 0 for every other pattern.
   int32_t keep, of;
 };
 
@@ -61,7 +61,7 @@ struct Hyper {
   int32_t reserved;
 };
 
-// A selection group: `kept` of its `numel` < 2^32 entries have m = 1. `kept` may change from step to step, where it stands.
+// A selection group: `kept` of its `numel` < 2^32 entries have m = 1. The caller may change `kept` in place between steps.
 struct Group {
   int64_t numel;
   int64_t kept;
@@ -69,9 +69,9 @@ struct Group {
   int64_t tile_begin, tile_end;  // all its tiles are in [tile_begin, tile_end)
 };
 
-// Weights that are kept or dropped together are a unit: one score, one mask bit, one place in the selection. The units of a set stand in the
-// tensor table in a row of their own, `numel` of them, without param, theta, momentum and gradient; its scores are those that the
-// selection sees, its mask is theirs. The weights stand there as a tensor of group -1 without scores; m of each entry is that of its unit.
+// Weights that are kept or dropped together are a unit: one score, one mask bit, one place in the selection. A set of `numel` units has a
+// row of its own in the tensor table, without param, theta, momentum and gradient: the scores of that row are what the selection sees, its
+// mask is the mask of the units. The weights have another row, with group -1 and without scores; each entry has the m of its unit.
 struct UnitSet {
   float* scores;          // s, [numel]
   float* score_momentum;  // u, [numel]; null when no mask momentum is used
@@ -83,7 +83,7 @@ struct UnitSet {
   int32_t tensor;         // row of `tensors`; sets have consecutive rows
   int32_t hyper;          // row of `hypers`
   int32_t part_begin, part_end;
-  int32_t min_kept;  // so many of its units are kept, whatever the scores of other sets; no more of them than `numel`
+  int32_t min_kept;  // at least so many of its units are kept, whatever the scores of other sets; at most `numel`
   int32_t reserved;
 };
 
@@ -98,7 +98,7 @@ struct Part {
   int32_t set;         // row of `unit_sets`
 };
 
-// How the selection of one group went, summed over its upper and joint steps. For whoever wants to look: nothing is decided by it.
+// How the selection of one group went, summed over its upper and joint steps. Reports show it; no step reads it.
 struct Counters {
   int64_t steps;
   int64_t first;       // of these, steps that fell back because there was no window (on the CPU: and a sample gave none)
@@ -106,7 +106,7 @@ struct Counters {
   int64_t crowded;     //   because more keys were inside the window than the candidate list holds
   int64_t candidates;  // keys listed by the other steps
   int64_t flips;       // mask entries that changed; in a step that fell back also those that changed back
-  float threshold;     // of the last step: a score that parts, kept scores are not below it and the others not above; may be infinite
+  float threshold;     // of the last step: no kept score is below it and no other score above it; may be infinite
   int32_t reserved;
 };
 

@@ -1,7 +1,8 @@
 // Who is larger: score -> ordered key, and the order of equal scores. The only place that decides.
 //
 // Larger score first; equal scores by (index * 2654435761) mod 2^32, lowest first. The multiplier is odd, so the map is a bijection of
-// 32-bit indices: keys are unique, the top-k is one set and not a choice. Scores pile up at 0 and 1; plain index order would empty whole layers.
+// 32-bit indices: keys are unique, and there is exactly one top-k. Many scores are exactly 0 or 1; if the plain index broke their ties,
+// whole layers would be emptied.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ BIP_HD uint32_t score_key(float score) {
   return magnitude > 0x7f800000u ? 0u : ordered;
 }
 
-// The score that has this key; keys of no score are those of the infinities.
+// The score that has this key. A key that no score has counts as that of the nearer infinity.
 BIP_HD float key_score(uint32_t key) {
   key = key < 0x007fffffu ? 0x007fffffu : key > 0xff800000u ? 0xff800000u : key;
   const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;

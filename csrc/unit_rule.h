@@ -1,5 +1,5 @@
-// Units: weights that share a score and a mask bit (filters, channels, blocks). The order in which their terms are summed is decided here, so
-// that every backend and bip_fast/reference.py find the same bits.
+// Units: weights that share a score and a mask bit (filters, channels, blocks). This file decides the order in which their terms are
+// summed, so that every backend and bip_fast/reference.py find the same bits.
 //
 //   h_unit = sum of (theta_j - m*g_j/gamma)*g_j over its members, in fp32 and in this order:
 //     strip    at most kStrip rows of a unit. In each column its terms are added from the first row to the last;
@@ -33,10 +33,10 @@ inline int64_t num_items(const Part& part) {
   return ceil_div(part.rows, part.block_rows) * strips_of(part) * ceil_div(units_across(part), units_in_item(part));
 }
 
-// What is summed at a time: one strip of a few neighbouring units.
+// A piece of work: one strip of a few neighbouring units, which are summed together.
 struct Item {
   int64_t window, strip, down;
-  int64_t row, rows;  // may be no rows, at the far edge
+  int64_t row, rows;  // at the far edge `rows` may be 0
   int64_t col, cols;
   int64_t unit;  // the first
   int units;
@@ -103,7 +103,7 @@ BIP_HD float term(bool kept, float g, float theta, const Hyper& hyper) {
   return is_finite(g) ? score_gradient(kept, g, theta, hyper) : not_a_number();
 }
 
-// A unit that its layer needs has this score in the selection: above every other.
+// In the selection, a unit that its layer must keep (min_kept) has this score, which is above every other.
 constexpr float kNeeded = 2.0f;
 
 }  // namespace bip

@@ -38,7 +38,7 @@ BIP_HD float score_gradient(bool kept, float g, float theta, const Hyper& hyper)
   return (theta - (kept ? g : 0.0f) * hyper.inv_gamma) * g;
 }
 
-// `u` is score_gradient() itself, or its running momentum. Written so that a NaN (an overflowed theta) lands on 0 and not in the order.
+// `u` is score_gradient() itself, or its running momentum. The comparisons turn a NaN (an overflowed theta) into 0, so no score is NaN.
 BIP_HD float updated_score(float s, float u, const Hyper& hyper) {
   const float x = s - hyper.mask_lr * u;
   return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;

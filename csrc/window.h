@@ -17,8 +17,8 @@ constexpr uint64_t kNoKey = ~0ull;  // above every key: no score key is all ones
 struct Memory {
   uint64_t lo, hi;     // the window of the next step
   uint64_t threshold;  // of the last step: keys from here upwards were kept
-  uint32_t spread;     // how many ranks the threshold moved in a step, the most of late: an eighth is forgotten in every step
-  uint32_t half;       // ranks that the window was to reach to either side
+  uint32_t spread;     // the most ranks that the threshold moved in a recent step; decays by an eighth in every step
+  uint32_t half;       // ranks that the window was meant to reach to either side
   uint32_t known;      // 0: there is no window
   uint32_t reserved;
 };
@@ -26,7 +26,8 @@ struct Memory {
 // Room for the candidates of a group: 1/128 of its entries. A group that has no more entries than this lists them all.
 BIP_HD uint32_t candidate_capacity(int64_t numel) { return 1024 + static_cast<uint32_t>(numel / 128); }
 
-// `error`: by how many ranks the last threshold was off. A new window shall fill half of the list at most.
+// Sets how far the next window reaches. `error`: by how many ranks the last threshold was off. The window may fill half of the list at
+// most.
 BIP_HD void widen_window(Memory& memory, int64_t error, int64_t numel) {
   const int64_t most = candidate_capacity(numel) / 4, least = 64 + numel / 65536;
   const int64_t decayed = memory.spread - memory.spread / 8;

@@ -8,13 +8,14 @@
 
 namespace bip::cpu {
 
-// The mask word of 32 entries, of every kOf of which `keep` are kept. Nearly always it is the old one, which takes one look: in no group does
-// an entry that is not kept beat one that is. Otherwise entries are ranked, one of each group compared with all of it at a time.
+// The mask word of 32 entries, in which every kOf neighbours keep `keep`. Nearly always it is the old word, and one comparison per group
+// shows that: no entry that is not kept beats one that is kept. Otherwise entries are ranked: in each turn one entry of every group is
+// compared with all of its group.
 template <int kOf>
 BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, uint32_t old) {
   int64_t keys[kBlock], worst_kept[kBlock], best_other[kBlock];
   for (uint32_t i = 0; i < kBlock; ++i) {
-    // With their first bit turned keys compare as signed numbers do, which vector units prefer.
+    // With their first bit flipped, keys compare as signed numbers do; vector units have instructions for those.
     keys[i] = static_cast<int64_t>(order_key(scores[i], index + i) ^ 0x8000000000000000ull);
     worst_kept[i] = old & kBit[i] ? keys[i] : INT64_MAX;
     best_other[i] = old & kBit[i] ? INT64_MIN : keys[i];

@@ -14,7 +14,7 @@
 namespace bip::cpu {
 namespace {
 
-// One piece of work offered to all: whoever is awake takes the next `grain` of it.
+// One job, offered to all threads: whichever is awake takes the next `grain` of it.
 struct Job {
   int64_t count;
   int64_t grain;
@@ -83,8 +83,8 @@ class Pool {
   int running_ = 0;  // helpers inside it
 };
 
-// Never destroyed: its threads are detached and sleep in it until the process ends. After fork() the child leaves the parent's pool,
-// whose threads it does not have and whose locks may be taken, where it is.
+// Never destroyed: its threads are detached and sleep in it until the process ends. After fork() the child abandons the parent's pool,
+// because it has none of its threads and a lock may have been held at the fork.
 Pool* pool = new Pool;
 #if !defined(_WIN32)
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });

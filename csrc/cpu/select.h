@@ -40,7 +40,7 @@ struct Window {
   bool settled() const { return wanted == 0 || wanted == inside; }
 };
 
-// All or nothing of what is inside: closes the window at the right end. Then lo == hi is a key that parts the kept from the others.
+// For a window of whose keys all or none are kept: closes it at that end. Then lo == hi, kept keys are >= lo and all others below.
 inline void close(Window& window) {
   if (window.wanted == 0) window.lo = window.hi;
   if (window.wanted == window.inside) window.hi = window.lo;
@@ -66,7 +66,7 @@ inline void narrow(Window& window, const uint32_t* counts) {
 }
 
 // Sampling every n^(1/3)-th block leaves n^(2/3) keys, which is where (Floyd and Rivest) reading the sample and sorting out the candidates
-// cost about the same, and both little beside the pass.
+// cost about the same, and both cost little beside the pass.
 inline int64_t sample_stride(int64_t n) { return std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)))); }
 
 // Room for the sample, then for the candidates: guess_window expects at most 5 * n^(2/3) + 64 * n^(1/3) of them.
@@ -75,8 +75,8 @@ inline int64_t list_capacity(int64_t n) {
   return 8 * static_cast<int64_t>(root * root) + 1024;
 }
 
-// Calls visit(block) for the sampled ones of the blocks [begin, end): one in every `stride`, at a place that varies, lest it beat with the
-// rows of a matrix.
+// Calls visit(block) for the sampled ones of the blocks [begin, end): one in every `stride`, at a pseudo-random place in it, because a
+// fixed distance could always meet the same columns of a matrix.
 template <class Visit>
 BIP_HD void for_sampled_blocks(int64_t begin, int64_t end, int64_t stride, const Visit& visit) {
   for (int64_t turn = begin / stride; turn * stride < end; ++turn) {
@@ -86,7 +86,8 @@ BIP_HD void for_sampled_blocks(int64_t begin, int64_t end, int64_t stride, const
   }
 }
 
-// The window that the k-th of n keys is in, judging by `count` sampled ones, which it reorders (more than `capacity`: none are known).
+// The window that probably holds the k-th of n keys, by a sample of `count` keys, which it reorders. A `count` above `capacity` means that
+// the sample was not stored, and the window is then everything.
 // The margin is 5 standard deviations of an independent sample, and one block. Neighbours are not independent, so a block tells less
 // than 32 keys: 3 deviations would do for independent ones (right 997 times in 1000), the other 2 are for them.
 inline Window guess_window(uint64_t* sample, int64_t count, int64_t capacity, int64_t n, int64_t k) {
@@ -116,8 +117,8 @@ inline Window guess_window(uint64_t* sample, int64_t count, int64_t capacity, in
   return window;
 }
 
-// Once all n keys have been judged against a guessed window, `above` found to be >= hi and `inside` in it: puts what is now known in its
-// place. False when the k-th key is not inside, so that the candidates listed are not those of the new window.
+// After all n keys were judged against a guessed window, and `above` of them were >= hi and `inside` in it: replaces the guess by what is
+// now certain. Returns false when the k-th key was outside the guess; then the listed candidates are not those of the new window.
 inline bool judged(Window& window, int64_t above, int64_t inside, int64_t n, int64_t k) {
   const bool too_low = k < above;
   const bool too_high = k > above + inside;
@@ -131,8 +132,8 @@ inline bool judged(Window& window, int64_t above, int64_t inside, int64_t n, int
   return !too_low && !too_high;
 }
 
-// The smallest kept key of a window, or for a closed one a key that parts. All keys inside are among keys[0, count); `counts` is zero
-// before and after.
+// The threshold: the smallest kept key of an open window, `lo` of a closed one. keys[0, count) has all keys inside; `counts` is zero before
+// and after.
 inline uint64_t settle(const uint64_t* keys, int64_t count, Window window, uint32_t* counts) {
   constexpr int64_t kFew = 256;
   uint64_t few[kFew];
@@ -169,7 +170,7 @@ BIP_HD float key_float(uint32_t key) {
   return score;
 }
 
-// Asks for the two cache lines that 32 floats fill; only a hint.
+// Prefetches the two cache lines that 32 floats fill.
 BIP_HD void prefetch_block(const void* data) {
 #if defined(__GNUC__)
   __builtin_prefetch(data);

@@ -1,4 +1,4 @@
-// Selection in one group while a step lasts, what it remembers of it, and its share of the workspace.
+// The selection of one group during a step, what it remembers for the next step, and its share of the workspace.
 //
 // Workspace: memories [num_groups]; counts [num_groups][kBins], zero between steps; then for every group its keys and tiles, contents free.
 // Some 12 bytes times 8 * n^(2/3) for a group of n entries: half a byte per weight at 10 million, less beyond.
@@ -28,11 +28,11 @@ struct Selection {
   Counters* counters;
   Window window{};
   Window judged{};       // the window that the candidates were judged by
-  bool sampled = false;  // there was no window from memory to trust
-  bool sample = false;   // a sample is to be taken
+  bool sampled = false;  // memory had no window, so the step began with a sample
+  bool sample = false;   // a sample must be taken
   bool listed = false;   // all keys inside the window are among the candidates
   std::mutex mutex{};
-  alignas(64) std::atomic<int64_t> found{0};  // keys listed, or that there was no room for; away from what every thread reads
+  alignas(64) std::atomic<int64_t> found{0};  // keys listed, and those without room in the list; apart from what every thread reads
   std::atomic<int64_t> above{0};              // keys judged to be >= window.hi
   std::atomic<int64_t> flips{0};              // mask entries changed
 
@@ -50,7 +50,7 @@ struct Selection {
 
 inline int64_t selection_bytes(int64_t num_groups, int64_t num_tiles) {
   if (num_groups == 0) return 0;
-  // n^(2/3) is concave: no division of the entries into groups needs more room than the even one. 16 for what is rounded.
+  // n^(2/3) is concave, so groups of equal size need the most room of all divisions. 16 more for rounding.
   const int64_t capacity = list_capacity(num_tiles * kTile / num_groups + 1) + 16;
   return num_groups * (static_cast<int64_t>(sizeof(Memory)) + kBins * static_cast<int64_t>(sizeof(uint32_t)) +
                        capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t)));
@@ -77,7 +77,7 @@ inline std::vector<Selection> lay_out_selections(const Step& step) {
   return selections;
 }
 
-// The `rank`-th largest of keys that lie in the window; by their average distance where there are not so many.
+// The `rank`-th largest of the keys in the window; a rank beyond them is extrapolated by their average distance.
 inline uint64_t key_of_rank(const Window& window, std::vector<uint64_t>& keys, int64_t rank) {
   const int64_t count = static_cast<int64_t>(keys.size());
   const double distance = static_cast<double>(window.hi - window.lo) / static_cast<double>(count + 1);
@@ -87,12 +87,12 @@ inline uint64_t key_of_rank(const Window& window, std::vector<uint64_t>& keys, i
   return keys[static_cast<size_t>(rank - 1)];
 }
 
-// Leaves the window of the next step, from the candidates and the threshold found among them. Its ends are keys of candidates, tie keys
-// included, so that it may begin and end inside of an atom.
+// Sets the window of the next step from the candidates and the threshold found among them. Its ends are whole keys of candidates, tie keys
+// included, so it may begin and end among equal scores.
 inline void remember(Selection& selection, uint64_t threshold) {
   const Window& judged = selection.judged;
   Memory& memory = *selection.memory;
-  if (selection.found == 0) {  // nothing is near the threshold that a window could be measured by
+  if (selection.found == 0) {  // no key is near the threshold, so nothing says how wide a window must be
     memory.known = 0;
     return;
   }
@@ -110,7 +110,7 @@ inline void remember(Selection& selection, uint64_t threshold) {
   memory.threshold = threshold;
 }
 
-// Counts of the group that a piece of work is in, handed over when the group changes.
+// Counts that a piece of work collects in its current group; they are added to the group's when the group changes.
 class Counter {
  public:
   explicit Counter(Selection* selections) : selections_(selections) {}

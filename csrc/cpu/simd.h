@@ -20,7 +20,8 @@ Simd simd_level();
 
 }  // namespace bip::cpu
 
-// Defines name(args) that calls name_body(args) compiled for the instruction set of this machine. Bits do not depend on the choice.
+// Defines name(args) that calls name_body(args) compiled for the instruction set of this machine. The choice never changes a bit of the
+// result.
 #if defined(BIP_SIMD_X86)
 #define BIP_SIMD_VARIANTS(name, params, args)                       \
   BIP_TARGET_AVX512 void name##_avx512 params { name##_body args; } \

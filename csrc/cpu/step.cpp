@@ -1,10 +1,10 @@
 // The lower, upper and joint step on the CPU, each in one pass over memory.
 //
-// Upper and joint go by a window of keys around the threshold of the step before (window.h), or, where there is none, from a sample of the
-// scores, moved as this step will move them (select.h). The pass updates the scores and at once judges them: an entry outside the window
-// gets its bit, and its z where the bit flips; the few inside are listed as candidates and settled at the end. So an upper step reads s, theta,
-// g and the mask and writes s, 16.3 bytes per entry. A window that was wrong costs a sample and a second judging pass, and if that is
-// wrong too counting passes, each over the scores alone.
+// Upper and joint steps use a window of keys around the threshold of the step before (window.h). Where there is none, they take it from a
+// sample of the scores as this step will leave them (select.h). The pass updates the scores and judges them at once: an entry outside the
+// window gets its bit, and its z where the bit flips; the few inside are listed as candidates and settled at the end. So an upper step
+// reads s, theta, g and the mask and writes s, 16.3 bytes per entry. A wrong window costs a sample and a second judging pass; if the second
+// window is wrong too, counting passes follow. All of these read the scores alone.
 // Deterministic: integer counts only, and every entry ends up judged by its own key against one threshold.
 #include <algorithm>
 #include <atomic>
@@ -59,8 +59,8 @@ BIP_HD Verdict judge_block(const Tile& tile, int i, const Window& window) {
   return count >= kBlock ? judge(scores, kBlock, index, window) : judge(scores, count, index, window);
 }
 
-// Mask and z of a tile by its group's window. Candidates keep their old bit until they are settled. Whatever the window, z stays m*theta:
-// when it was wrong, judging again by a better one repairs both.
+// Mask and z of a tile by its group's window. Candidates keep their old bit until they are settled. z is m*theta whatever the window; if
+// the window was wrong, judging again by a better one repairs both.
 BIP_HD void judge_tile(Selection& selection, const Tile& tile, int64_t index) {
   const Tensor& t = *tile.tensor;
   const Window window = selection.window;
@@ -137,7 +137,7 @@ BIP_SIMD_VARIANTS(update_joint, (Context & context, int64_t begin, int64_t end),
 BIP_SIMD_VARIANTS(count_inside, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(judge_again, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-// Calls visit(selection, block, gradient) for every sampled block of the tiles [begin, end) whose group goes by a sample.
+// Calls visit(selection, block, gradient) for every sampled block of the tiles [begin, end) whose group needs a sample.
 template <class Visit>
 void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit) {
   constexpr int64_t kBlocks = kTile / kBlock;
@@ -154,9 +154,9 @@ void for_sample(Context& context, int64_t begin, int64_t end, const Visit& visit
   }
 }
 
-// `moved`: the scores have been moved by this step already.
+// `moved`: this step has moved the scores already.
 void sample(Context& context, bool moved, int64_t begin, int64_t end) {
-  // Every block is a miss or two in each of its arrays: let them wait together.
+  // A block causes a cache miss or two in each of its arrays: prefetching lets all of them wait at the same time.
   for_sample(context, begin, end, [&](const Selection&, const Tile& block, const Gradient& gradient) {
     prefetch_block(block.tensor->scores + block.begin);
     if (moved || !gradient.data) return;
@@ -172,7 +172,7 @@ void sample(Context& context, bool moved, int64_t begin, int64_t end) {
   });
 }
 
-// Guesses the windows of the groups that go by a sample.
+// Guesses the windows of the groups that need a sample.
 void guess_windows(Context& context, bool moved, int threads) {
   const Step& step = context.step;
   parallel_for(threads, step.num_scored_tiles, 16 * kGrain, [&](int64_t begin, int64_t end) { sample(context, moved, begin, end); });
@@ -205,7 +205,7 @@ void open_windows(Context& context, int threads) {
   if (any) guess_windows(context, false, threads);
 }
 
-// After a judging pass, the `first` one of the step or not: which groups have all candidates that they need. True if all have.
+// After a judging pass: finds the groups whose list has all candidates that they need; true if all have. `first`: it is the step's first.
 bool check_windows(Context& context, bool first) {
   bool all = true;
   for (int64_t group = 0; group < context.step.num_groups; ++group) {
@@ -223,7 +223,7 @@ bool check_windows(Context& context, bool first) {
   return all;
 }
 
-// Judges the groups again that have not got their candidates.
+// Judges those groups again whose candidates are not all listed.
 void judge_again(Context& context, int threads) {
   for (int64_t group = 0; group < context.step.num_groups; ++group)
     if (!context.selections[group].listed) context.selections[group].found = context.selections[group].above = 0;
@@ -288,7 +288,7 @@ void settle_groups(const Step& step, Selection* selections, int threads) {
   }
 }
 
-// After the pass: repairs what windows left open or got wrong.
+// After the pass: settles what windows left open and repairs what they got wrong.
 void project(Context& context, int threads) {
   if (!check_windows(context, true)) {
     const Step& step = context.step;
@@ -320,7 +320,7 @@ void step(const Step& args, int threads) {
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data()};
   if (args.phase != Phase::lower) {
     const int64_t nonfinite = sum_units(args, context.scale, threads);
-    if (args.phase == Phase::upper) context.nonfinite += nonfinite;  // in a joint step they are met, and counted, again
+    if (args.phase == Phase::upper) context.nonfinite += nonfinite;  // in a joint step the update counts them
     score_units(args, threads);
     open_windows(context, threads);
   }

@@ -25,17 +25,17 @@ struct Context {
   Window window;
   std::vector<uint32_t> counts;  // [kBins] of one digit, zero between passes; guarded by `mutex`
   std::mutex mutex{};
-  alignas(64) std::atomic<int64_t> found{0};  // keys listed, or that there was no room for; away from what every thread reads
+  alignas(64) std::atomic<int64_t> found{0};  // keys listed, and those without room in the list; apart from what every thread reads
   std::atomic<int64_t> above{0};
 
-  // Lists what one piece of work found.
+  // Lists the candidates of one piece of work.
   void list(const uint64_t* more, int64_t count) {
     const int64_t at = found.fetch_add(count, std::memory_order_relaxed);
     if (at + count <= capacity) std::copy(more, more + count, keys + at);
   }
 };
 
-// One piece of the array. A copy: were these behind a reference, every mask byte written could change them, for all a compiler knows.
+// One piece of the array. It holds copies: behind a reference, the compiler would have to assume that every mask byte written changes them.
 struct Piece {
   const float* scores;
   uint8_t* mask;
@@ -108,7 +108,7 @@ void judge_all(Context& context, int threads) {
   parallel_for(threads, context.topk.n, kGrain, [&](int64_t begin, int64_t end) { judge_all(context, begin, end); });
 }
 
-// Leaves in the window's place one that holds no more keys than there is room for.
+// Narrows the window until the list has room for all keys inside, and judges again.
 void fall_back(Context& context, int threads) {
   const int64_t n = context.topk.n;
   while (context.window.inside > context.capacity) {

@@ -1,8 +1,8 @@
 // Units on the CPU: the segmented sum of the upper step, their scores, and the mask of their weights.
 //
-// Sum: one pass over g and theta, 8 bytes per fp32 weight, item by item (unit_rule.h); an item's terms stay in the first-level cache. Score: a few
-// bytes per unit. Spread: compares a mask word for every 32 units, and writes the weights of those that flipped.
-// Deterministic: the order of every sum is fixed, and nothing else is added up but counts.
+// Sum: one pass over g and theta, 8 bytes per fp32 weight, item by item (unit_rule.h); an item's terms stay in the first-level cache.
+// Score: a few bytes per unit. Spread: compares a mask word for every 32 units, and writes the weights of those that flipped.
+// Deterministic: the order of every floating-point sum is fixed; all other sums are counts.
 #include "cpu/units.h"
 
 #include <algorithm>
@@ -39,7 +39,7 @@ BIP_HD int add_terms(const float* __restrict g, const float* __restrict theta, c
   return nonfinite;
 }
 
-// Adds neighbours: half as many values. Not in place, which would be done one by one.
+// Adds neighbours, which leaves half as many values. Not in place, because compilers do not vectorise that.
 BIP_HD void add_neighbours(const float* __restrict x, int pairs, float* __restrict sums) {
   for (int i = 0; i < pairs; ++i) sums[i] = x[2 * i] + x[2 * i + 1];
 }
@@ -53,8 +53,8 @@ BIP_HD float add_in_pairs(const float* x) {
   return z[0] + z[1];
 }
 
-// The sums of neighbouring units of `width` <= kLanes columns each: what 32 partial sums would give, the missing ones being 0. Whole units whose
-// width is a power of two are folded where they are.
+// The sums of neighbouring units of `width` <= kLanes columns each: the bits that 32 partial sums would give, missing ones being 0. Whole
+// units whose width is a power of two are folded without a copy.
 BIP_HD void fold_units(const float* columns, int count, int width, float* sums) {
   int padded = 1;
   while (padded < width) padded *= 2;
@@ -184,8 +184,8 @@ BIP_HD void sum_items_body(Context& context, int64_t begin, int64_t end) {
 
 BIP_SIMD_VARIANTS(sum_items, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
-// The largest key of a tile of units, without those that are needed already or have no score (NaN); 0 if there is none. First the score, then
-// the tie.
+// The largest key of a tile of units, without those that are lifted already (kNeeded) or have no score (NaN); 0 if there is none. It looks
+// for the largest score first, then for the largest tie key among equals.
 BIP_HD uint64_t best_key(const Tensor& units, int64_t tile) {
   const int64_t begin = tile * kTile;
   const int count = static_cast<int>(std::min(kTile, units.numel - begin));
@@ -232,13 +232,13 @@ BIP_HD void score_tiles_body(const Step& step, int64_t begin, int64_t end) {
 
 BIP_SIMD_VARIANTS(score_tiles, (const Step& step, int64_t begin, int64_t end), (step, begin, end))
 
-// Puts the best units of a set above all others.
+// Lifts the best `min_kept` units of a set above all others.
 void lift_needed(const Step& step, const UnitSet& set) {
   const Tensor& units = step.tensors[set.tensor];
   uint64_t* const end = set.best + (units.numel + kTile - 1) / kTile;
   for (int32_t i = 0; i < set.min_kept; ++i) {
     uint64_t* const best = std::max_element(set.best, end);
-    if (*best == 0) return;  // it is no unit's
+    if (*best == 0) return;  // no unit is left
     units.scores[static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(*best))) - units.index] = kNeeded;
     *best = best_key(units, best - set.best);
   }
@@ -272,7 +272,7 @@ void score_units(const Step& step, int threads) {
   });
 }
 
-// One tensor is one thread's: neighbouring units share mask words.
+// One thread has a whole tensor, because neighbouring units share mask words.
 void spread_units(const Step& step, int threads) {
   parallel_for(threads, step.num_parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

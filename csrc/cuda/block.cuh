@@ -3,7 +3,8 @@
 // The device subset the project uses, all of it (the host simulator in tests/sim implements this and little more):
 //   __global__ __device__ __noinline__ __launch_bounds__ __grid_constant__ (behind the type), static __shared__ outside templates,
 //   threadIdx.x blockIdx.x gridDim.x, __syncthreads __threadfence, __shfl_sync __shfl_up_sync __shfl_xor_sync __ballot_sync,
-//   __syncwarp, __ldcg __stwb of uint4 uint2 uint32_t, __ffs __popc __clzll, atomicAdd on 32 and 64 bits, atomicSub atomicXor atomicCAS on 32.
+//   __syncwarp, __ldcg __stwb of uint4 uint2 uint32_t, __ffs __popc __clzll, atomicAdd on 32 and 64 bits, atomicSub atomicXor atomicCAS
+//   on 32.
 // Barriers are reached by all threads of a block, collectives by all lanes of a warp: loops around them have warp- or block-uniform bounds.
 #pragma once
 
@@ -41,7 +42,7 @@ __device__ __forceinline__ Range block_range(int64_t tiles) {
   return {static_cast<int>(tiles * block / blocks), static_cast<int>(tiles * (block + 1) / blocks)};
 }
 
-// The register types of one 16, 8 or 4 byte access. The compiler splits some copies of structs; __ldcg and __stwb it does not.
+// The register types of one 16, 8 or 4 byte access. The compiler may split the copy of a struct, but never an __ldcg or __stwb.
 template <int kBytes>
 struct Vector;
 template <>
@@ -74,7 +75,7 @@ template <bool kVector, class T>
 __device__ __forceinline__ Quad<T> load_quad(const T* pointer, int count) {
   if constexpr (kVector) {
     using V = typename Vector<sizeof(Quad<T>)>::Type;
-    const V bits = __ldcg(reinterpret_cast<const V*>(pointer));  // past the L1 cache: a step touches nothing twice
+    const V bits = __ldcg(reinterpret_cast<const V*>(pointer));  // bypasses the L1 cache: a step touches nothing twice
     Quad<T> quad;
     std::memcpy(&quad, &bits, sizeof quad);
     return quad;

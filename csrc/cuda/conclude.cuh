@@ -1,5 +1,5 @@
-// What the block that completes a group does: accept its candidates and settle them, or have it fall back; and what it leaves for the
-// next step.
+// What the block that completes a group does: it accepts the candidates and settles them, or makes the group fall back; and it sets the
+// window of the next step.
 #pragma once
 
 #include "judge.cuh"
@@ -30,7 +30,7 @@ __device__ __forceinline__ void for_tiles_of(const Args& args, int group, Body b
   }
 }
 
-// Makes mask and z of one candidate right.
+// Gives one candidate its final mask bit and z.
 __device__ inline void repair(const Args& args, int group, const Candidate& candidate, bool kept) {
   const Tile tile(args.step, candidate.tile);
   const int64_t entry = tile.first + candidate.entry;
@@ -42,7 +42,7 @@ __device__ inline void repair(const Args& args, int group, const Candidate& cand
   atomicAdd(reinterpret_cast<unsigned long long*>(&args.step.counters[group].flips), 1ull);
 }
 
-// Selects exactly among a list that has all keys inside the window, makes those inside `unsettled` right, and ends the step for the group.
+// Selects exactly among a list that has all keys inside the window, repairs those inside `unsettled`, and ends the step for the group.
 __device__ __noinline__ inline void settle_group(const Args& args, Room& room, int group, const Candidate* list, uint32_t candidates,
                                                  Window window, Window unsettled) {
   const Window settled = settle(room, list, candidates, window, unsettled,
@@ -56,7 +56,7 @@ __device__ __noinline__ inline void settle_group(const Args& args, Room& room, i
   args.step.counters[group].threshold = key_score(static_cast<uint32_t>(settled.hi >> 32));
 }
 
-// Narrows the window of a group until its keys can be listed, lists and settles them: a block that works alone.
+// One block alone: narrows the window of a group until its keys can be listed, lists and settles them.
 __device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom& room, int group, Window window) {
   GroupState& state = state_of(args, group);
   const uint32_t capacity = capacity_of(args, group);
@@ -72,7 +72,7 @@ __device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom&
   for_tiles_of(args, group, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
   end_judging(room, num_above, args.step.counters[group]);
   __syncthreads();
-  if (thread_id() == 0) room.above = 0;  // nobody asks: the window is certain
+  if (thread_id() == 0) room.above = 0;  // not needed: the window is certain
   settle_group(args, room, group, candidates_of(args, group), window.inside, window, window);
 }
 

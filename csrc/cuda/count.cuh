@@ -31,8 +31,8 @@ __device__ __forceinline__ void for_scores(const float* scores, int entries, Vis
     for_scores<false>(scores, entries, visit);
 }
 
-// First digits that one lane has counted but not yet added to shared memory: scores pile up at 0 and 1, and elsewhere in runs of equal
-// ones, and thousands of additions to one address would be done one after the other.
+// First digits that one lane has counted but not yet added to shared memory. Many scores are 0 or 1, others come in runs of equal ones, and
+// additions to one address are done one after the other.
 struct Tally {
   FirstDigit digit;
   uint32_t zeros = 0, ones = 0;
@@ -73,7 +73,7 @@ __device__ inline void count_first(Room& room, FirstDigit digit, const float* sc
   tally.flush(room.histogram);
 }
 
-// One warp counts what is inside the window in a tile whose first score has `index` in its group.
+// One warp counts what is inside the window in a tile. `index`: of the tile's first score in its group.
 __device__ inline void count_inside(Room& room, const Window& window, int shift, const float* scores, int entries, uint32_t index) {
   const ScoreRange range(window);
   for_scores(scores, entries, [&](float x, int place) {

@@ -1,4 +1,4 @@
-// A warp judges the scores of its tiles against the window of their group: mask words are written where a bit flips, what is inside the
+// A warp judges the scores of its tiles against the window of their group. Mask words are written where a bit flips; an entry inside the
 // window keeps its bit for now and becomes a candidate.
 //
 // Candidates are rare (one in a thousand entries or fewer), so they wait in shared memory until one atomicAdd makes room for many of them.
@@ -11,8 +11,8 @@ namespace bip::cuda {
 
 constexpr uint32_t kPending = 160;  // a warp's candidates in shared memory; one turn adds at most kStride
 
-// A window as the scores that decide an entry alone: kept above `high`, dropped below `low`, and to be looked at as a whole key between.
-// For scores in [0, 1], which compare as their keys do; NaN is always looked at.
+// A window as two scores. A score above `high` is kept and one below `low` is not; between them the whole key decides.
+// For scores in [0, 1], which compare as their keys do; for a NaN the whole key always decides.
 struct UnitRange {
   float low, high;
 
@@ -33,7 +33,7 @@ struct JudgeGroup {
   UnitRange range;
   Progress* progress;
   Candidate* list;
-  uint32_t capacity;  // of the list; 0: nothing is listed, the window being no use for that
+  uint32_t capacity;  // of the list; 0: the window is of no use, and nothing is listed
   int shift;          // of the histogram's bins
   bool counted;       // candidates are counted in the block's histogram
 };
@@ -48,7 +48,7 @@ struct JudgeRoom : Room {
 // Whole block: from here on its warps judge by this group's window.
 __device__ inline void begin_judging(JudgeRoom& room, const Window& window, Progress& progress, Candidate* list, uint32_t capacity,
                                      bool counted) {
-  __syncthreads();  // nobody uses the group before any more
+  __syncthreads();  // no thread uses the previous group any more
   if (thread_id() == 0) {
     room.group = {window, UnitRange(window), &progress, list, capacity, window_shift(window), counted};
     room.flips = 0;
@@ -107,7 +107,7 @@ __device__ inline void collect(JudgeRoom& room, const Place& place, const Quad<f
   __syncwarp();
 }
 
-// The lane's four mask bits, of all lanes' fours: the eight lanes of a word each get the word.
+// Joins the four mask bits of every lane: each of the eight lanes of a mask word gets the whole word.
 __device__ __forceinline__ uint32_t word_of_bits(unsigned bits) {
   uint32_t word = bits << bit_of_lane();
   word |= __shfl_xor_sync(kAllLanes, word, 1);
@@ -121,8 +121,8 @@ struct Judged {
   unsigned above;  // bits of the lane's quad whose keys are above the window
 };
 
-// Whole warp: entries of the `near` bits are looked at as whole keys, those inside the window become candidates and keep their bit; the mask
-// word at `address` is written if it changes. A call, so that what it needs does not take registers from the streaming loop.
+// Whole warp: judges the entries of the `near` bits by their whole keys. Those inside the window become candidates and keep their bit.
+// Writes the mask word at `address` if it changes. Not inlined, so that it takes no registers from the streaming loop.
 __device__ __noinline__ inline Judged judge_near(JudgeRoom& room, Quad<float> s, unsigned above, unsigned near, uint32_t old_word,
                                                  Place place, uint32_t* address) {
   const unsigned old_bits = old_word >> bit_of_lane() & 0xfu;
@@ -143,9 +143,9 @@ __device__ __noinline__ inline Judged judge_near(JudgeRoom& room, Quad<float> s,
   return {word, above};
 }
 
-// The lane's quad at `place` of a tile, whole warp: returns the new mask word and has written it if it differs from `old_word`; adds what is
-// above the window to `num_above`. In nearly all turns no entry of the warp is near the threshold or flips, and two comparisons of floats
-// are all there is to do.
+// Whole warp: judges the lane's quad at `place` of a tile. Returns the new mask word, which is written if it differs from `old_word`; adds
+// the number of entries above the window to `num_above`. In nearly all turns no entry of the warp is near the threshold or flips, and two
+// comparisons of floats per entry are all the work.
 template <bool kVector>
 __device__ __forceinline__ uint32_t judge_quad(JudgeRoom& room, uint32_t& num_above, const Tile& tile, int place, const Quad<float>& s,
                                                uint32_t old_word) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ uint32_t judge_quad(JudgeRoom& room, uint32_t& num_ab
   return judged.word;
 }
 
-// z where a word has changed. Units have none.
+// Writes z where a word has changed. Units have no z.
 __device__ __forceinline__ void flip_quad(const Tile& tile, int place, uint32_t word, uint32_t old_word) {
   if (!tile.tensor.param) return;
   for (unsigned flips = (word ^ old_word) >> bit_of_lane() & 0xfu; flips; flips &= flips - 1) {
@@ -202,7 +202,7 @@ __device__ inline void judge_tile(JudgeRoom& room, uint32_t& num_above, const Ti
     judge_tile<false>(room, num_above, tile);
 }
 
-// Hands over what the block's warps have found in a group, `num_above` by lane. Before the block publishes its entries.
+// Adds up what the block's warps have found in a group; every lane brings its `num_above`. Called before the block publishes its entries.
 __device__ inline void end_judging(JudgeRoom& room, uint32_t num_above, Counters& counters) {
   if (room.num_pending[warp_id()]) flush_pending(room, room.num_pending[warp_id()]);
   const uint32_t above = sum_of_warp(num_above);

@@ -1,5 +1,5 @@
-// N:M masks while streaming: an entry is kept when fewer than N of its M have a larger key. A lane has four neighbours of a warp's 128; groups
-// of up to four are decided by one lane, larger ones by 2, 4 or 8 lanes that show each other their keys.
+// N:M masks while streaming: an entry is kept when fewer than N entries of its group of M have a larger key. A lane has four neighbours of
+// a warp's 128. One lane decides groups of up to four entries; 2, 4 or 8 lanes exchange their keys to decide larger ones.
 #pragma once
 
 #include "judge.cuh"
@@ -33,7 +33,7 @@ __device__ __forceinline__ unsigned keep_in_lane(const Quad<uint32_t>& keys, uin
   return kept;
 }
 
-// The same for groups of several lanes. Whole warp. A call, because it is rare and needs registers.
+// The same for groups of several lanes. Whole warp. Not inlined, because it is rare and needs registers.
 __device__ __noinline__ inline unsigned keep_across_lanes(Quad<uint32_t> keys, uint32_t index, int keep, int of) {
   int larger[kQuad] = {};
   for (int lanes = 0; lanes < of / kQuad; ++lanes) {
@@ -52,7 +52,7 @@ __device__ __noinline__ inline unsigned keep_across_lanes(Quad<uint32_t> keys, u
   return kept;
 }
 
-// The lane's quad at `place` of an N:M tile, whole warp: returns the new mask word and has written it if it differs from `old_word`.
+// Whole warp: decides the lane's quad at `place` of an N:M tile. Returns the new mask word, which is written if it differs from `old_word`.
 template <bool kVector>
 __device__ __forceinline__ uint32_t keep_quad(const Tile& tile, int place, const Quad<float>& s, uint32_t old_word) {
   const int keep = tile.tensor.keep, of = tile.tensor.of;

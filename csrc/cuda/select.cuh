@@ -130,7 +130,7 @@ __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t 
     const uint32_t before = atomicAdd(&progress.seen, room.entries);
     room.last = before + room.entries == total;
     room.entries = room.above = 0;
-    if (room.last) progress.seen = 0;  // nobody else comes: all entries have been seen
+    if (room.last) progress.seen = 0;  // no other block follows: all entries have been seen
     __threadfence();
   }
   __syncthreads();
@@ -210,9 +210,9 @@ __device__ inline Bin bin_of(const Room& room, const Share& share, uint32_t rank
   return found;
 }
 
-// An open window and the histogram of what is inside, with bins of 2^shift keys -> the window of the k-th key's bin. Empties the histogram.
-// Whole block. With `memory` it also aims the next step's window, as far as this histogram shows the ranks that it shall reach;
-// `guess`: beyond that go by the average distance of keys, otherwise leave what an earlier, wider histogram showed.
+// Whole block: from an open window and the histogram of its keys, in bins of 2^shift, to the window of the k-th key's bin. Empties the
+// histogram. With `memory` it also sets the ends of the next step's window, as far as this histogram shows the ranks they should have. For
+// ranks beyond it, `guess` extrapolates by the average distance of keys; without `guess` the ends of an earlier, wider histogram stay.
 __device__ inline Window narrow(Room& room, const Window& window, int shift, uint64_t floor, Memory* memory = nullptr, bool guess = false) {
   const Share share(room);
   if (share.holds(window.wanted)) {  // true in exactly one thread: 1 <= wanted <= inside
@@ -266,7 +266,7 @@ __device__ inline uint32_t rank_of(Room& room, const Window& window, int shift, 
   return room.rank;
 }
 
-// A score against a window by its own bits alone, which decides all but the few that share their score with a key inside.
+// Judges a score by its own bits, without the tie key. That decides all but the few whose score a key inside the window has too.
 struct ScoreRange {
   uint32_t low, high;
   __device__ __forceinline__ explicit ScoreRange(const Window& window)
@@ -286,8 +286,8 @@ __device__ __forceinline__ Verdict judge(const Window& window, const ScoreRange&
   return key >= window.hi ? Verdict::kept : key < window.lo ? Verdict::dropped : Verdict::undecided;
 }
 
-// Run by one block over a list that has all keys inside an open window, and more: finds the threshold, then calls repair(candidate, kept) for
-// those of the list that are inside `unsettled`, the others being right already. Returns the closed window, whose hi is the threshold.
+// Whole block, over a list that has all keys inside an open window and may have others: finds the threshold, then calls repair(candidate,
+// kept) for those of the list inside `unsettled`; the others have their final bit. Returns the closed window, whose hi is the threshold.
 // The histogram is empty before and after.
 template <class Repair>
 __device__ inline Window settle(Room& room, const Candidate* list, uint32_t candidates, Window window, const Window& unsettled,

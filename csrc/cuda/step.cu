@@ -7,9 +7,9 @@
 //   Up to kAloneTiles tiles the first launch does everything.
 //   1 more for every 400 gradient pointers beyond the first 400.
 //
-// The block that completes a group in the update knows whether the window held its k-th key (conclude.cuh). If so it settles the
-// candidates, or leaves them to `finish` where they are many. If not, the group falls back: finish counts first digits of its scores, narrow
-// second ones, apply judges by the window they give. 12.1 bytes more per weight. Nothing returns to the host.
+// The block that completes a group in the update knows whether the window held its k-th key (conclude.cuh). If so, it settles the
+// candidates, or leaves them to `finish` where they are many. If not, the group falls back: finish counts first digits of its scores,
+// narrow second ones, apply judges by the window they give. That costs 12.1 bytes more per weight. Nothing returns to the host.
 // The mask changes in two places: judge_near (judge.cuh) while streaming, repair (conclude.cuh) candidate by candidate.
 // Whatever the path and the grid, a group's mask is the top-k of its scores by unique keys. A tensor's entries are written by one
 // warp only until its group is complete, and then by the block that completed it or by the finish.
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   report_nonfinite(args.step, sums);
 }
 
-// One warp per item of units. In a joint step gradients that are not finite are met, and counted, again.
+// One warp per item of units. In a joint step the update counts the gradients that are not finite.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
     step_sums_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
   __shared__ float columns[kWarps][kItemColumns];
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_narrow_ker
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_apply_kernel(const Args __grid_constant__ args) {
   __shared__ JudgeRoom room;
   if (skipped(args.step)) return;
-  if (blockIdx.x == 0 && thread_id() == 0) args.workspace.queue->finishing = 0;  // nobody reads it in this launch
+  if (blockIdx.x == 0 && thread_id() == 0) args.workspace.queue->finishing = 0;  // no block reads it in this launch
   // Read once for the block: others count it down in this launch. A block that finds 0 has no entry of a group that falls back.
   if (thread_id() == 0) room.last = args.workspace.queue->falling == 0;
   __syncthreads();

@@ -9,7 +9,7 @@ namespace bip::cuda {
 __device__ __forceinline__ unsigned bit_of_lane() { return static_cast<unsigned>(lane_id()) % 8u * kQuad; }
 
 struct Tile {
-  Tensor tensor;  // a copy: stores to the arrays could change what a reference refers to, and it would be read again for every quad
+  Tensor tensor;  // a copy: a reference would be read again for every quad, as stores to the arrays might have changed it
   int64_t first;  // of the tensor's entries
   int entries;
   int number;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void store_z(void* param, int64_t entry, unsigned kep
   store_quad<kVector>(static_cast<T*>(param) + entry, z, count);
 }
 
-// z of the lane's quad, whose mask bits are in `word` and were in `old_word`. A 32-byte sector that has and had no kept entry is not touched:
-// it is 0 and stays 0.
+// Writes z of the lane's quad, whose mask bits are in `word` and were in `old_word`. A 32-byte sector that neither had nor has a kept entry
+// is not touched: it is 0 and stays 0.
 template <bool kVector>
 __device__ __forceinline__ void write_z(const Tensor& tensor, int64_t entry, uint32_t word, uint32_t old_word, const Quad<float>& theta,
                                         int count) {

@@ -19,7 +19,7 @@ struct alignas(16) TopkWorkspace {
   __device__ __forceinline__ Candidate* candidates() { return reinterpret_cast<Candidate*>(this + 1); }
 };
 
-// One launch and a block that settles all scores beats three launches for as many.
+// Room for candidates. At least 8192: for that few scores, one launch with a block that settles all of them beats three launches.
 uint32_t capacity_for(int64_t n) { return std::max(candidate_capacity(n), 8192u); }
 
 struct TopkArgs {
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_narrow_ker
   if (thread_id() == 0) workspace.window = narrowed;
 }
 
-// One warp decides one tile. What is undecided is 0 for now and, if it is to be listed, becomes a candidate.
+// One warp decides one tile. An undecided entry is 0 for now and becomes a candidate, if candidates are listed.
 template <bool kVector>
 __device__ void apply_tile(const TopkArgs& args, const Tile& tile, const Window& window) {
   const ScoreRange range(window);
@@ -121,8 +121,8 @@ __device__ __forceinline__ void apply_tile(const TopkArgs& args, const Tile& til
     apply_tile<false>(args, tile, window);
 }
 
-// Several huge atoms next to each other, which two digits do not tell apart: one block narrows further, and applies what it finds. Slow,
-// exact, and no launch more for everybody else.
+// For several huge runs of equal scores that two digits do not tell apart: one block narrows further and applies what it finds. That is
+// slow, but exact, and saves all other calls a launch.
 __device__ Window narrow_alone(const TopkArgs& args, Room& room, Window window) {
   const auto for_all = [&](auto body) {
     for (int number = warp_id(); number < tiles_of(args.topk.n); number += kWarps) body(Tile(args.topk.n, number));

@@ -1,8 +1,8 @@
 // Units on a CUDA device: the segmented sum of the upper step, their scores, and the mask of their weights.
 //
 //   sums    one warp per item (unit_rule.h): reads g and theta once, 8 bytes per fp32 weight; neighbouring lanes read neighbouring columns
-//   scores  one warp per tile of 1024 units: s (and u) of each, and the score that the selection sees; the warp that completes a set puts the
-//           units that its layer needs above all others
+//   scores  one warp per tile of 1024 units: s (and u) of each, and the score that the selection sees; the warp that completes a set lifts
+//           the units that its layer must keep above all others
 //   spread  one warp per mask word of 32 units: the weights of those that flipped in the selection get their mask bit and z
 //
 // The order of every sum is fixed (unit_rule.h); all else are integers, and choices by unique keys.
@@ -14,7 +14,7 @@
 
 namespace bip::cuda {
 
-// The gradient of a tensor, wherever its pointer travelled.
+// The gradient of a tensor, whose pointer came by value or through the workspace.
 __device__ __forceinline__ Gradient gradient_of(const Args& args, const GradientTable& table, int tensor) {
   if (tensor < kInlineGradients) return {table.data[tensor], static_cast<DType>(table.dtype[tensor]), 0};
   return args.workspace.gradients[tensor - kInlineGradients];
@@ -36,12 +36,12 @@ template <class G>
 struct Terms {
   const G* gradient;
   const float* theta;
-  Hyper hyper;  // a copy, or it would be read again for every term
+  Hyper hyper;  // a copy: a reference would be read again for every term
   float inverse_scale;
   int64_t cols;
 
-  // The sum of `count` terms, `stride` entries from one to the next. Loads are issued before the first is used: nothing else hides them. Behind
-  // the end the last entry is read again and left out, without a branch, which loads would not cross.
+  // The sum of `count` terms, `stride` entries apart. All loads are issued before the first value is used, because nothing else hides their
+  // latency. Past the end the last entry is read again and left out: a branch there would hold the loads back.
   __device__ __forceinline__ float sum_of(int64_t first, int64_t stride, int64_t count, bool kept, uint32_t& nonfinite) const {
     float sum = 0.0f;
     for (int64_t i = 0; i < count; i += kTermsAhead) {
@@ -199,14 +199,15 @@ __device__ __forceinline__ uint64_t score_tile(const Step& step, const UnitSet& 
   return max_of_warp(best);
 }
 
-// One warp puts the best units of a set above all others: the best of the best of all tiles, then that tile's next, and so on.
+// One warp lifts the best units of a set above all others: it takes the best of the tiles' best, replaces it by that tile's next, and so
+// on.
 __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
   const int64_t tiles = ceil_div(units.numel, kTile);
   for (int32_t i = 0; i < set.min_kept; ++i) {
     uint64_t best = 0;
     for (int64_t tile = lane_id(); tile < tiles; tile += kWarp) best = set.best[tile] > best ? set.best[tile] : best;
     best = max_of_warp(best);
-    if (best == 0) return;  // it is no unit's
+    if (best == 0) return;  // no unit is left
     const int64_t unit = static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(best))) - units.index, tile = unit / kTile;
     if (lane_id() == 0) units.scores[unit] = kNeeded;
     __syncwarp();
@@ -221,9 +222,9 @@ __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
   }
 }
 
-// One warp per tile of units. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add); in the
-// warp whose add completes the set, lane 0 reads from all of these adds, its fence orders what they published before what it does next, and
-// the warp barrier behind that before what the other lanes read. A shuffle alone orders no memory.
+// One warp per tile of units. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add). In
+// the warp whose add completes the set, lane 0 reads from all of these adds. Its fence orders what they published before what lane 0 does
+// next, and the warp barrier after that before what the other lanes read. A shuffle alone orders no memory.
 __device__ inline void score_units(const Step& step) {
   for (int64_t number = step.unit_tile_begin + global_warp(); number < step.unit_tile_end; number += num_warps()) {
     const Tile tile(step, static_cast<int>(number));
@@ -241,7 +242,7 @@ __device__ inline void score_units(const Step& step) {
     before = __shfl_sync(kAllLanes, before, 0);
     __syncwarp();
     if (before + 1 != ceil_div(tile.tensor.numel, kTile)) continue;
-    if (lane_id() == 0) *set.seen = 0;  // nobody else comes
+    if (lane_id() == 0) *set.seen = 0;  // no other warp follows
     lift_needed(set, tile.tensor);
   }
 }

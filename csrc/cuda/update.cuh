@@ -15,8 +15,8 @@
 
 namespace bip::cuda {
 
-// How a tile is moved. Mask momentum and N:M have ways of their own because most runs do without, and the others should not pay for them. What
-// does not fit the registers is moved entry by entry: N:M with a mask momentum, and in joint steps.
+// How a tile is moved. Mask momentum and N:M have variants of their own, because most runs use neither and should not pay for them. What
+// does not fit the registers is moved entry by entry: N:M with a mask momentum, and N:M in joint steps.
 struct Plain {
   static constexpr bool kVector = true, kMomentum = false, kNofM = false;
 };
@@ -44,7 +44,7 @@ static_assert(kBytesInFlight<Phase::lower> >= 48 * 1024 && kBytesInFlight<Phase:
 // What a warp needs for one tile.
 struct Job {
   Tile tile;
-  const Hyper& hyper;   // read again in every turn, from the L1 cache: registers are scarcer
+  const Hyper& hyper;   // read again in every turn from the L1 cache, to save registers
   float inverse_scale;  // of gradients
   const void* gradient;
   DType gradient_dtype;

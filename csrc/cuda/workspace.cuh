@@ -37,10 +37,10 @@ struct Queue {
 // Room for what is undecided once the bin of the k-th key is known.
 BIP_HD uint32_t few_capacity(int64_t numel) { return 1024 + static_cast<uint32_t>(numel / (128 * 256)); }
 
-// Candidates that the last block settles itself, two for each thread; more are shared out in the finish. Not tuned on a GPU yet.
+// Up to this many candidates, two for each thread, the last block settles itself; more are left to the finish. Not tuned on a GPU yet.
 constexpr uint32_t kAloneUpTo = 512;
-// Up to so many tiles with scores one launch does all. That saves most steps three launches; in a step that falls back (in a training run the first, and few
-// others: bench/window.py) one block narrows the window. Not tuned on a GPU yet.
+// Up to this many tiles with scores, one launch does everything. That saves most steps three launches. In a step that falls back (the first
+// of a training run and few others, see bench/studies/window.py) one block then narrows the window alone. Not tuned on a GPU yet.
 constexpr int64_t kAloneTiles = 512;
 
 struct Workspace {

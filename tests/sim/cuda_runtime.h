@@ -8,11 +8,12 @@
 //   - a block that goes round its barriers without end
 //   - any access to unmapped memory: null, wild, or just past the end of memory from `guarded()`
 //   - shared memory used before it is written: every block starts with it full of 0xA5
-// A seed (0: natural order, one block after the other) shuffles the order of blocks, warps and lanes, has up to 1024 threads in blocks that take
-// turns, and lets others go ahead at atomics, fences and __ldcg.
+// With seed 0 blocks, warps and lanes run in their natural order, one block after the other. Any other seed shuffles these orders, lets
+// several blocks, of at most 1024 threads in all, take turns, and lets other threads go ahead at atomics, fences and __ldcg.
 //
 // Limits. A race shows only if an order that some seed makes changes the result, and a spin wait on a block that is not resident hangs.
-// Memory is sequentially consistent: a missing fence is not seen. Accesses to host memory are only stopped where pages end: use `guarded()`.
+// Memory is sequentially consistent: a missing fence is not seen. A wrong access to host memory is only found where a page ends: use
+// `guarded()`.
 // __shared__ must not be in a template. Speed says nothing about a GPU.
 #pragma once
 

@@ -142,7 +142,7 @@ unsigned source_lane(const Thread& t, unsigned lane) {
   return lane >= static_cast<unsigned>(t.argument) ? lane - static_cast<unsigned>(t.argument) : lane;
 }
 
-// All lanes are there: hands out the results.
+// All lanes have arrived: hands out the results.
 void complete(unsigned first, unsigned mask) {
   uint64_t values[kWarp] = {};
   unsigned votes = 0;
