@@ -36,7 +36,7 @@ def hide_host(seconds: float) -> None:
 
 
 def copy_seconds(num_bytes: float, device: torch.device) -> float:
-    """Median time of a copy that moves ``num_bytes``, on a GPU by events, as the rows."""
+    """Median time of a copy that moves ``num_bytes``; on a GPU by events, as the steps are timed."""
     if device.type != "cuda":
         return clock.copy_seconds(num_bytes, device, 0.05)
     call, times = clock.copy_call(num_bytes, device)

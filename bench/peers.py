@@ -23,7 +23,8 @@ Step = Callable[[PlainState, list[Tensor]], None]
 
 
 class Row(NamedTuple):
-    """What `measure` needs: a call, the steps in it, what to do ahead of it, and afterwards: check it, and say more about it."""
+    """What `measure` needs: a call, the number of steps in it, what to run before it, and what to run afterwards, which checks the call and
+    returns more columns of its row."""
 
     call: Callable[[], object]
     each: int = 1
@@ -59,7 +60,7 @@ def graphed(call: Callable[[], object], times: int) -> Callable[[], object] | No
 
 
 def forget_window(opt: FastBiP) -> None:
-    """Take from the selection what it learned from the steps before: the next one has no window, so it takes the way without one."""
+    """Erase what the selection remembers of earlier steps, so that the next step has no window."""
     engine: Any = opt._engine
     engine.plan._workspace.zero_()
 
@@ -96,7 +97,7 @@ def fastbip(work: Workload, case: Case) -> Row:
     start, begun = [opts[0].mask_of(p) for p in params[0]], counters(opts)
 
     def after() -> dict[str, object]:
-        """Otherwise something else than the step was timed."""
+        """Check that the steps moved the mask as such a step does; otherwise something else was timed."""
         kept = sum(int(opts[0].mask_of(p).sum()) for p in params[0])
         flips = sum(int((opts[0].mask_of(p) != m).sum()) for p, m in zip(params[0], start, strict=True))
         if case.scope == "global":

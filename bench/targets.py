@@ -1,4 +1,4 @@
-"""What was promised of the rows, and whether they keep it: ratios inside one run, a line each.
+"""The targets, and whether the rows of a run meet them: one line for each, all ratios made inside one run.
 
 A target without its rows says so; nothing is assumed.
 """
@@ -56,7 +56,7 @@ def bandwidth(what: str, ours: dict[int, Row], target: float, least: int) -> Ite
 
 
 def missed_windows(warm: dict[int, Row], least: int) -> Iterator[Line]:
-    """That "warm" is warm: the share of steps whose window did not serve."""
+    """The share of the "warm" steps whose window missed; if it is not small, they were not warm."""
     for n, row in warm.items():
         if n >= least:
             yield "upper step, share of the warm steps that missed", size_name(n), row.get("slow_steps"), 0.05, False

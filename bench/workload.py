@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """At the middle of every axis but the size."""
+        """At the default of every axis but the step and the size."""
         return self[2:] == Case("", 0)[2:]
 
     @property
@@ -124,7 +124,7 @@ class Workload:
 
     weights: list[Tensor]
     pool: list[list[Tensor]]
-    instances: int  # so many states are needed to be larger than the cache
+    instances: int  # how many states are together larger than the cache
 
 
 def forget_workloads(device: torch.device) -> None:

@@ -10,7 +10,11 @@ __all__ = ["write_beside"]
 
 
 def write_beside(target: Path, save: Callable[[Path], object]) -> None:
-    """Run ``save`` on a file beside ``target``, bring it to the disk, then take its place: an old one stays whole until then."""
+    """Run ``save`` on a file beside ``target``, sync it to the disk, then rename it to ``target``; an old file stays whole until then.
+
+    Raises:
+        OSError: the file cannot be written; it names ``target`` where the system names no file.
+    """
     beside = target.with_name(f".{os.getpid()}-{target.name}")  # keeps the ending, which decides the format of a picture
     try:
         save(beside)

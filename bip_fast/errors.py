@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException, most: int = 200, *, named: bool = False) -> str:
-    """What it says, up to ``most`` characters; with its type if that shall be ``named``, or is needed to make sense of it."""
+    """The message in one line, cut to ``most`` characters; after its type if ``named``, or where the message alone says too little."""
     text = " ".join(str(error).split())[:most]
     if isinstance(error, MEMORY):
         return f"not enough memory: {text}" if text else "not enough memory"

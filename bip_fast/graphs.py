@@ -1,6 +1,6 @@
 """A whole training iteration in a CUDA graph: forward, backward and step leave the host as one launch.
 
-`GraphedIteration` decides when to record, replay or run eagerly, on any device; `CudaRecorder` is all that knows CUDA. What the host does
+`GraphedIteration` decides when to record, replay or run eagerly, on any device; only `CudaRecorder` knows CUDA. What the host does
 around a step (checks, hyper-parameters, the phase) is `FastBiP.step` itself: a replay only stands in for its kernels.
 """
 
@@ -21,7 +21,7 @@ from .optimizer import FastBiP
 
 __all__ = ["GraphedIteration"]
 
-MAX_GRAPHS = 16  # each holds its own batch and results; batches of ever new shapes must not fill the memory
+MAX_GRAPHS = 16  # each holds its own batch and results, and batches of ever new shapes must not fill the memory
 _failed: list[Any] = []  # graphs whose capture failed: torch's allocators may still ask them whether they are being captured
 
 
@@ -95,7 +95,7 @@ class _Recorded(NamedTuple):
 
 
 class CaptureFailed(Exception):
-    """With the first line of the first error."""
+    """A capture that failed; the message is the first line of the first error."""
 
 
 class GraphedIteration:
@@ -119,8 +119,8 @@ class GraphedIteration:
         optimizer: a FastBiP, or any torch optimizer, of parameters on one device.
         loss_fn: called with the model's output and the other tensors of a batch. Returns the loss, or a tuple of it and further
             tensors that you want back, such as the output.
-        autocast: torch.bfloat16 runs model and loss under autocast (without its cache of weights); None as the call finds them, so under an
-            autocast that it is in.
+        autocast: torch.bfloat16 runs model and loss under autocast (without its cache of weights). None leaves that to the caller: under an
+            autocast around the call they run under it.
         warmup: eager calls before a capture, at least 1.
 
     Attributes:

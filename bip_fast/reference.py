@@ -141,7 +141,7 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def topk_of_sets(scores: Sequence[Tensor], k: int, least: Sequence[int]) -> list[Tensor]:
-    """Masks of ``k`` ones over several flat tensors together, of which each keeps its ``least`` largest in any case."""
+    """Masks of ``k`` ones in all over several flat tensors, each of which keeps at least its ``least`` largest entries."""
     flat = torch.cat(list(scores))
     number = torch.cat([torch.full_like(x, i, dtype=torch.long) for i, x in enumerate(scores)])
     order = _best_first(flat)
@@ -153,7 +153,7 @@ def topk_of_sets(scores: Sequence[Tensor], k: int, least: Sequence[int]) -> list
 
 
 def expand(values: Tensor, blocks: Blocks) -> Tensor:
-    """What each of the ``rows * cols`` entries has, in memory order, of ``values`` of the units."""
+    """``values`` of the units, repeated for each of the ``rows * cols`` entries in memory order."""
     by_row = values.view(blocks.down, blocks.across).repeat_interleave(blocks.block_rows, 0)[: blocks.rows]
     return by_row.repeat_interleave(blocks.block_cols, 1)[:, : blocks.cols].flatten()
 
@@ -164,10 +164,14 @@ def _padded(x: Tensor, dim: int, length: int) -> Tensor:
 
 
 def unit_sums(x: Tensor, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
-    """Sums over the members of every unit, ``[units]``, of a value for every entry in memory order; ``onto``: of tensors before it.
+    """Sums over the members of every unit, ``[units]``, of a value ``x`` for every entry in memory order.
 
-    The order decides the bits: columns of at most 64 rows; these by the number of the column mod 32, the 32 partial sums in pairs of
-    neighbours; then such strips in order. Zeros that stand for what is not there change nothing.
+    The order of the additions decides the bits. A strip has at most 64 rows of a unit: each column is added from the first row to the last,
+    column j goes to partial sum j mod 32, and the 32 partial sums are added in pairs of neighbours. Strips are added in order. Zeros that
+    stand for missing entries change nothing.
+
+    Args:
+        onto: sums of the tensors before this one, to which its own are added.
     """
     rows, cols, block_rows, block_cols = blocks
     matrix = _padded(_padded(x.view(rows, cols), 0, blocks.down * block_rows), 1, blocks.across * block_cols)
@@ -189,7 +193,7 @@ def unit_sums(x: Tensor, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
 
 
 def unit_means(magnitudes: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
-    """The start scores of units, those of mean ``|theta|``: of the magnitudes of every tensor that the units are made of."""
+    """Start scores of units: those of the mean ``|theta|`` of their weights, over all tensors that the units are made of."""
     total: Tensor | None = None
     count: Tensor | None = None
     for x, blocks in zip(magnitudes, parts, strict=True):
@@ -201,13 +205,13 @@ def unit_means(magnitudes: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
 
 
 def unit_gradient(theta: Tensor, m: Tensor, g: Tensor, gamma: float, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
-    """``h`` of units, ``sum of (theta_j - m*g_j/gamma) * g_j``: what one tensor adds. NaN where a gradient is not finite."""
+    """``h`` of units, ``sum of (theta_j - m*g_j/gamma) * g_j``, over one tensor, added to ``onto``. NaN where a gradient is not finite."""
     terms = (theta - masked(m, g) * (1 / gamma)) * g
     return unit_sums(torch.where(g.isfinite(), terms, torch.full_like(terms, torch.nan)), blocks, onto)
 
 
 def upper_units(s: Tensor, u: Tensor, gradient: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
-    """A4, A5 for the scores ``s`` of units. Those whose gradient is NaN stay."""
+    """A4, A5 for the scores ``s`` of units. Units whose gradient is NaN keep ``s`` and ``u``."""
     known = ~gradient.isnan()
     if h.mask_momentum > 0:
         moved = h.mask_momentum * u + gradient

@@ -9,7 +9,7 @@ from .optimizer import FastBiP
 
 __all__ = ["CURVES", "SparsitySchedule"]
 
-# How much of the way from the first sparsity to the last is still to go, at a share t of the steps.
+# The share of the way from the first sparsity to the last that is still to go, after a share t of the steps.
 CURVES = {"cubic": lambda t: (1 - t) ** 3, "linear": lambda t: 1 - t}
 
 
@@ -18,11 +18,12 @@ class SparsitySchedule:
 
     The cubic curve is that of gradual magnitude pruning (Zhu and Gupta 2017): ``s_t = s_end + (s_start - s_end) * (1 - t)^3``, which prunes
     most while there is much to choose from. The number of kept weights is changed where the kernels read it: no new plan, no new capture of
-    a CUDA graph. It counts from the next upper or joint step. Groups of scope "global" compete with each other while their sparsities are
-    equal, so those with different ends (as with ``overrides``) do at their common ``start``: leaving it takes one new plan and capture.
+    a CUDA graph. A new sparsity takes effect at the next upper or joint step. Groups of scope "global" compete with each other while their
+    sparsities are equal. So groups with different ends (as with ``overrides``) compete at their common ``start``; when they leave it, one
+    new plan and capture is made.
 
     Args:
-        optimizer: whose ``sparsity``, in every group that has one, is the end of the way.
+        optimizer: the ``sparsity`` that each of its groups has is the end of the way for that group.
         kind: "cubic" or "linear".
         start: sparsity at the beginning, in [0, 1).
         steps: calls of `step` from the beginning to the end, at least 1.
@@ -69,7 +70,7 @@ class SparsitySchedule:
         return {"kind": self.kind, "start": self.start, "steps": self.steps, "begin": self.begin, "ends": self._ends, "count": self._count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; sets the sparsity of the groups. ValueError if it is of another kind of thing."""
+        """Continue where ``state_dict`` was taken; sets the sparsity of the groups. ValueError if it does not fit these groups."""
         if state_dict.keys() != self.state_dict().keys() or len(state_dict["ends"]) > len(self.optimizer.param_groups):
             raise ValueError(f"state_dict must come from SparsitySchedule.state_dict() of as many groups, got the keys {list(state_dict)}")
         self.kind, self.start, self.steps, self.begin = (state_dict[key] for key in ("kind", "start", "steps", "begin"))

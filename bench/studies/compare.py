@@ -23,7 +23,7 @@ from bip_fast.experiments.compare import results as compared
 
 
 def _value(text: str) -> Any:
-    """What a cell of CSV was."""
+    """The value that was written as this cell of a CSV file."""
     try:
         return json.loads(text)
     except ValueError:

@@ -104,7 +104,7 @@ class Reference:
 
     @property
     def moved(self) -> float:
-        """Share of the first mask's ones that are others now."""
+        """Share of the kept weights that the first mask had not kept."""
         return 1 - float((self.state.m & self.first_mask).sum()) / self.k
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "compare": "run a grid of methods, sparsities and seeds; tables and pictures",
     "doctor": "show versions, devices and what is missing",
 }
-# Packages of [cli] that a command cannot do without.
+# Modules of [cli] that a command cannot do without.
 NEEDS = {"prune": tuple(EXTRAS), "compare": tuple(EXTRAS), "measure": ("pydantic", "filelock", "safetensors")}
 
 

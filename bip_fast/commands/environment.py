@@ -12,7 +12,7 @@ from ..errors import UserError
 
 __all__ = ["EXTRAS", "INSTALL", "check_extras", "missing_extras", "pick_device"]
 
-# Modules of the packages of [cli], and what these packages are called.
+# The packages of [cli]: a module that each has, and the name it is installed by.
 EXTRAS = {
     "sklearn": "scikit-learn",
     "rich": "rich",

@@ -59,7 +59,7 @@ class Channels:
         makers: names of layers whose output i is channel i, or is added to it.
         passes: names of batch-norms and depthwise convolutions whose channel i is channel i.
         readers: layers that read them.
-        joins: names of operations that make one number of two of them, such as "Add" and "Mul".
+        joins: names of operations that combine the outputs of two makers, such as "Add" and "Mul".
         refused: why they cannot be removed, if the graph already says so.
     """
 

@@ -125,7 +125,7 @@ def _timed(
 
 
 def _with_facts(row: Variant, network: nn.Module, inputs: tuple[Any, ...]) -> Variant:
-    """The row with all that no clock is needed for."""
+    """The row with every figure but times and accuracy."""
     if row.name == "2:4":  # counters and files do not know its tensors
         held = sum(_bytes_of(x) for x in network.state_dict().values() if isinstance(x, Tensor))
         return replace(row, parameters=sum(p.numel() for p in network.parameters()), file_bytes=held)

@@ -1,8 +1,8 @@
 """Remove pruned filters and channels for good: a smaller network of ordinary layers that computes the same.
 
-A channel goes when nobody reads it, or when it is the same number for every input: its filters are all zero, so that what arrives where it
-is read is what biases and batch-norms make of nothing. If that is 0 it is just removed; another number is folded into the biases of the
-layers that read it, where that is exact. Whatever the graph says, the result is compared with the model before it is returned.
+A channel is removed when no layer reads it, or when its filters are all zero. What is read of such a channel is the same number for every
+input, made by biases and batch-norms alone: a 0 needs nothing, another number is folded into the biases of the layers that read it, where
+that is exact. Whatever the graph says, the result is compared with the model before it is returned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
 
 JOINS = {"Add": "added to", "Sub": "added to", "Mul": "multiplied with", "Div": "multiplied with"}
 LOST = "the graph does not follow them to a layer that reads them"
-ONLY_HERE = "that what reaches their readers is the same everywhere was seen on example_input only"
+ONLY_HERE = "only example_input shows that what reaches their readers is the same everywhere"
 
 
 class Removed(NamedTuple):
@@ -173,7 +173,7 @@ def _removal_of(channels: Channels, arriving: Mapping[str, Sequence[float]], dou
 
 
 def _all_of(channels: Channels, why: str) -> list[Kept]:
-    """All that is pruned in a set."""
+    """All pruned channels of a set, kept for the reason ``why``."""
     layers = channels.makers | {name: layer for name, layer in channels.passes.items() if depthwise(layer)}
     made = [Kept(name, int(zero_outputs(layer).sum()), why) for name, layer in layers.items()]
     readers = {reader.name: reader.layer for reader in channels.readers}
@@ -195,7 +195,7 @@ def _partly(channels: Channels, zeros: _Zeros, told: Tensor) -> list[Kept]:
 
 
 def _outside(sets: Sequence[Channels], twin: nn.Module) -> list[Kept]:
-    """What is pruned in layers that are in no set."""
+    """Pruned channels of layers that are in no set."""
     makers = {name for channels in sets for name in channels.makers | channels.passes}
     readers = {reader.name for channels in sets for reader in channels.readers}
     kept = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-MAX_COPY = {"cpu": 5e8, "cuda": 2e9}  # bytes of the copy that is measured; more of them take as long each
+MAX_COPY = {"cpu": 5e8, "cuda": 2e9}  # bytes of the largest copy that is measured; time for more is in proportion
 
 
 def synchronize(device: torch.device) -> None:
@@ -20,7 +20,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def calls_in(seconds: float, device: torch.device) -> int:
-    """How many calls of ``seconds`` make one round: on a GPU enough that one synchronisation does not count."""
+    """How many calls of ``seconds`` make one round: on a GPU so many that the time of one synchronisation does not matter."""
     return 1 if device.type == "cpu" else max(1, min(20, int(2e-3 / max(seconds, 1e-6))))
 
 
@@ -43,12 +43,15 @@ def median_seconds(call: Callable[[], object], device: torch.device, budget: flo
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes that may stay in the cache between two calls: the L2 of a GPU; for the CPU a common last level."""
+    """Bytes that may stay in the cache between two calls: the L2 of a GPU; on the CPU 64 MiB, a usual last level."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64 << 20
 
 
 def copy_call(num_bytes: float, device: torch.device) -> tuple[Callable[[], object], float]:
-    """A copy that moves ``num_bytes``, half of them read and half written, from cold memory like the steps; and how many are needed."""
+    """A function that copies, and how many times it must run to move ``num_bytes``, half of them read and half written.
+
+    Arrays take turns, so that the memory is as cold as that of the steps.
+    """
     moved = min(num_bytes, MAX_COPY.get(device.type, 5e8))
     entries = max(1, int(moved / 8))
     count = 2 + min(62, int(2 * cache_bytes(device) / moved))

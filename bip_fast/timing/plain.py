@@ -46,7 +46,7 @@ def plain_state(weights: list[Tensor], density: float, scope: str = "global", z:
 
 
 def select(state: PlainState) -> None:
-    """Mask of the largest scores, ties as torch likes, then z = m*theta."""
+    """Mask of the largest scores, ties broken as torch.topk does, then z = m*theta."""
     if len(state.kept) == len(state.s):
         for s, m, k in zip(state.s, state.m, state.kept, strict=True):
             m.zero_().view(-1)[torch.topk(s.view(-1), k, sorted=state.sorted).indices] = 1

@@ -42,7 +42,11 @@ class Row(NamedTuple):
 
 
 def measure(numel: int, device: torch.device, density: float = 0.1, budget: float = 2.0) -> list[Row]:
-    """Times of every step and of the mask on ``numel`` weights of a trained network's size, fp32, in about ``budget`` seconds a time."""
+    """Times of every step and of the mask on ``numel`` fp32 weights as large as those of a trained network.
+
+    Args:
+        budget: seconds to spend on each time of plain torch, about; the others get a half or a quarter of it.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(scale: float) -> Tensor:
