@@ -1,5 +1,6 @@
 """Stop and resume: the same bits, however a run was stopped; whole files only; a resume that cannot be is one line."""
 
+import errno
 import json
 import os
 import signal
@@ -187,6 +188,21 @@ def test_a_folder_in_use_is_waited_for(tmp_path):
     with pytest.raises(UserError, match="is in use by another run"):
         RunFolder(tmp_path, patience=0.3).lock()
     waiting.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch, recwarn, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    said = []
+    folder = RunFolder(tmp_path, patience=30, say=said.append)
+    folder.lock()
+    folder.release()
+    assert not said
+    assert not recwarn
+    assert all(path.read_bytes() == b"" for path in tmp_path.iterdir())  # no mark that a killed process would leave
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -77,7 +77,8 @@ class RunFolder:
 
     def __init__(self, path: Path, *, patience: float = 0.0, say: Callable[[str], None] = lambda text: None) -> None:
         self.path, self.patience, self.say = path, patience, say
-        self._lock = FileLock(path / LOCK, thread_local=False)
+        # No soft lock where the file system has no locks: that one outlives a killed process.
+        self._lock = FileLock(path / LOCK, thread_local=False, fallback_to_soft=False)
 
     @property
     def finished(self) -> bool:
@@ -151,7 +152,7 @@ class RunFolder:
                 self._lock.acquire(timeout=self.patience, poll_interval=0.1)
             except Timeout:
                 raise self._in_use() from None
-        except OSError:  # nothing can be written here, as the first file of the run will say
+        except OSError:  # a file system without locks; or nothing can be written here, as the first file of the run will say
             return
 
     def _in_use(self) -> UserError:
