@@ -99,7 +99,8 @@ class Settings:
         _told(HOW, "NAME", f"{' or '.join(LEVELS)}: a lower and an upper step on different batches, or both from one"),
     ] = "alternating"
     pretrain_epochs: Annotated[int, _told(TRAINING, "N", "epochs of dense training", ge=0)] = 30
-    epochs: Annotated[int, _told(HOW, "N", "passes over the training images while pruning", ge=0)] = 40
+    # Its range depends on the method: runs.resolve.
+    epochs: Annotated[int, _told(HOW, "N", "passes over the training images while pruning")] = 40
     batch_size: Annotated[int, _told(TRAINING, "N", "images in a batch", ge=2)] = 64
     pretrain_lr: Annotated[_Size, _told(TRAINING, "X", "step size of dense training, at the start of a cosine")] = 0.1
     lr: Annotated[_Size, _told(HOW, "X", "step size of the weights, at the start of a cosine")] = 0.05
@@ -226,13 +227,13 @@ def user_error(error: ValidationError) -> UserError:
     if name not in FIELDS:
         return UserError(f"there is no setting {name!r}; there are {', '.join(FIELDS)}")
     info = described()[name]
+    got = f"{value:g}" if isinstance(value, float) else repr(value)
     if first["type"] == "expected":
         expected = own["expected"]
     elif first["type"].endswith("_type"):
-        expected = _type(info)
+        expected, got = _type(info), repr(value)  # 40.0 and not 40, which it would have to be
     else:
         expected = _range(info)
-    got = f"{value:g}" if isinstance(value, float) else repr(value)
     return UserError(f"{option(name)} must be {expected}, got {got}{own.get('hint', '')}")
 
 

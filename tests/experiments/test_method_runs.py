@@ -1,6 +1,7 @@
 """Whole runs of every method: exact sparsity, cost, stopped and resumed with the same bits, settings that do not fit."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from cli_runs import Interrupting, one_line, prune
 from method_stages import network, settings_of
 
 from bip_fast.commands import cli
+from bip_fast.errors import UserError
 from bip_fast.experiments.methods import begin, table
 from bip_fast.experiments.methods.table import METHODS, stages
 from bip_fast.experiments.runs import display
@@ -149,6 +151,9 @@ BAD = {
     "--mask-momentum 1": "--mask-momentum must be in [0, 1), got 1",
     "--train-images 5000": "--train-images must be at most 1,198 for --data digits, got 5,000",
     "--stride 0": "--stride must be at least 1, got 0",
+    "--epochs -1": "--epochs must be at least 1, got -1",
+    "--method dense --sparsity 0 --epochs -1": "--epochs must be at least 0, got -1",
+    "--method dense --pattern 2:4 --sparsity 0.6": "--pattern must be unstructured with --method dense",
 }
 
 
@@ -157,6 +162,22 @@ def test_wrong_options_are_one_line(options, tmp_path, capsys):
     assert prune(tmp_path / "run", *options.split()) == 2
     assert BAD[options] in one_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 40.0}, "--epochs must be int, got 40.0"),
+        ({"epochs": True}, "--epochs must be int, got True"),
+        ({"width": 1e3}, "--width must be int or NoneType, got 1000.0"),
+        ({"lr": "1"}, "--lr must be float or int, got '1'"),
+        ({"momentum": True}, "--momentum must be float or int, got True"),
+        ({"validate": 1}, "--validate must be bool, got 1"),
+    ],
+)
+def test_a_value_of_another_type_is_shown_as_it_came(given, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        resolve(given)
 
 
 def test_imp_from_a_network_that_is_sparse_enough(whole, tmp_path, capsys):

@@ -61,16 +61,16 @@ def changed(settings: Settings, **values: Any) -> Settings:
 
 def _check(settings: Settings) -> None:
     """UserError for values that do not go together, or not with the method."""
-    method, sparsity = METHODS[settings.method], parse(settings.pattern).sparsity
+    method, sparsity, dense = METHODS[settings.method], parse(settings.pattern).sparsity, settings.method == "dense"
+    if dense and settings.pattern != Settings.pattern:
+        raise UserError(f"--pattern must be {Settings.pattern} with --method dense, which prunes nothing, got {settings.pattern}")
     if sparsity is not None and settings.sparsity != sparsity:
         raise UserError(f"--sparsity must be {sparsity:g} with --pattern {settings.pattern}, got {settings.sparsity:g}")
-    if settings.method == "dense":
-        if settings.pattern != Settings.pattern:
-            raise UserError(f"--pattern must be {Settings.pattern} with --method dense, which prunes nothing, got {settings.pattern}")
-        if settings.sparsity:
-            raise UserError(f"--sparsity must be 0 with --method dense, which prunes nothing, got {settings.sparsity:g}")
-    elif settings.epochs < 1:
-        raise UserError(f"--epochs must be at least 1, got {settings.epochs}")
+    if dense and settings.sparsity:
+        raise UserError(f"--sparsity must be 0 with --method dense, which prunes nothing, got {settings.sparsity:g}")
+    least = 0 if dense else 1
+    if settings.epochs < least:
+        raise UserError(f"--epochs must be at least {least}, got {settings.epochs}")
     if settings.checkpoint and not method.needs_dense:
         raise UserError(f"--method {settings.method} starts from random weights: leave --checkpoint out")
     if method.in_rounds and not settings.sparsity:
