@@ -30,6 +30,7 @@ from ..methods.table import METHODS, stages
 from ..models.names import build
 from ..settings import Settings
 from . import display
+from .curves import curves
 from .energy import joules
 from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
 from .signals import STOP_SIGNALS, Stop, stop_requests
@@ -314,8 +315,6 @@ class Job:
         return "validation" if self.settings.validate else "test"
 
     def _finish(self) -> dict[str, Any]:
-        from .curves import curves
-
         self._score("pruned")
         self.folder.write("model.safetensors", lambda path: write_safetensors(path, self.model))
         result = {
