@@ -90,7 +90,7 @@ class Settings:
         _told(WHAT, "S", "fraction of zeros among all Conv and Linear weights, or pruned share of the units of --pattern, in [0, 1)"),
     ] = 0.95
     pattern: Annotated[str, _told(WHAT, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")] = "unstructured"
-    scope: Annotated[str, _one_of(SCOPES), _told(WHAT, "NAME", f"{', '.join(SCOPES)}: whose weights or filters compete with whose")] = (
+    scope: Annotated[str, _one_of(SCOPES), _told(WHAT, "NAME", f"{', '.join(SCOPES)}: how the sparsity is shared out among the layers")] = (
         "global"
     )
     levels: Annotated[

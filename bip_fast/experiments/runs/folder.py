@@ -89,7 +89,7 @@ class RunFolder:
         return (self.path / "config.json").is_file()
 
     def began_with(self, settings: Settings) -> bool:
-        """Whether a run of these settings began here. Where the files lie that it starts from does not count."""
+        """Whether a run of these settings began here. The paths of the files that it starts from may differ."""
         try:
             stored = self.read_json("config.json")
         except DamagedFile:
@@ -213,7 +213,7 @@ class RunFolder:
         return value
 
     def damaged(self, snapshots: Collection[int] = ()) -> dict[Path, str]:
-        """Files of a finished run that are missing or have the wrong content, and why. Only those are looked at that other runs and
+        """Files of a finished run that are missing or have the wrong content, and why. Looks only at the files that other runs and
         results read: the report, the network and the weights after ``snapshots`` epochs.
 
         Raises:

@@ -57,7 +57,7 @@ class Job:
         snapshots: epochs of dense training whose weights are kept in the folder, for other runs that rewind to them; 0: before the first.
         until: epoch of dense training to end after, if only the weights of ``snapshots`` are wanted.
         score_start: whether to look at the test images before pruning as well.
-        alone: whether nothing else of ours uses the device meanwhile, so that what its counter of energy says is of this run.
+        alone: whether no other run of ours uses the device meanwhile, so that its energy counter measures this run alone.
         start: sparsity that was asked of the network of ``settings.checkpoint``; None: as it is found.
         stop_on: signals at which `run` saves and stops.
     """
