@@ -1,6 +1,6 @@
 """The CUDA kernels beside the CPU kernels at sizes that reach every path of a step: state, masks and parameters equal bit for bit.
 
-    python3 tests/large/large_lockstep.py --out FILE.json                 every case, each in a process of its own, four at once
+    python3 tests/large/large_lockstep.py --out FILE.json                 every case, each in a process of its own, five at once
     python3 tests/large/large_lockstep.py --case "25.6M" --device cuda    one case, here
 
 The tests of tests/kernels reach what 500,000 weights reach: one launch that does everything. Here the later launches have work: many blocks
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,6 +373,7 @@ def run(case: Case, device: str, shrink: int) -> dict[str, Any]:
 
 def in_a_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--case", case.name, "--device", options.device, "--shrink", str(options.shrink)]
+    command += ["--jobs", str(options.jobs)]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         try:
@@ -381,7 +382,7 @@ def in_a_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             status = f"stopped after {case.seconds} s"
         log.seek(0)
         lines = log.read().splitlines()
-    if status == 0:
+    if status == 0 and lines:
         return json.loads(lines[-1])
     return {"case": case.name, "passed": False, "status": status, "seconds": round(time.perf_counter() - start, 2), "log": lines[-25:]}
 
@@ -392,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", help="one case, in this process")
     parser.add_argument("--cases", nargs="*", help="parts of names, of the cases to run; default: all")
     parser.add_argument("--shrink", type=int, default=1, help="divide all sizes")
-    parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=5)
     parser.add_argument("--out", type=Path, help="results as JSON, written after every case")
     options = parser.parse_args(arguments)
     if options.case:
@@ -402,7 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [case for case in CASES if not options.cases or any(part in case.name for part in options.cases)]
     results: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(lambda case: in_a_process(case, options), cases):
+        longest_first = sorted(cases, key=lambda case: -case.n * case.seconds)
+        for future in as_completed([pool.submit(in_a_process, case, options) for case in longest_first]):
+            result = future.result()
             results.append(result)
             print(f"{'ok    ' if result['passed'] else 'FAILED'} {result['seconds']:6.1f} s  {result['case']}", flush=True)
             if not result["passed"]:
