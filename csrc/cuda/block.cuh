@@ -3,11 +3,12 @@
 // The device subset the project uses, all of it (the host simulator in tests/sim implements this and little more):
 //   __global__ __device__ __noinline__ __launch_bounds__ __grid_constant__ (behind the type), static __shared__ outside templates,
 //   threadIdx.x blockIdx.x gridDim.x, __syncthreads __threadfence, __shfl_sync __shfl_up_sync __shfl_xor_sync __ballot_sync,
-//   __syncwarp, __ldcg __stwb of uint4 uint2 uint32_t, __ffs __popc __clzll, atomicAdd on 32 and 64 bits, atomicSub atomicXor atomicCAS
-//   on 32.
-// Barriers are reached by all threads of a block, collectives by all lanes of a warp: loops around them have warp- or block-uniform bounds.
+//   __syncwarp, __ldcg __stwb of uint4 uint2 uint32_t, __ffs __popc __clzll, atomicAdd on 32 and 64 bits, atomicXor atomicCAS on 32,
+//   cooperative_groups::this_grid().sync().
+// Barriers are reached by all threads of a block (or grid), collectives by all lanes of a warp: loops around them have warp- or block-uniform bounds.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>

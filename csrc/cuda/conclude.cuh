@@ -30,16 +30,18 @@ __device__ __forceinline__ void for_tiles_of(const Args& args, int group, Body b
   }
 }
 
-// Gives one candidate its final mask bit and z.
-__device__ inline void repair(const Args& args, int group, const Candidate& candidate, bool kept) {
+// Flips the mask bit and z of one candidate.
+__device__ __noinline__ inline void flip(const Args& args, int group, const Candidate& candidate, bool kept) {
   const Tile tile(args.step, candidate.tile);
-  const int64_t entry = tile.first + candidate.entry;
-  const uint32_t bit = 1u << (entry % kWarp);
-  uint32_t& word = tile.tensor.mask[entry / kWarp];
-  if (kept == ((word & bit) != 0)) return;  // other threads flip other bits of the word; this one is ours
-  atomicXor(&word, bit);
-  if (tile.tensor.param) flip_z(tile.tensor, entry, kept);  // units have none
+  const int64_t entry = tile.first + (candidate.entry & ~kKeptNow);
+  atomicXor(&tile.tensor.mask[entry / kWarp], 1u << (entry % kWarp));  // other threads flip other bits of the word
+  if (tile.tensor.param) flip_z(tile.tensor, entry, kept);             // units have none
   atomicAdd(reinterpret_cast<unsigned long long*>(&args.step.counters[group].flips), 1ull);
+}
+
+// Gives one candidate its final mask bit and z. Most have them already, and nothing of theirs is read.
+__device__ __forceinline__ void repair(const Args& args, int group, const Candidate& candidate, bool kept) {
+  if (kept != ((candidate.entry & kKeptNow) != 0)) flip(args, group, candidate, kept);
 }
 
 // Selects exactly among a list that has all keys inside the window, repairs those inside `unsettled`, and ends the step for the group.
@@ -138,7 +140,7 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
 // Run by the block that has published the last entry of a group in the first launch, with the group's whole histogram in `room`.
 // A call, so that what it needs does not take registers from the streaming loop.
 __device__ __noinline__ inline void conclude(const Args& args, JudgeRoom& room, int group) {
-  const bool known = guess_of(args, group).known;
+  const bool known = room.group.capacity != 0;
   GroupState& state = state_of(args, group);
   const int64_t kept = args.step.groups[group].kept, above = state.progress.above, inside = state.progress.collected;
   __syncthreads();  // all threads have read it

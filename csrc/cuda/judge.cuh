@@ -86,8 +86,8 @@ struct Place {
   int entry;  // of the first in its tile
 };
 
-// The candidates among a warp's quads: bit j of `inside` for the entry whose score is s.x[j].
-__device__ inline void collect(JudgeRoom& room, const Place& place, const Quad<float>& s, unsigned inside) {
+// The candidates among a warp's quads: bit j of `inside` for the entry whose score is s.x[j], and of `kept` for its mask bit.
+__device__ inline void collect(JudgeRoom& room, const Place& place, const Quad<float>& s, unsigned inside, unsigned kept) {
   if (room.group.capacity == 0) return;
   uint32_t pending = room.num_pending[warp_id()];
 #pragma unroll
@@ -95,7 +95,8 @@ __device__ inline void collect(JudgeRoom& room, const Place& place, const Quad<f
     const unsigned lanes = __ballot_sync(kAllLanes, inside >> j & 1u);
     if (inside >> j & 1u)
       room.pending[warp_id()][pending + static_cast<uint32_t>(__popc(lanes & ((1u << lane_id()) - 1u)))] = {
-          full_key(score_key(s.x[j]), place.index + static_cast<uint32_t>(j)), place.tile, static_cast<uint32_t>(place.entry + j)};
+          full_key(score_key(s.x[j]), place.index + static_cast<uint32_t>(j)), place.tile,
+          static_cast<uint32_t>(place.entry + j) | (kept >> j & 1u ? kKeptNow : 0u)};
     pending += static_cast<uint32_t>(__popc(lanes));
   }
   if (pending > kPending - kStride) {
@@ -135,7 +136,7 @@ __device__ __noinline__ inline Judged judge_near(JudgeRoom& room, Quad<float> s,
     above |= key >= hi ? 1u << j : 0u;
     inside |= key >= lo && key < hi ? 1u << j : 0u;
   }
-  if (__ballot_sync(kAllLanes, inside != 0) != 0) collect(room, place, s, inside);
+  if (__ballot_sync(kAllLanes, inside != 0) != 0) collect(room, place, s, inside, old_word >> bit_of_lane());
   const unsigned bits = above | (inside & old_bits);
   if (bits != old_bits) atomicAdd(&room.flips, static_cast<uint32_t>(__popc(bits ^ old_bits)));
   const uint32_t word = word_of_bits(bits);

@@ -4,7 +4,7 @@
 // current device, so everything can be captured in a graph. Grids have as many blocks as fit on the device at once (blocks that keep
 // a histogram then flush it once), fewer when there is less work.
 //
-// The host runtime the project uses, all of it: cudaLaunchKernel, cudaMemsetAsync, cudaGetDevice, cudaDeviceGetAttribute,
+// The host runtime the project uses, all of it: cudaLaunchKernel, cudaLaunchCooperativeKernel, cudaMemsetAsync, cudaGetDevice, cudaDeviceGetAttribute,
 // cudaOccupancyMaxActiveBlocksPerMultiprocessor, cudaGetLastError, cudaGetErrorString.
 #pragma once
 
@@ -34,15 +34,20 @@ inline void check(cudaError_t error, const char* op, const char* what) {
   throw std::runtime_error(message);
 }
 
+// `together`: all blocks are resident at once, so that they may wait for each other, or nothing is launched and that is an error.
 template <class... Parameters, class... Arguments>
-void launch_with(void (*kernel)(Parameters...), const char* op, const char* name, int64_t blocks, void* stream, Arguments&&... arguments) {
+void launch_with(void (*kernel)(Parameters...), bool together, const char* op, const char* name, int64_t blocks, void* stream,
+                 Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters are limited to 4 KB on older drivers");
   // Copies of the exact parameter types; cudaLaunchKernel has read them when it returns.
   auto values = std::tuple<std::remove_cv_t<std::remove_reference_t<Parameters>>...>(std::forward<Arguments>(arguments)...);
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-        check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0, stream_of(stream)), op, name);
+        const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+        check(together ? cudaLaunchCooperativeKernel(kernel, grid, block, pointers, 0, stream_of(stream))
+                       : cudaLaunchKernel(kernel, grid, block, pointers, 0, stream_of(stream)),
+              op, name);
       },
       values);
 }
@@ -66,10 +71,20 @@ int64_t resident_blocks(const char* op) {
 }
 
 // As many blocks run the kernel as are resident at once, fewer when that is more than a warp for each of `tiles`; at least one.
+template <auto kKernel>
+int64_t blocks_for(const char* op, int64_t tiles) {
+  return std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident_blocks<kKernel>(op));
+}
+
 template <auto kKernel, class... Arguments>
 void launch(const char* op, const char* name, int64_t tiles, void* stream, Arguments&&... arguments) {
-  const int64_t blocks = std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident_blocks<kKernel>(op));
-  launch_with(kKernel, op, name, blocks, stream, std::forward<Arguments>(arguments)...);
+  launch_with(kKernel, false, op, name, blocks_for<kKernel>(op, tiles), stream, std::forward<Arguments>(arguments)...);
+}
+
+// The same for a kernel with barriers over its grid.
+template <auto kKernel, class... Arguments>
+void launch_together(const char* op, const char* name, int64_t tiles, void* stream, Arguments&&... arguments) {
+  launch_with(kKernel, true, op, name, blocks_for<kKernel>(op, tiles), stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace bip::cuda

@@ -67,9 +67,10 @@ struct Histogram {
 
 struct Candidate {
   uint64_t key;
-  int tile;  // where the entry is: a tile, and the place in it
-  uint32_t entry;
+  int tile;        // where the entry is: a tile, and the place in it
+  uint32_t entry;  // of a step: with kKeptNow where its mask bit is 1 until the candidates are settled
 };
+constexpr uint32_t kKeptNow = 1u << 31;
 
 // What blocks add up about a group in one launch. All 0 between launches.
 struct Progress {
@@ -77,6 +78,8 @@ struct Progress {
   uint32_t above;      // of these, keys >= the window's hi
   uint32_t collected;  // candidates found; those beyond the list's capacity are not in it
 };
+
+constexpr uint32_t kFewKeys = kThreads;  // so many keys are ranked by comparing all with all, a thread for each
 
 // One block's shared memory.
 struct Room {
@@ -88,6 +91,8 @@ struct Room {
   uint32_t rank;       // result of rank_of()
   uint32_t collected;  // candidates, while one block works alone
   bool last;           // result of publish_is_last()
+  uint32_t num_few;    // keys in `few`
+  uint64_t few[kFewKeys];
 };
 
 __device__ inline void clear(Room& room) {
@@ -130,8 +135,10 @@ __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t 
     const uint32_t before = atomicAdd(&progress.seen, room.entries);
     room.last = before + room.entries == total;
     room.entries = room.above = 0;
-    if (room.last) progress.seen = 0;  // no other block follows: all entries have been seen
-    __threadfence();
+    if (room.last) {
+      progress.seen = 0;  // no other block follows: all entries have been seen
+      __threadfence();
+    }
   }
   __syncthreads();
   return room.last;
@@ -139,20 +146,44 @@ __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t 
 
 // Moves the block's histogram into the group's. In the block that completes the group the whole histogram is then in `room`, zero again in
 // `total`, and the result is true; in every other block `room` is empty again.
-__device__ inline bool merge(Room& room, Histogram& total, Progress& progress, uint32_t numel) {
+__device__ __noinline__ inline bool merge(Room& room, Histogram& total, Progress& progress, uint32_t numel) {
   __syncthreads();
   Histogram& mine = room.histogram;
-  for (int bin = thread_id(); bin < kBins; bin += kThreads) {
-    if (mine.counts[bin] == 0) continue;
-    atomicAdd(&total.counts[bin], mine.counts[bin]);
-    join_score(total.scores[bin], mine.scores[bin]);
-    mine.counts[bin] = 0;
-    mine.scores[bin] = kNoScore;
+  // A round trip to the group's histogram takes a microsecond, so those of several bins of a thread are under way at once.
+  constexpr int kTogether = 4;
+  for (int base = thread_id(); base < kBins; base += kTogether * kThreads) {
+    uint32_t seen[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int bin = base + j * kThreads;
+      if (mine.counts[bin] == 0) continue;
+      atomicAdd(&total.counts[bin], mine.counts[bin]);
+      seen[j] = atomicCAS(&total.scores[bin], kNoScore, mine.scores[bin]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int bin = base + j * kThreads;
+      if (mine.counts[bin] == 0) continue;
+      if (seen[j] != kNoScore && seen[j] != mine.scores[bin]) total.scores[bin] = kManyScores;  // the top of the order: it stays
+      mine.counts[bin] = 0;
+      mine.scores[bin] = kNoScore;
+    }
   }
   if (!publish_is_last(room, progress, numel)) return false;
-  for (int bin = thread_id(); bin < kBins; bin += kThreads) {
-    mine.counts[bin] = total.counts[bin];
-    mine.scores[bin] = total.scores[bin];
+  uint32_t counts[kBinsPerThread];
+#pragma unroll
+  for (int j = 0; j < kBinsPerThread; ++j) counts[j] = total.counts[thread_id() + j * kThreads];
+#pragma unroll
+  for (int j = 0; j < kBinsPerThread; ++j) {
+    const int bin = thread_id() + j * kThreads;
+    mine.counts[bin] = counts[j];
+    if (counts[j] != 0) counts[j] = total.scores[bin];
+  }
+#pragma unroll
+  for (int j = 0; j < kBinsPerThread; ++j) {
+    const int bin = thread_id() + j * kThreads;
+    mine.scores[bin] = counts[j];  // kNoScore where there is none
+    if (counts[j] == kNoScore) continue;
     total.counts[bin] = 0;
     total.scores[bin] = kNoScore;
   }
@@ -286,13 +317,47 @@ __device__ __forceinline__ Verdict judge(const Window& window, const ScoreRange&
   return key >= window.hi ? Verdict::kept : key < window.lo ? Verdict::dropped : Verdict::undecided;
 }
 
+// Calls visit(key, number) for every candidate of a list, a thread for each; several loads are under way at once.
+template <class Visit>
+__device__ __forceinline__ void for_keys(const Candidate* list, uint32_t candidates, Visit visit) {
+  constexpr int kTogether = 4;
+  for (uint32_t base = thread_id(); base < candidates; base += kTogether * kThreads) {
+    uint64_t keys[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) keys[j] = list[base + j * kThreads < candidates ? base + j * kThreads : base].key;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      if (base + j * kThreads < candidates) visit(keys[j], base + j * kThreads);
+  }
+}
+
+// Whole block, an open window with at most kFewKeys keys inside, all of them in the list: the closed window at the k-th key.
+__device__ inline Window close_over_few(Room& room, const Candidate* list, uint32_t candidates, const Window& window) {
+  if (thread_id() == 0) room.num_few = 0;
+  __syncthreads();
+  for_keys(list, candidates, [&](uint64_t key, uint32_t) {
+    if (key < window.lo || key >= window.hi) return;
+    const uint32_t at = atomicAdd(&room.num_few, 1u);
+    if (at < kFewKeys) room.few[at] = key;
+  });
+  __syncthreads();
+  if (thread_id() < static_cast<int>(window.inside)) {
+    const uint64_t mine = room.few[thread_id()];
+    uint32_t larger = 0;
+    for (uint32_t i = 0; i < window.inside; ++i) larger += room.few[i] > mine;
+    if (larger == window.wanted - 1) room.window = {mine, mine, 0, 0};  // one thread: keys are unique
+  }
+  __syncthreads();
+  return room.window;
+}
+
 // Whole block, over a list that has all keys inside an open window and may have others: finds the threshold, then calls repair(candidate,
 // kept) for those of the list inside `unsettled`; the others have their final bit. Returns the closed window, whose hi is the threshold.
 // The histogram is empty before and after.
 template <class Repair>
 __device__ inline Window settle(Room& room, const Candidate* list, uint32_t candidates, Window window, const Window& unsettled,
                                 Repair repair) {
-  while (window.inside != 0) {
+  while (window.inside > kFewKeys) {
     const int shift = window_shift(window);
     for (uint32_t i = thread_id(); i < candidates; i += kThreads) {
       const uint64_t key = list[i].key;
@@ -301,8 +366,10 @@ __device__ inline Window settle(Room& room, const Candidate* list, uint32_t cand
     }
     window = narrow(room, window, shift, window.lo);
   }
-  for (uint32_t i = thread_id(); i < candidates; i += kThreads)
-    if (list[i].key >= unsettled.lo && list[i].key < unsettled.hi) repair(list[i], list[i].key >= window.hi);
+  if (window.inside != 0) window = close_over_few(room, list, candidates, window);
+  for_keys(list, candidates, [&](uint64_t key, uint32_t number) {
+    if (key >= unsettled.lo && key < unsettled.hi) repair(list[number], key >= window.hi);
+  });
   return window;
 }
 

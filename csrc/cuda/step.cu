@@ -1,15 +1,15 @@
 // The lower, upper and joint step on a CUDA device: one streaming skeleton, one warp per tile of 1024 entries of one tensor.
 //
 //   lower  1 launch    update (update.cuh): weights                                                    24.1 bytes per fp32 weight
-//   upper  4 launches  update: scores, judged at once against the window of the step before            16.3
-//                      finish, narrow, apply: return at once in most steps
-//   joint  4 launches  update: both; then as upper                                                     28.3 to 32.3
+//   upper  2 launches  update: scores, judged at once against the window of the step before            16.3
+//                      finish: returns at once in most steps
+//   joint  2 launches  update: both; then as upper                                                     28.3 to 32.3
 //   Up to kAloneTiles tiles the first launch does everything.
 //   1 more for every 400 gradient pointers beyond the first 400.
 //
 // The block that completes a group in the update knows whether the window held its k-th key (conclude.cuh). If so, it settles the
-// candidates, or leaves them to `finish` where they are many. If not, the group falls back: finish counts first digits of its scores,
-// narrow second ones, apply judges by the window they give. That costs 12.1 bytes more per weight. Nothing returns to the host.
+// candidates, or leaves them to `finish` where they are many. If not, the group falls back: the finish counts first digits of its scores,
+// then second ones, and judges by the window they give. That costs 12.1 bytes more per weight. Nothing returns to the host.
 // The mask changes in two places: judge_near (judge.cuh) while streaming, repair (conclude.cuh) candidate by candidate.
 // Whatever the path and the grid, a group's mask is the top-k of its scores by unique keys. A tensor's entries are written by one
 // warp only until its group is complete, and then by the block that completed it or by the finish.
@@ -197,7 +197,7 @@ __device__ __forceinline__ void for_tiles_in(const Args& args, Room& room, const
 }
 
 // A block's share of a group's candidates: those outside of the bin of the k-th key get their bit, the last block settles the others.
-__device__ void finish_share(const Args& args, Room& room, int group) {
+__device__ __noinline__ void finish_share(const Args& args, Room& room, int group) {
   GroupState& state = state_of(args, group);
   const Window window = state.window;
   const uint32_t listed = state.listed;
@@ -219,65 +219,78 @@ __device__ void finish_share(const Args& args, Room& room, int group) {
   __syncthreads();
 }
 
-// Finishes the groups with many candidates, all blocks together; counts first digits of the scores of those that fall back.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_kernel(const Args __grid_constant__ args) {
-  __shared__ Room room;
-  if (skipped(args.step)) return;
-  const uint32_t finishing = args.workspace.queue->finishing;
-  const bool falling = args.workspace.queue->falling != 0;
-  if (finishing == 0 && !falling) return;
-  clear(room);
-  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i]);
-  if (!falling) return;
+// A group that falls back is listed when at most so many keys are inside its window: few enough for one block, or for a pass over a list
+// that is cheaper than one over the scores.
+__device__ __forceinline__ uint32_t listable(const Args& args, int group) {
+  const uint32_t most = kAloneUpTo + numel_of(args, group) / 65536, capacity = capacity_of(args, group);
+  return most < capacity ? most : capacity;
+}
+
+// Whole block, the last of a group in a counting pass: the group's new window, and whether it needs one more pass.
+__device__ __forceinline__ void narrowed(const Args& args, int group, const Window& window, int round) {
+  if (thread_id() != 0) return;
+  state_of(args, group).window = window;
+  if (window.inside > listable(args, group)) atomicAdd(&args.workspace.queue->open[round], 1u);
+}
+
+// Narrows the windows of all groups that fall back, a digit a round, all blocks together. After each round all have the same count of open
+// groups: those of the next round go to another place.
+__device__ __noinline__ void narrow_together(const Args& args, Room& room) {
+  Queue& queue = *args.workspace.queue;
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
     for_tiles_in(args, room, run, [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
-    if (!merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group))) return;
-    const Window window = narrow_first(room, args.step.groups[run.group], kScoreDigit, &state.memory);
-    if (thread_id() == 0) state.window = window;
+    if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
+      narrowed(args, run.group, narrow_first(room, args.step.groups[run.group], kScoreDigit, &state.memory), 0);
   });
+  cooperative_groups::this_grid().sync();
+  int round = 0;
+  for (; round < kMaxRounds && queue.open[round] != 0; ++round) {
+    for_falling_runs(args, [&](const Run& run, GroupState& state) {
+      // Read before this block publishes any entry of the group, so before the last block can replace it.
+      const Window window = state.window;
+      if (window.inside <= listable(args, run.group)) return;
+      const int shift = window_shift(window);
+      for_tiles_in(args, room, run, [&](const Tile& tile) {
+        count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
+      });
+      if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
+        narrowed(args, run.group, narrow(room, window, shift, window.lo, &state.memory), round + 1);
+    });
+    cooperative_groups::this_grid().sync();
+  }
+  // All blocks have read all counts but the last, which is 0, and the queue.
+  if (blockIdx.x == 0 && thread_id() == 0) queue = {};
 }
 
-// One more digit for the groups that fall back and whose window still has too many keys.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_narrow_kernel(const Args __grid_constant__ args) {
-  __shared__ Room room;
-  if (skipped(args.step) || args.workspace.queue->falling == 0) return;
-  clear(room);
+// Judges the groups that fall back by the windows that were found; the block that completes one settles it.
+__device__ __noinline__ void judge_together(const Args& args, JudgeRoom& room) {
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
-    // Read before this block publishes any entry of the group, so before the last block can replace it.
-    const Window window = state.window;
-    if (window.inside <= capacity_of(args, run.group)) return;
-    const int shift = window_shift(window);
-    for_tiles_in(args, room, run,
-                 [&](const Tile& tile) { count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index()); });
-    if (!merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group))) return;
-    const Window narrowed = narrow(room, window, shift, window.lo, &state.memory);
-    if (thread_id() == 0) state.window = narrowed;
-  });
-}
-
-// Judges the groups that fall back by the window that was found; the block that completes one settles it.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_apply_kernel(const Args __grid_constant__ args) {
-  __shared__ JudgeRoom room;
-  if (skipped(args.step)) return;
-  if (blockIdx.x == 0 && thread_id() == 0) args.workspace.queue->finishing = 0;  // no block reads it in this launch
-  // Read once for the block: others count it down in this launch. A block that finds 0 has no entry of a group that falls back.
-  if (thread_id() == 0) room.last = args.workspace.queue->falling == 0;
-  __syncthreads();
-  if (room.last) return;
-  clear(room);
-  for_falling_runs(args, [&](const Run& run, GroupState& state) {
-    const bool listable = state.window.inside <= capacity_of(args, run.group);
-    begin_judging(room, state.window, state.progress, candidates_of(args, run.group), listable ? capacity_of(args, run.group) : 0, false);
+    begin_judging(room, state.window, state.progress, candidates_of(args, run.group), capacity_of(args, run.group), false);
     uint32_t num_above = 0;
     for_tiles_in(args, room, run, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
     end_judging(room, num_above, args.step.counters[run.group]);
-    if (!publish_is_last(room, state.progress, numel_of(args, run.group))) return;
-    if (room.group.capacity != 0)
+    if (publish_is_last(room, state.progress, numel_of(args, run.group)))
       settle_group(args, room, run.group, room.group.list, room.group.window.inside, room.group.window, room.group.window);
-    else
-      fall_back_alone(args, room, run.group, room.group.window);
-    if (thread_id() == 0) atomicSub(&args.workspace.queue->falling, 1u);
   });
+}
+
+// What the update could not conclude, all blocks together, all of them resident: groups with many candidates are finished; those that fall
+// back are narrowed, judged and settled, with barriers over the grid between. In most steps there is neither, and no barrier either.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_kernel(const Args __grid_constant__ args) {
+  __shared__ JudgeRoom room;
+  if (skipped(args.step)) return;
+  Queue& queue = *args.workspace.queue;
+  const uint32_t finishing = queue.finishing, falling = queue.falling;
+  if (finishing == 0 && falling == 0) return;
+  clear(room);
+  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i]);
+  if (falling != 0) {
+    narrow_together(args, room);
+    judge_together(args, room);
+  } else if (thread_id() == 0 && atomicAdd(&queue.read, 1u) == gridDim.x - 1) {  // nobody reads the queue any more
+    queue.finishing = 0;
+    queue.read = 0;
+  }
 }
 
 // The gradients [first, first + count) by value.
@@ -317,9 +330,7 @@ void step(const Step& step, void* stream) {
   else
     launch<step_joint_kernel>("step", "step_joint_kernel", step.num_tiles, stream, args, table);
   if (step.num_groups != 0 && !args.workspace.alone) {
-    launch<step_finish_kernel>("step", "step_finish_kernel", step.num_scored_tiles, stream, args);
-    launch<step_narrow_kernel>("step", "step_narrow_kernel", step.num_scored_tiles, stream, args);
-    launch<step_apply_kernel>("step", "step_apply_kernel", step.num_scored_tiles, stream, args);
+    launch_together<step_finish_kernel>("step", "step_finish_kernel", step.num_scored_tiles, stream, args);
   }
   if (unit_tiles) launch<step_spread_kernel>("step", "step_spread_kernel", unit_tiles * (kTile / kWarp), stream, args);
 }

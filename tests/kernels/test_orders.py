@@ -27,7 +27,7 @@ def test_the_simulator_runs_the_kernels(simulator):
     """The fixture does route there: launches are counted, and a step has at most as many as the design allows, however many layers."""
     params = make_params([100 + i for i in range(50)])
     opt = FastBiP(params, **MOVING)
-    for phase, most in (("lower", 1), ("upper", 4), ("joint", 4)):
+    for phase, most in (("lower", 1), ("upper", 2), ("joint", 2)):
         simulator.launches()
         with getattr(opt, phase)():
             opt.step()

@@ -11,7 +11,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # blocks of 256 threads on a multiprocessor with 64 K registers; the bytes in flight that follow are checked in update.cuh
-BLOCKS = {"step_lower": 3, "step_upper": 3, "step_joint": 2, "step_finish": 3, "step_narrow": 3, "step_apply": 3}
+BLOCKS = {"step_lower": 3, "step_upper": 3, "step_joint": 2, "step_finish": 3}
 BLOCKS |= {"step_sums": 2, "step_scores": 3, "step_spread": 3}
 BLOCKS |= {"topk_count": 3, "topk_narrow": 3, "topk_apply": 3}
 
@@ -34,8 +34,8 @@ def test_nothing_spills_and_the_blocks_fit(source):
     text = report(source)
     spills = re.findall(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert len(spills) >= 3
-    # flush_pending is called once for every hundred candidates: two registers of its caller may go to the stack.
-    allowed = {"flush_pending": 8}
+    # flush_pending is called once for every hundred candidates, merge once for a block's share of a group.
+    allowed = {"flush_pending": 8, "merge": 16}
     assert not [
         (function, stores, loads)
         for function, stores, loads in spills

@@ -23,6 +23,7 @@ def sim(library):
     simulator = build.Simulator(library)
     yield simulator
     simulator.set_seed(0)
+    simulator.set_max_grid(4)
 
 
 @pytest.fixture
@@ -84,6 +85,16 @@ def test_seed_changes_the_order_of_blocks_and_warps(run, sim):
     assert any(orders[2][i : i + 8] != sorted(orders[2][i : i + 8]) for i in range(0, 40, 8))
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("blocks", [1, 2, 12])
+def test_a_barrier_over_the_grid(run, sim, seed, blocks):
+    sim.set_seed(seed)
+    sim.set_max_grid(12)
+    parts, sums = np.zeros(blocks, np.int32), np.zeros(blocks, np.int32)
+    run("grid_sums", parts, sums, n=blocks)
+    np.testing.assert_array_equal(sums, 3 * blocks * (blocks + 1) // 2)
+
+
 def test_launches_are_counted(run, sim):
     sim.launches()
     run("collectives", np.zeros(THREADS, np.int32))
@@ -106,6 +117,11 @@ FAULTS = {
     "null": r"block 0, thread 200: access to memory that is not mapped",
     "endless_barriers": r"no end in sight: thread 0 waits at __syncthreads",
     "deep_stack": r"access to memory that is not mapped",
+    "missing_block": r"block \d waits at a barrier over the grid \(.*faults.cu:\d+\), but block 1 has ended",
+    "missing_thread": r"block 1, thread \d+: divergent barrier: .*waits at a barrier over the grid .* but thread 40 has exited",
+    "divergent_grid_barrier": r"divergent barrier over the grid: block \d waits at .*, but block \d waits at",
+    "not_together": r"a barrier over the grid in a launch whose blocks need not be resident \(.*faults.cu:\d+\)",
+    "too_many_together": r"too many blocks in cooperative launch: 5",
     "empty_grid": r"invalid configuration: 0 blocks of 256 threads",
 }
 
@@ -169,6 +185,16 @@ def test_a_race_between_blocks_shows_under_some_seed(run, sim):
         missed += total[0] != 9 * THREADS
         assert seed or not missed  # block after block
     assert missed
+
+
+def test_a_missing_barrier_over_the_grid_shows_under_some_seed(run, sim):
+    wrong = 0
+    for seed in range(1, 12):
+        sim.set_seed(seed)
+        parts, sums = np.zeros(4, np.int32), np.zeros(4, np.int32)
+        run("missing_grid_barrier", parts, sums, n=4)
+        wrong += bool((sums != 30).any())
+    assert wrong
 
 
 def test_faults_outside_kernels_are_not_swallowed(library):

@@ -71,9 +71,9 @@ def test_the_first_mask_is_group_magnitude(backend, pattern):
     means, masks = [], []
     for p, x in zip(params, before, strict=True):
         blocks = parse(pattern).divide(p.shape, p.stride(), Layer())
-        members = reference.expand(torch.arange(blocks.units, device=p.device), blocks)
+        members = reference.expand(torch.arange(blocks.units), blocks)
         flat = flat_like(p, x).abs().double()
-        sums = torch.zeros(blocks.units, dtype=torch.float64, device=p.device).index_add(0, members, flat)
+        sums = torch.zeros(blocks.units, dtype=torch.float64).index_add(0, members, flat)
         means.append(sums / torch.bincount(members))
         masks.append(flat_like(p, opt.mask_of(p)).double())
         masks[-1] = torch.zeros_like(means[-1]).index_add(0, members, masks[-1]) / torch.bincount(members)

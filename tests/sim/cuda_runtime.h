@@ -5,6 +5,7 @@
 //   - barriers that not all threads of the block reach, or reach at different lines; also a thread that exits before one
 //   - collectives that a lane of the mask misses, reaches with another mask or at another line, or that read a lane outside the mask
 //   - an index past the end of an array of known size (shared arrays), and a vector access that is not aligned to its size
+//   - a barrier over the grid that a thread or a block does not reach, reaches elsewhere, or that a launch does not allow
 //   - a block that goes round its barriers without end
 //   - any access to unmapped memory: null, wild, or just past the end of memory from `guarded()`
 //   - shared memory used before it is written: every block starts with it full of 0xA5
@@ -44,7 +45,12 @@ struct alignas(8) uint2 {
 };
 extern dim3 threadIdx, blockIdx, gridDim, blockDim;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 
@@ -63,8 +69,9 @@ namespace sim {
 
 enum class Collective { none, sync, ballot, shfl, shfl_up, shfl_xor };
 
-cudaError_t run_grid(dim3 grid, dim3 block, void (*thread)(void*), void* context);
+cudaError_t run_grid(dim3 grid, dim3 block, bool together, void (*thread)(void*), void* context);
 void barrier(const char* file, int line);
+void grid_barrier(const char* file, int line);
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int argument, const char* file, int line);
 void maybe_yield();  // where another thread may go ahead
 
@@ -108,7 +115,12 @@ struct Call {
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
   sim::Call<P...> call{kernel, arguments};
-  return sim::run_grid(grid, block, sim::Call<P...>::thread, &call);
+  return sim::run_grid(grid, block, false, sim::Call<P...>::thread, &call);
+}
+template <class... P>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  sim::Call<P...> call{kernel, arguments};
+  return sim::run_grid(grid, block, true, sim::Call<P...>::thread, &call);
 }
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { sim::barrier(file, line); }

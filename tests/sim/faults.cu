@@ -48,7 +48,49 @@ __global__ void last_block_kernel(int* parts, unsigned* arrived, int* total) {
     for (unsigned block = 0; block < gridDim.x; ++block) *total += parts[block];
 }
 
+// Every block sums what all blocks wrote before the barrier; twice, so that a barrier serves again.
+__global__ void grid_sums_kernel(int* parts, int* sums) {
+  for (int round = 1; round <= 2; ++round) {
+    if (thread_id() == 0) parts[blockIdx.x] = round * static_cast<int>(blockIdx.x + 1);
+    cooperative_groups::this_grid().sync();
+    if (thread_id() == 1)
+      for (unsigned block = 0; block < gridDim.x; ++block) sums[blockIdx.x] += parts[block];
+    cooperative_groups::this_grid().sync();
+  }
+}
+
 // ---- at fault ----
+
+// The second block waits for a flag instead of the barrier and never comes.
+__global__ void missing_block_kernel(int* data) {
+  if (blockIdx.x == 1) return;
+  cooperative_groups::this_grid().sync();
+  data[threadIdx.x] = 1;
+}
+
+__global__ void missing_thread_kernel(int* data) {
+  if (blockIdx.x == 1 && threadIdx.x == 40) return;
+  cooperative_groups::this_grid().sync();
+  data[threadIdx.x] = 1;
+}
+
+__global__ void divergent_grid_barrier_kernel(int* data) {
+  if (blockIdx.x == 0)
+    cooperative_groups::this_grid().sync();
+  else
+    cooperative_groups::this_grid().sync();
+  data[threadIdx.x] = 1;
+}
+
+// Without the second barrier a fast block writes what a slow one has not read.
+__global__ void missing_grid_barrier_kernel(int* parts, int* sums) {
+  for (int round = 1; round <= 2; ++round) {
+    if (thread_id() == 0) parts[blockIdx.x] = round * static_cast<int>(blockIdx.x + 1);
+    cooperative_groups::this_grid().sync();
+    if (thread_id() == 1)
+      for (unsigned block = 0; block < gridDim.x; ++block) sums[blockIdx.x] += __ldcg(&parts[block]);
+  }
+}
 
 // Arrives before its part is written: in no order of whole blocks does the last one miss a part.
 __global__ void early_arrival_kernel(int* parts, unsigned* arrived, int* total) {
@@ -141,7 +183,11 @@ __global__ void deep_stack_kernel(int* data) {
 
 template <class... P, class... A>
 void run(void (*kernel)(P...), int blocks, A... arguments) {
-  launch_with(kernel, "fault", "kernel", blocks, nullptr, arguments...);
+  launch_with(kernel, false, "fault", "kernel", blocks, nullptr, arguments...);
+}
+template <class... P, class... A>
+void run_together(void (*kernel)(P...), int blocks, A... arguments) {
+  launch_with(kernel, true, "fault", "kernel", blocks, nullptr, arguments...);
 }
 
 void run_by_name(const std::string& name, int* a, int* b, int* c, int n) {
@@ -165,6 +211,13 @@ void run_by_name(const std::string& name, int* a, int* b, int* c, int n) {
   if (name == "missing_barrier") return run(missing_barrier_kernel, 1, a);
   if (name == "endless_barriers") return run(endless_barriers_kernel, 1, a);
   if (name == "deep_stack") return run(deep_stack_kernel, 1, a);
+  if (name == "grid_sums") return run_together(grid_sums_kernel, n, a, b);
+  if (name == "missing_block") return run_together(missing_block_kernel, 3, a);
+  if (name == "missing_thread") return run_together(missing_thread_kernel, 3, a);
+  if (name == "divergent_grid_barrier") return run_together(divergent_grid_barrier_kernel, 3, a);
+  if (name == "missing_grid_barrier") return run_together(missing_grid_barrier_kernel, n, a, b);
+  if (name == "not_together") return run(grid_sums_kernel, 2, a, b);
+  if (name == "too_many_together") return run_together(grid_sums_kernel, 5, a, b);
   if (name == "empty_grid") return run(sum_kernel, 0, a, b);
   throw std::runtime_error("no kernel " + name);
 }

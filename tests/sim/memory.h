@@ -36,6 +36,7 @@ inline char* allocate_stacks(size_t count, size_t bytes, size_t guard) {
   for (size_t i = 0; i < count; ++i) mprotect(static_cast<char*>(memory) + i * bytes, guard, PROT_NONE);
   return static_cast<char*>(memory);
 }
+inline void free_stacks(char* stacks, size_t count, size_t bytes) { munmap(stacks, count * bytes); }
 
 // While it lives, a memory or arithmetic fault calls `on_fault` with a description. It returns only if the fault is none of its business:
 // then the handlers of before are back, and get it. The handler has a stack of its own, which `on_fault` may leave for good (SA_NODEFER).

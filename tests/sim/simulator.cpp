@@ -19,10 +19,11 @@ namespace sim {
 namespace {
 
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kMaxTogether = 8192;  // threads of all blocks of a launch that may have barriers over its grid
 constexpr size_t kStack = 128 * 1024, kStackGuard = 4096;
 constexpr int kMaxBarriers = 200'000;  // in one block: more is taken for a loop without end
 
-enum class State { ready, at_barrier, at_collective, done };
+enum class State { ready, at_barrier, at_grid_barrier, at_collective, done };
 const char* const kCollectiveNames[] = {"", "__syncwarp", "__ballot_sync", "__shfl_sync", "__shfl_up_sync", "__shfl_xor_sync"};
 
 struct Thread {
@@ -41,9 +42,11 @@ struct Simulator {
   std::vector<Thread> all;    // of all blocks that are resident
   Thread* threads = nullptr;  // of the block that runs
   char* stacks = nullptr;
+  size_t num_stacks = 0;
   Context scheduler;
   unsigned num_threads = 0, current = 0;
   bool in_thread = false;  // a fibre runs: faults are its own
+  bool together = false;   // blocks may wait for each other
   bool faulted = false;
   std::string message;
   std::string host_fault;  // one that the code around a launch made: the next launch reports it
@@ -115,6 +118,7 @@ std::string describe(unsigned thread) {
   const std::string name = "thread " + std::to_string(thread);
   if (t.state == State::done) return name + " has exited";
   if (t.state == State::at_barrier) return name + " waits at __syncthreads (" + place(t.file, t.line) + ")";
+  if (t.state == State::at_grid_barrier) return name + " waits at a barrier over the grid (" + place(t.file, t.line) + ")";
   char mask[16];
   std::snprintf(mask, sizeof mask, "%08x", t.mask);
   return name + " waits at " + kCollectiveNames[static_cast<int>(t.kind)] + " with mask " + mask + " (" + place(t.file, t.line) + ")";
@@ -187,31 +191,35 @@ bool run_warp(unsigned warp) {
   return progress;
 }
 
-// Nobody can run. True: the block goes on after its barrier. False: it has ended, or is stuck, which is a fault.
-bool release_barrier() {
+// What becomes of a block in which nobody can run: it goes on after its barrier, waits for the other blocks, or has ended, if not faulted.
+enum class Block { running, waiting, ended };
+
+Block release_barrier() {
   int waiting = -1, done = -1, elsewhere = -1;
   for (unsigned i = 0; i < s.num_threads; ++i) {
     const Thread& t = s.threads[i];
     if (t.state == State::at_collective)
       return record(thread_name(i) + ": a collective is not reached by all lanes of its mask: " + describe(i) + ", but " +
                     describe(static_cast<unsigned>(missing_lane(i)))),
-             false;
+             Block::ended;
     if (t.state == State::done) done = static_cast<int>(i);
-    if (t.state != State::at_barrier) continue;
+    if (t.state != State::at_barrier && t.state != State::at_grid_barrier) continue;
     if (waiting < 0) waiting = static_cast<int>(i);
     const Thread& other = s.threads[static_cast<unsigned>(waiting)];
     if (t.line != other.line || std::strcmp(t.file, other.file) != 0) elsewhere = static_cast<int>(i);
   }
-  if (waiting < 0) return false;
+  if (waiting < 0) return Block::ended;
   const int culprit = elsewhere >= 0 ? elsewhere : done;
   if (culprit >= 0)
     return record(thread_name(static_cast<unsigned>(waiting)) + ": divergent barrier: " + describe(static_cast<unsigned>(waiting)) +
                   ", but " + describe(static_cast<unsigned>(culprit))),
-           false;
+           Block::ended;
   if (++s.barriers > kMaxBarriers)
-    return record(thread_name(0) + ": no end in sight: " + describe(0) + " for the " + std::to_string(s.barriers) + "th time"), false;
+    return record(thread_name(0) + ": no end in sight: " + describe(0) + " for the " + std::to_string(s.barriers) + "th time"),
+           Block::ended;
+  if (s.threads[0].state == State::at_grid_barrier) return Block::waiting;
   for (unsigned i = 0; i < s.num_threads; ++i) s.threads[i].state = State::ready;
-  return true;
+  return Block::running;
 }
 
 // ---- all blocks ----
@@ -219,7 +227,7 @@ bool release_barrier() {
 // A block that is resident: its shared memory and barriers while another one runs.
 struct Resident {
   unsigned block = 0;
-  bool active = false;
+  Block state = Block::ended;
   int barriers = 0;
   std::vector<char> shared;
 };
@@ -227,15 +235,15 @@ struct Resident {
 size_t shared_size() { return __start_bip_shared ? static_cast<size_t>(__stop_bip_shared - __start_bip_shared) : 0; }
 
 void begin_block(Resident& resident, size_t place, unsigned block) {
-  resident = {block, true, 0, std::vector<char>(shared_size(), static_cast<char>(0xA5))};
+  resident = {block, Block::running, 0, std::vector<char>(shared_size(), static_cast<char>(0xA5))};
   for (size_t i = place * s.num_threads; i < (place + 1) * s.num_threads; ++i) {
     s.all[i].state = State::ready;
     make_context(s.all[i].context, s.stacks + i * kStack + kStackGuard, kStack - kStackGuard, thread_main);
   }
 }
 
-// Runs some warps of the block, or lets it pass its barrier. False: it has ended, or there is a fault.
-bool advance_block() {
+// Runs some warps of the block, or lets it pass its barrier.
+Block advance_block() {
   const unsigned warps = (s.num_threads + kWarp - 1) / kWarp;
   const unsigned start = s.seed ? static_cast<unsigned>(next_random() % warps) : 0;
   const bool backwards = s.seed && (next_random() & 1u);
@@ -245,43 +253,71 @@ bool advance_block() {
     // With a seed a warp may run far ahead of the others.
     const unsigned turns = s.seed ? 1 + static_cast<unsigned>(next_random() % 4) : 1;
     for (unsigned turn = 0; turn < turns && !s.faulted && run_warp(warp); ++turn) progress = true;
-    if (progress && s.seed && next_random() % 4 == 0) return true;
+    if (progress && s.seed && next_random() % 4 == 0) return Block::running;
   }
-  return s.faulted ? false : progress || release_barrier();
+  return s.faulted ? Block::ended : progress ? Block::running : release_barrier();
 }
 
-// The block at `place` runs for a while: with a seed until another one's turn comes, otherwise to its end.
+// The block at `place` runs for a while: with a seed until another one's turn comes, otherwise until it has ended or waits for others.
 void run_resident(Resident& resident, size_t place) {
   blockIdx = dim3(resident.block, 0, 0);
   s.threads = s.all.data() + place * s.num_threads;
   s.barriers = resident.barriers;
   if (shared_size()) std::memcpy(__start_bip_shared, resident.shared.data(), shared_size());
-  for (uint64_t turns = s.seed ? 1 + next_random() % (next_random() % 8 ? 4 : 64) : ~0ull; turns && resident.active; --turns)
-    resident.active = advance_block();
+  for (uint64_t turns = s.seed ? 1 + next_random() % (next_random() % 8 ? 4 : 64) : ~0ull; turns && resident.state == Block::running;
+       --turns)
+    resident.state = advance_block();
   if (shared_size()) std::memcpy(resident.shared.data(), __start_bip_shared, shared_size());
   resident.barriers = s.barriers;
 }
 
-// With a seed several blocks are resident and take turns; otherwise one after the other.
+// No block can run: those that wait go on, or it is a fault that others will never come.
+void release_grid_barrier(std::vector<Resident>& residents) {
+  const Resident *waiting = nullptr, *ended = nullptr;
+  const auto threads_of = [&](const Resident& resident) { return s.all.data() + (&resident - residents.data()) * s.num_threads; };
+  const auto where = [&](const Resident& resident) {
+    return "block " + std::to_string(resident.block) + " waits at a barrier over the grid (" +
+           place(threads_of(resident)->file, threads_of(resident)->line) + ")";
+  };
+  for (Resident& resident : residents) (resident.state == Block::waiting ? waiting : ended) = &resident;
+  if (!waiting) return;
+  if (ended) return record(where(*waiting) + ", but block " + std::to_string(ended->block) + " has ended");
+  for (Resident& resident : residents) {
+    if (where(resident).substr(where(resident).find(" waits")) != where(*waiting).substr(where(*waiting).find(" waits")))
+      return record("divergent barrier over the grid: " + where(*waiting) + ", but " + where(resident));
+  }
+  for (Resident& resident : residents) {
+    resident.state = Block::running;
+    for (unsigned i = 0; i < s.num_threads; ++i) threads_of(resident)[i].state = State::ready;
+  }
+}
+
+// With a seed several blocks are resident and take turns; otherwise one after the other. All are resident where they may wait for each
+// other.
 void run_blocks(const std::vector<unsigned>& order) {
-  std::vector<Resident> residents(s.seed ? std::min<size_t>(kMaxThreads / s.num_threads, order.size()) : 1);
-  size_t begun = 0, active = 0;
-  for (; active < residents.size(); ++active) begin_block(residents[active], active, order[begun++]);
-  while (active && !s.faulted) {
+  const size_t most = s.seed ? std::min<size_t>(kMaxThreads / s.num_threads, order.size()) : 1;
+  std::vector<Resident> residents(s.together ? order.size() : most);
+  size_t begun = 0;
+  for (; begun < residents.size(); ++begun) begin_block(residents[begun], begun, order[begun]);
+  const auto runs = [](const Resident& resident) { return resident.state == Block::running; };
+  while (!s.faulted) {
+    if (std::none_of(residents.begin(), residents.end(), runs)) release_grid_barrier(residents);
+    if (s.faulted || std::none_of(residents.begin(), residents.end(), runs)) return;
     size_t place = s.seed ? next_random() % residents.size() : 0;
-    while (!residents[place].active) place = (place + 1) % residents.size();
+    while (!runs(residents[place])) place = (place + 1) % residents.size();
     run_resident(residents[place], place);
-    if (residents[place].active) continue;
-    if (begun < order.size())
-      begin_block(residents[place], place, order[begun++]);
-    else
-      --active;
+    if (residents[place].state == Block::ended && begun < order.size()) begin_block(residents[place], place, order[begun++]);
   }
 }
 
 }  // namespace
 
 void barrier(const char* file, int line) { wait(State::at_barrier, file, line); }
+
+void grid_barrier(const char* file, int line) {
+  if (!s.together) fault("a barrier over the grid in a launch whose blocks need not be resident (" + place(file, line) + ")");
+  wait(State::at_grid_barrier, file, line);
+}
 
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int argument, const char* file, int line) {
   Thread& me = s.threads[s.current];
@@ -299,7 +335,7 @@ void maybe_yield() {
   if (s.seed && next_random() % 16 == 0) wait(State::ready, "", 0);
 }
 
-cudaError_t run_grid(dim3 grid, dim3 block, void (*thread)(void*), void* context) {
+cudaError_t run_grid(dim3 grid, dim3 block, bool together, void (*thread)(void*), void* context) {
   const std::lock_guard<std::mutex> lock(s.mutex);
   ++s.launches;
   s.faulted = true;
@@ -309,9 +345,19 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*thread)(void*), void* context
     s.message = std::exchange(s.host_fault, {});
     return cudaErrorLaunchFailure;
   }
+  const size_t num_stacks = together ? static_cast<size_t>(grid.x) * block.x : kMaxThreads;
+  if (together && (grid.x > static_cast<unsigned>(s.max_grid) || num_stacks > kMaxTogether)) {
+    s.message = "too many blocks in cooperative launch: " + std::to_string(grid.x);
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   s.faulted = false;
-  if (!s.stacks) s.stacks = allocate_stacks(kMaxThreads, kStack, kStackGuard);
-  s.all.resize(kMaxThreads);
+  s.together = together;
+  if (s.num_stacks < num_stacks) {
+    if (s.stacks) free_stacks(s.stacks, s.num_stacks, kStack);
+    s.num_stacks = std::max<size_t>(num_stacks, kMaxThreads);
+    s.stacks = allocate_stacks(s.num_stacks, kStack, kStackGuard);
+    s.all.resize(s.num_stacks);
+  }
   s.num_threads = block.x;
   s.run = thread;
   s.context = context;
