@@ -40,7 +40,8 @@ struct JudgeGroup {
 
 struct JudgeRoom : Room {
   JudgeGroup group;
-  uint32_t flips;  // mask bits that this block has changed in the group
+  uint32_t flips;   // mask bits that this block has changed in the group
+  uint32_t listed;  // where the block's last candidates go in the group's list
   uint32_t num_pending[kWarps];
   Candidate pending[kWarps][kPending];
 };
@@ -63,19 +64,23 @@ __device__ __forceinline__ uint32_t sum_of_warp(uint32_t value) {
   return value;
 }
 
-// Moves a warp's `pending` candidates to the group's list.
-__device__ __noinline__ inline void flush_pending(JudgeRoom& room, uint32_t pending) {
+// Copies a warp's `pending` candidates to places of the group's list, from `at`.
+__device__ __forceinline__ void list_pending(JudgeRoom& room, uint32_t at, uint32_t pending) {
   const JudgeGroup& group = room.group;
-  __syncwarp();
-  uint32_t at = 0;
-  if (lane_id() == 0) at = atomicAdd(&group.progress->collected, pending);
-  at = __shfl_sync(kAllLanes, at, 0);
   for (uint32_t i = static_cast<uint32_t>(lane_id()); i < pending; i += kWarp) {
     const Candidate candidate = room.pending[warp_id()][i];
     if (at + i < group.capacity) group.list[at + i] = candidate;
     if (group.counted)
       count(room.histogram, static_cast<int>((candidate.key - group.window.lo) >> group.shift), static_cast<uint32_t>(candidate.key >> 32));
   }
+}
+
+// Moves a warp's `pending` candidates to the group's list.
+__device__ __noinline__ inline void flush_pending(JudgeRoom& room, uint32_t pending) {
+  __syncwarp();
+  uint32_t at = 0;
+  if (lane_id() == 0) at = atomicAdd(&room.group.progress->collected, pending);
+  list_pending(room, __shfl_sync(kAllLanes, at, 0), pending);
   __syncwarp();
 }
 
@@ -205,10 +210,20 @@ __device__ inline void judge_tile(JudgeRoom& room, uint32_t& num_above, const Ti
 
 // Adds up what the block's warps have found in a group; every lane brings its `num_above`. Called before the block publishes its entries.
 __device__ inline void end_judging(JudgeRoom& room, uint32_t num_above, Counters& counters) {
-  if (room.num_pending[warp_id()]) flush_pending(room, room.num_pending[warp_id()]);
-  const uint32_t above = sum_of_warp(num_above);
-  if (lane_id() == 0 && above) atomicAdd(&room.above, above);
+  const uint32_t sum = sum_of_warp(num_above);
+  if (lane_id() == 0 && sum) atomicAdd(&room.above, sum);
   __syncthreads();
+  // Thousands of warps end at the same time, so a block makes room in the list once for all of its warps.
+  uint32_t before = 0, pending = 0;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    if (warp < warp_id()) before += room.num_pending[warp];
+    pending += room.num_pending[warp];
+  }
+  if (pending != 0) {
+    if (thread_id() == 0) room.listed = atomicAdd(&room.group.progress->collected, pending);
+    __syncthreads();
+    list_pending(room, room.listed + before, room.num_pending[warp_id()]);
+  }
   if (thread_id() == 0 && room.flips)
     atomicAdd(reinterpret_cast<unsigned long long*>(&counters.flips), static_cast<unsigned long long>(room.flips));
 }

@@ -62,7 +62,10 @@ __device__ __forceinline__ void update_number(const Args& args, const GradientTa
     if (kPhase == Phase::upper && !tile.tensor.scores) return;
   }
   if (gradient.data) {
-    const Job job{tile, step.hypers[tile.tensor.hyper], inverse_scale, gradient.data, gradient.dtype};
+    const int quad_bytes = gradient.dtype == DType::f32 ? 16 : 8;
+    const Job job{tile,           step.hypers[tile.tensor.hyper],
+                  inverse_scale,  gradient.data,
+                  gradient.dtype, reinterpret_cast<uintptr_t>(gradient.data) % quad_bytes == 0};
     update_tile<kPhase>(job, room, sums);
   } else {
     if constexpr (kPhase != Phase::lower) {

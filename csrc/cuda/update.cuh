@@ -48,6 +48,7 @@ struct Job {
   float inverse_scale;  // of gradients
   const void* gradient;
   DType gradient_dtype;
+  bool gradient_aligned;  // to a quad of its own
 };
 
 // What a lane counts.
@@ -172,18 +173,22 @@ __device__ __forceinline__ void update_quads(const Job& job, AnyRoom& room, Sums
     if (scored) s[ahead] = load_quad<kVector>(tensor.scores + entry, exist);
   }
   const Hyper hyper = job.hyper;
-  load_gradients<kAhead_, kVector>(g, job, base);
+  if (kVector && job.gradient_aligned)
+    load_gradients<kAhead_, true>(g, job, base);
+  else  // views of a bucket or of a shard may begin anywhere
+    load_gradients<kAhead_, false>(g, job, base);
 #pragma unroll
   for (int ahead = 0; ahead < kAhead_; ++ahead)
     update_quad<kPhase, Way>(job, hyper, room, sums, base + ahead * kStride + lane_id() * kQuad, words[ahead], g[ahead], theta[ahead],
                              v[ahead], s[ahead]);
 }
 
-// Whether all of a tile's arrays can be moved in quads. 16-byte alignment for 2-byte types is more than needed, and what allocators give.
+// Whether all of a tile's arrays but the gradient can be moved in quads. 16-byte alignment of a parameter of a 2-byte type is more than
+// needed, and what allocators give.
 template <Phase kPhase>
 __device__ __forceinline__ bool vectorizes(const Job& job) {
   const Tensor& tensor = job.tile.tensor;
-  uintptr_t bits = reinterpret_cast<uintptr_t>(job.gradient) | reinterpret_cast<uintptr_t>(tensor.theta);
+  uintptr_t bits = reinterpret_cast<uintptr_t>(tensor.theta);
   if (kPhase != Phase::upper) bits |= reinterpret_cast<uintptr_t>(tensor.momentum) | reinterpret_cast<uintptr_t>(tensor.param);
   if (kPhase != Phase::lower) bits |= reinterpret_cast<uintptr_t>(tensor.scores) | reinterpret_cast<uintptr_t>(tensor.score_momentum);
   return job.tile.entries == kTile && bits % alignof(Quad<float>) == 0;
