@@ -30,13 +30,18 @@ __device__ __forceinline__ void for_tiles_of(const Args& args, int group, Body b
   }
 }
 
+// Nobody waits for what a counter held.
+__device__ __forceinline__ void add(int64_t& counter, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(&counter), static_cast<unsigned long long>(value));
+}
+
 // Flips the mask bit and z of one candidate.
 __device__ __noinline__ inline void flip(const Args& args, int group, const Candidate& candidate, bool kept) {
   const Tile tile(args.step, candidate.tile);
   const int64_t entry = tile.first + (candidate.entry & ~kKeptNow);
   atomicXor(&tile.tensor.mask[entry / kWarp], 1u << (entry % kWarp));  // other threads flip other bits of the word
   if (tile.tensor.param) flip_z(tile.tensor, entry, kept);             // units have none
-  atomicAdd(reinterpret_cast<unsigned long long*>(&args.step.counters[group].flips), 1ull);
+  add(args.step.counters[group].flips, 1);
 }
 
 // Gives one candidate its final mask bit and z. Most have them already, and nothing of theirs is read.
@@ -69,7 +74,7 @@ __device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom&
     window = narrow(room, window, shift, window.lo, &state.memory);
   }
   if (thread_id() == 0) state.progress = {};
-  begin_judging(room, window, state.progress, candidates_of(args, group), capacity, false);
+  begin_judging(room, window, state.progress, candidates_of(args, group), capacity);
   uint32_t num_above = 0;
   for_tiles_of(args, group, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
   end_judging(room, num_above, args.step.counters[group]);
@@ -78,36 +83,62 @@ __device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom&
   settle_group(args, room, group, candidates_of(args, group), window.inside, window, window);
 }
 
-// The window held the k-th key, and all keys inside are listed: `wanted` of them are kept. Their histogram is in `room`.
-__device__ inline void accept(const Args& args, JudgeRoom& room, int group, const Window& judged) {
-  GroupState& state = state_of(args, group);
-  Window window = judged;
-  const uint32_t listed = window.inside;
-  const int shift = window_shift(window);
-  const uint32_t rank = rank_of(room, window, shift, state.memory.threshold);
+// Whole block, with the keys inside a window that held the k-th key in `room`'s histogram, and what the group remembers in room.memory:
+// returns the window of the bin of the k-th key, and sets the window of the next step. The histogram is empty afterwards.
+__device__ __noinline__ inline Window next_window(const Args& args, JudgeRoom& room, int group, const Window& judged) {
+  const int shift = window_shift(judged);
+  const uint32_t rank = rank_of(room, judged, shift, room.memory.threshold);
   if (thread_id() == 0) {
-    const int64_t error = static_cast<int64_t>(rank) - window.wanted;
-    widen_window(state.memory, error < 0 ? -error : error, args.step.groups[group].numel);
-    args.step.counters[group].candidates += listed;
+    const int64_t error = static_cast<int64_t>(rank) - judged.wanted;
+    widen_window(room.memory, error < 0 ? -error : error, args.step.groups[group].numel);
+    add(args.step.counters[group].candidates, judged.inside);
   }
   __syncthreads();
-  const Window closed = closed_if_settled(window);
-  if (closed.inside == 0) {  // the k-th key is at the window's edge, and there is no bin to look for
+  Window window = closed_if_settled(judged);
+  if (window.inside == 0) {  // the k-th key is at the window's edge, and there is no bin to look for
     clear(room);
     if (thread_id() == 0) {
-      const double distance = static_cast<double>(window.hi - window.lo) / (listed + 1) * state.memory.half;
-      state.memory.lo = key_below(closed.hi, distance);
-      state.memory.hi = key_above(closed.hi, distance);
+      const double distance = static_cast<double>(judged.hi - judged.lo) / (judged.inside + 1) * room.memory.half;
+      room.memory.lo = key_below(window.hi, distance);
+      room.memory.hi = key_above(window.hi, distance);
     }
-    window = closed;
   } else {
-    window = narrow(room, window, shift, window.lo, &state.memory, true);
+    window = narrow(room, judged, shift, judged.lo, &room.memory, true);
   }
-  if (args.workspace.alone || listed <= kAloneUpTo)
-    return settle_group(args, room, group, candidates_of(args, group), listed, window, judged);
+  if (thread_id() == 0) state_of(args, group).memory = room.memory;
+  return window;
+}
+
+constexpr uint32_t kStaged = kWarps * kPending;
+
+// Whole block: a list, copied to where the candidates of its warps were, if it fits: passes over it then take no trips to memory.
+__device__ __noinline__ inline const Candidate* staged(JudgeRoom& room, const Candidate* list, uint32_t candidates) {
+  if (candidates > kStaged) return list;
+  constexpr int kTogether = 4;
+  Candidate* copy = room.pending[0];
+  for (uint32_t base = thread_id(); base < candidates; base += kTogether * kThreads) {
+    Candidate some[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) some[j] = list[base + j * kThreads < candidates ? base + j * kThreads : base];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      if (base + j * kThreads < candidates) copy[base + j * kThreads] = some[j];
+  }
+  return copy;
+}
+
+// The window held the k-th key, and all keys inside are listed: `wanted` of them are kept.
+__device__ inline void accept(const Args& args, JudgeRoom& room, int group, const Window& judged) {
+  if (args.workspace.alone || judged.inside <= kAloneUpTo) {
+    const Candidate* list = staged(room, candidates_of(args, group), judged.inside);
+    clear(room);
+    count_keys(room, list, judged.inside, judged, window_shift(judged));
+    const Window window = next_window(args, room, group, judged);
+    return settle_group(args, room, group, list, judged.inside, window, judged);
+  }
   if (thread_id() != 0) return;
-  state.window = window;
-  state.listed = listed;
+  GroupState& state = state_of(args, group);
+  state.window = judged;
   state.task = Task::finish;
   args.workspace.finish_list[atomicAdd(&args.workspace.queue->finishing, 1u)] = group;
 }
@@ -119,12 +150,7 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
   if (thread_id() == 0) {
     Counters& counters = args.step.counters[group];
     const int64_t missed = above > selection.kept ? above - selection.kept : selection.kept - above - inside;
-    if (!known)
-      ++counters.first;
-    else if (missed > 0)
-      ++counters.missed;
-    else
-      ++counters.crowded;
+    add(!known ? counters.first : missed > 0 ? counters.missed : counters.crowded, 1);
     widen_window(state.memory, known && missed > 0 ? missed + state.memory.half : 0, selection.numel);
   }
   clear(room);
@@ -137,16 +163,17 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
   atomicAdd(&args.workspace.queue->falling, 1u);
 }
 
-// Run by the block that has published the last entry of a group in the first launch, with the group's whole histogram in `room`.
-// A call, so that what it needs does not take registers from the streaming loop.
+// Run by the block that has published the last entry of a group in the first launch. A call, so that what it needs does not take registers
+// from the streaming loop.
 __device__ __noinline__ inline void conclude(const Args& args, JudgeRoom& room, int group) {
   const bool known = room.group.capacity != 0;
   GroupState& state = state_of(args, group);
   const int64_t kept = args.step.groups[group].kept, above = state.progress.above, inside = state.progress.collected;
+  if (thread_id() == 0) room.memory = state.memory;
   __syncthreads();  // all threads have read it
   if (thread_id() == 0) {
     state.progress = {};
-    ++args.step.counters[group].steps;
+    add(args.step.counters[group].steps, 1);
   }
   const Window& judged = room.group.window;
   if (known && above <= kept && kept <= above + inside && inside <= capacity_of(args, group))

@@ -34,24 +34,22 @@ struct JudgeGroup {
   Progress* progress;
   Candidate* list;
   uint32_t capacity;  // of the list; 0: the window is of no use, and nothing is listed
-  int shift;          // of the histogram's bins
-  bool counted;       // candidates are counted in the block's histogram
 };
 
 struct JudgeRoom : Room {
   JudgeGroup group;
   uint32_t flips;   // mask bits that this block has changed in the group
   uint32_t listed;  // where the block's last candidates go in the group's list
+  Memory memory;    // of a group, while a block sets the next window
   uint32_t num_pending[kWarps];
   Candidate pending[kWarps][kPending];
 };
 
 // Whole block: from here on its warps judge by this group's window.
-__device__ inline void begin_judging(JudgeRoom& room, const Window& window, Progress& progress, Candidate* list, uint32_t capacity,
-                                     bool counted) {
+__device__ inline void begin_judging(JudgeRoom& room, const Window& window, Progress& progress, Candidate* list, uint32_t capacity) {
   __syncthreads();  // no thread uses the previous group any more
   if (thread_id() == 0) {
-    room.group = {window, UnitRange(window), &progress, list, capacity, window_shift(window), counted};
+    room.group = {window, UnitRange(window), &progress, list, capacity};
     room.flips = 0;
   }
   if (lane_id() == 0) room.num_pending[warp_id()] = 0;
@@ -70,8 +68,6 @@ __device__ __forceinline__ void list_pending(JudgeRoom& room, uint32_t at, uint3
   for (uint32_t i = static_cast<uint32_t>(lane_id()); i < pending; i += kWarp) {
     const Candidate candidate = room.pending[warp_id()][i];
     if (at + i < group.capacity) group.list[at + i] = candidate;
-    if (group.counted)
-      count(room.histogram, static_cast<int>((candidate.key - group.window.lo) >> group.shift), static_cast<uint32_t>(candidate.key >> 32));
   }
 }
 

@@ -83,7 +83,7 @@ constexpr uint32_t kFewKeys = kThreads;  // so many keys are ranked by comparing
 
 // One block's shared memory.
 struct Room {
-  Histogram histogram;  // of one group; empty whenever no group is being counted
+  Histogram histogram;  // of one group; empty whenever no group is being counted, but only from clear() on
   uint32_t entries;     // entries of the current group that this block has handled since it last published
   uint32_t above;       // of these, the ones above the window
   uint32_t warp_sums[kWarps];
@@ -95,6 +95,7 @@ struct Room {
   uint64_t few[kFewKeys];
 };
 
+// Whole block. Before anything is counted.
 __device__ inline void clear(Room& room) {
   for (int bin = thread_id(); bin < kBins; bin += kThreads) {
     room.histogram.counts[bin] = 0;
@@ -331,6 +332,14 @@ __device__ __forceinline__ void for_keys(const Candidate* list, uint32_t candida
   }
 }
 
+// Whole block: counts the keys of a list that are inside the window, in bins of 2^shift.
+__device__ __forceinline__ void count_keys(Room& room, const Candidate* list, uint32_t candidates, const Window& window, int shift) {
+  for_keys(list, candidates, [&](uint64_t key, uint32_t) {
+    if (key >= window.lo && key < window.hi)
+      count(room.histogram, static_cast<int>((key - window.lo) >> shift), static_cast<uint32_t>(key >> 32));
+  });
+}
+
 // Whole block, an open window with at most kFewKeys keys inside, all of them in the list: the closed window at the k-th key.
 __device__ inline Window close_over_few(Room& room, const Candidate* list, uint32_t candidates, const Window& window) {
   if (thread_id() == 0) room.num_few = 0;
@@ -359,11 +368,7 @@ __device__ inline Window settle(Room& room, const Candidate* list, uint32_t cand
                                 Repair repair) {
   while (window.inside > kFewKeys) {
     const int shift = window_shift(window);
-    for (uint32_t i = thread_id(); i < candidates; i += kThreads) {
-      const uint64_t key = list[i].key;
-      if (key >= window.lo && key < window.hi)
-        count(room.histogram, static_cast<int>((key - window.lo) >> shift), static_cast<uint32_t>(key >> 32));
-    }
+    count_keys(room, list, candidates, window, shift);
     window = narrow(room, window, shift, window.lo);
   }
   if (window.inside != 0) window = close_over_few(room, list, candidates, window);

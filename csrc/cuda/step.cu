@@ -100,7 +100,8 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
     room.end = share.end;
     room.inverse_scale = inverse_of(step.grad_scale);
   }
-  clear(room);
+  if (thread_id() == 0) room.entries = room.above = 0;
+  __syncthreads();
   Sums sums;
   while (room.run.end < room.end) {
     const Run run = next_run(step, room.run.end, room.end);
@@ -115,13 +116,13 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
     // Read before this block publishes any entry of the group, so before the last block replaces it.
     const Guess guess = guess_of(args, run.group);
     begin_judging(room, guess.window, state_of(args, run.group).progress, candidates_of(args, run.group),
-                  guess.known ? capacity_of(args, run.group) : 0, true);
+                  guess.known ? capacity_of(args, run.group) : 0);
     sums.above = 0;
     for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
       update_number<kPhase>(args, table, number, room.inverse_scale, room, sums);
     const int group = room.run.group;
     end_judging(room, sums.above, step.counters[group]);
-    if (merge(room, args.workspace.histograms[group], state_of(args, group).progress, numel_of(args, group))) conclude(args, room, group);
+    if (publish_is_last(room, state_of(args, group).progress, numel_of(args, group))) conclude(args, room, group);
   }
   report_nonfinite(step, sums);
 }
@@ -199,7 +200,26 @@ __device__ __forceinline__ void for_tiles_in(const Args& args, Room& room, const
   }
 }
 
-// A block's share of a group's candidates: those outside of the bin of the k-th key get their bit, the last block settles the others.
+// A block's share of the candidates of a group: counts them. The last block narrows the window to the bin of the k-th key.
+__device__ __noinline__ void count_share(const Args& args, JudgeRoom& room, int group) {
+  GroupState& state = state_of(args, group);
+  const Window judged = state.window;
+  const Candidate* list = candidates_of(args, group);
+  const Range share = block_range(judged.inside);
+  if (share.begin == share.end) return;
+  count_keys(room, list + share.begin, static_cast<uint32_t>(share.end - share.begin), judged, window_shift(judged));
+  if (thread_id() == 0) {
+    room.entries = static_cast<uint32_t>(share.end - share.begin);
+    room.memory = state.memory;
+  }
+  if (!merge(room, args.workspace.histograms[group], state.progress, judged.inside)) return;
+  const Window window = next_window(args, room, group, judged);
+  if (thread_id() != 0) return;
+  state.listed = judged.inside;
+  state.window = window;
+}
+
+// The same share, after a barrier: candidates outside of that bin get their bit, the last block settles the others.
 __device__ __noinline__ void finish_share(const Args& args, Room& room, int group) {
   GroupState& state = state_of(args, group);
   const Window window = state.window;
@@ -236,39 +256,33 @@ __device__ __forceinline__ void narrowed(const Args& args, int group, const Wind
   if (window.inside > listable(args, group)) atomicAdd(&args.workspace.queue->open[round], 1u);
 }
 
-// Narrows the windows of all groups that fall back, a digit a round, all blocks together. After each round all have the same count of open
-// groups: those of the next round go to another place.
-__device__ __noinline__ void narrow_together(const Args& args, Room& room) {
-  Queue& queue = *args.workspace.queue;
+// Counts first digits of the scores of the groups that fall back.
+__device__ __noinline__ void count_first_digits(const Args& args, Room& room) {
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
     for_tiles_in(args, room, run, [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
     if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
       narrowed(args, run.group, narrow_first(room, args.step.groups[run.group], kScoreDigit, &state.memory), 0);
   });
-  cooperative_groups::this_grid().sync();
-  int round = 0;
-  for (; round < kMaxRounds && queue.open[round] != 0; ++round) {
-    for_falling_runs(args, [&](const Run& run, GroupState& state) {
-      // Read before this block publishes any entry of the group, so before the last block can replace it.
-      const Window window = state.window;
-      if (window.inside <= listable(args, run.group)) return;
-      const int shift = window_shift(window);
-      for_tiles_in(args, room, run, [&](const Tile& tile) {
-        count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
-      });
-      if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
-        narrowed(args, run.group, narrow(room, window, shift, window.lo, &state.memory), round + 1);
-    });
-    cooperative_groups::this_grid().sync();
-  }
-  // All blocks have read all counts but the last, which is 0, and the queue.
-  if (blockIdx.x == 0 && thread_id() == 0) queue = {};
+}
+
+// One more digit for those whose window has too many keys.
+__device__ __noinline__ void count_next_digits(const Args& args, Room& room, int round) {
+  for_falling_runs(args, [&](const Run& run, GroupState& state) {
+    // Read before this block publishes any entry of the group, so before the last block can replace it.
+    const Window window = state.window;
+    if (window.inside <= listable(args, run.group)) return;
+    const int shift = window_shift(window);
+    for_tiles_in(args, room, run,
+                 [&](const Tile& tile) { count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index()); });
+    if (merge(room, args.workspace.histograms[run.group], state.progress, numel_of(args, run.group)))
+      narrowed(args, run.group, narrow(room, window, shift, window.lo, &state.memory), round);
+  });
 }
 
 // Judges the groups that fall back by the windows that were found; the block that completes one settles it.
-__device__ __noinline__ void judge_together(const Args& args, JudgeRoom& room) {
+__device__ __noinline__ void judge_again(const Args& args, JudgeRoom& room) {
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
-    begin_judging(room, state.window, state.progress, candidates_of(args, run.group), capacity_of(args, run.group), false);
+    begin_judging(room, state.window, state.progress, candidates_of(args, run.group), capacity_of(args, run.group));
     uint32_t num_above = 0;
     for_tiles_in(args, room, run, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
     end_judging(room, num_above, args.step.counters[run.group]);
@@ -286,14 +300,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_ker
   const uint32_t finishing = queue.finishing, falling = queue.falling;
   if (finishing == 0 && falling == 0) return;
   clear(room);
-  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i]);
-  if (falling != 0) {
-    narrow_together(args, room);
-    judge_together(args, room);
-  } else if (thread_id() == 0 && atomicAdd(&queue.read, 1u) == gridDim.x - 1) {  // nobody reads the queue any more
-    queue.finishing = 0;
-    queue.read = 0;
+  for (uint32_t i = 0; i < finishing; ++i) count_share(args, room, args.workspace.finish_list[i]);
+  if (falling != 0) count_first_digits(args, room);
+  cooperative_groups::this_grid().sync();
+  // After each round all blocks read the same count of open groups: those of the next round go to another place.
+  for (int round = 0; round < kMaxRounds && queue.open[round] != 0; ++round) {
+    count_next_digits(args, room, round + 1);
+    cooperative_groups::this_grid().sync();
   }
+  // All blocks have read all of the queue but the last count, which is 0.
+  if (blockIdx.x == 0 && thread_id() == 0) queue = {};
+  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i]);
+  if (falling != 0) judge_again(args, room);
 }
 
 // The gradients [first, first + count) by value.

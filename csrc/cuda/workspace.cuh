@@ -25,7 +25,7 @@ struct GroupState {
   Window window;      // of this step, while there is a task
   Progress progress;  // of the launch
   Task task;
-  uint32_t listed;  // candidates, while the task is to finish
+  uint32_t listed;  // candidates, while they are finished
 };
 
 // Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
@@ -35,7 +35,6 @@ constexpr int kMaxRounds = 7;
 struct Queue {
   uint32_t finishing;             // groups in the list of those to finish
   uint32_t falling;               // groups that fall back
-  uint32_t read;                  // blocks of the finish that have read these two
   uint32_t open[kMaxRounds + 1];  // groups that fall back and have too many keys inside, after each round
 };
 
