@@ -35,6 +35,11 @@ __device__ __forceinline__ void add(int64_t& counter, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(&counter), static_cast<unsigned long long>(value));
 }
 
+// After end_judging: the bits that the block has changed.
+__device__ __forceinline__ void report_flips(const JudgeRoom& room, Counters& counters) {
+  if (thread_id() == 0 && room.flips) add(counters.flips, room.flips);
+}
+
 // Flips the mask bit and z of one candidate.
 __device__ __noinline__ inline void flip(const Args& args, int group, const Candidate& candidate, bool kept) {
   const Tile tile(args.step, candidate.tile);
@@ -77,7 +82,8 @@ __device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom&
   begin_judging(room, window, state.progress, candidates_of(args, group), capacity);
   uint32_t num_above = 0;
   for_tiles_of(args, group, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
-  end_judging(room, num_above, args.step.counters[group]);
+  end_judging(room, num_above);
+  report_flips(room, args.step.counters[group]);
   __syncthreads();
   if (thread_id() == 0) room.above = 0;  // not needed: the window is certain
   settle_group(args, room, group, candidates_of(args, group), window.inside, window, window);

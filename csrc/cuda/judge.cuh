@@ -205,7 +205,7 @@ __device__ inline void judge_tile(JudgeRoom& room, uint32_t& num_above, const Ti
 }
 
 // Adds up what the block's warps have found in a group; every lane brings its `num_above`. Called before the block publishes its entries.
-__device__ inline void end_judging(JudgeRoom& room, uint32_t num_above, Counters& counters) {
+__device__ inline void end_judging(JudgeRoom& room, uint32_t num_above) {
   const uint32_t sum = sum_of_warp(num_above);
   if (lane_id() == 0 && sum) atomicAdd(&room.above, sum);
   __syncthreads();
@@ -220,8 +220,6 @@ __device__ inline void end_judging(JudgeRoom& room, uint32_t num_above, Counters
     __syncthreads();
     list_pending(room, room.listed + before, room.num_pending[warp_id()]);
   }
-  if (thread_id() == 0 && room.flips)
-    atomicAdd(reinterpret_cast<unsigned long long*>(&counters.flips), static_cast<unsigned long long>(room.flips));
 }
 
 }  // namespace bip::cuda

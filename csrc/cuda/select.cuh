@@ -145,13 +145,12 @@ __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t 
   return room.last;
 }
 
-// Moves the block's histogram into the group's. In the block that completes the group the whole histogram is then in `room`, zero again in
-// `total`, and the result is true; in every other block `room` is empty again.
-__device__ __noinline__ inline bool merge(Room& room, Histogram& total, Progress& progress, uint32_t numel) {
-  __syncthreads();
-  Histogram& mine = room.histogram;
-  // A round trip to the group's histogram takes a microsecond, so those of several bins of a thread are under way at once.
+// Whole block: adds the block's histogram to the group's and empties it. A round trip to the group's takes a microsecond, so those of several
+// bins of a thread are under way at once.
+__device__ __forceinline__ void add_histogram(Room& room, Histogram& total) {
   constexpr int kTogether = 4;
+  Histogram& mine = room.histogram;
+  __syncthreads();
   for (int base = thread_id(); base < kBins; base += kTogether * kThreads) {
     uint32_t seen[kTogether];
 #pragma unroll
@@ -170,25 +169,35 @@ __device__ __noinline__ inline bool merge(Room& room, Histogram& total, Progress
       mine.scores[bin] = kNoScore;
     }
   }
-  if (!publish_is_last(room, progress, numel)) return false;
+}
+
+// Whole block, in an empty room: the group's histogram, which all blocks have added to.
+__device__ __forceinline__ void load_histogram(Room& room, const Histogram& total) {
   uint32_t counts[kBinsPerThread];
 #pragma unroll
   for (int j = 0; j < kBinsPerThread; ++j) counts[j] = total.counts[thread_id() + j * kThreads];
 #pragma unroll
   for (int j = 0; j < kBinsPerThread; ++j) {
     const int bin = thread_id() + j * kThreads;
-    mine.counts[bin] = counts[j];
+    room.histogram.counts[bin] = counts[j];
     if (counts[j] != 0) counts[j] = total.scores[bin];
   }
 #pragma unroll
-  for (int j = 0; j < kBinsPerThread; ++j) {
-    const int bin = thread_id() + j * kThreads;
-    mine.scores[bin] = counts[j];  // kNoScore where there is none
-    if (counts[j] == kNoScore) continue;
+  for (int j = 0; j < kBinsPerThread; ++j) room.histogram.scores[thread_id() + j * kThreads] = counts[j];  // kNoScore where there is none
+  __syncthreads();
+}
+
+// Moves the block's histogram into the group's. In the block that completes the group the whole histogram is then in `room`, zero again in
+// `total`, and the result is true; in every other block `room` is empty again.
+__device__ __noinline__ inline bool merge(Room& room, Histogram& total, Progress& progress, uint32_t numel) {
+  add_histogram(room, total);
+  if (!publish_is_last(room, progress, numel)) return false;
+  load_histogram(room, total);
+  for (int bin = thread_id(); bin < kBins; bin += kThreads) {
+    if (room.histogram.counts[bin] == 0) continue;
     total.counts[bin] = 0;
     total.scores[bin] = kNoScore;
   }
-  __syncthreads();
   return true;
 }
 
@@ -226,17 +235,20 @@ struct Bin {
   uint32_t above, inside;  // keys in higher bins, and in this one
 };
 
-// The bin of the `rank`-th key among those of a thread that holds it. `floor` <= window.lo: where bin 0 begins.
-__device__ inline Bin bin_of(const Room& room, const Share& share, uint32_t rank, const Window& window, int shift, uint64_t floor) {
-  int bin = share.highest;
+// The bin of the `rank`-th key among those of a thread that holds it. `floor` <= window.lo: where bin 0 begins. `first`: where in the
+// histogram bin 0 is, if it has several windows.
+__device__ inline Bin bin_of(const Room& room, const Share& share, uint32_t rank, const Window& window, int shift, uint64_t floor,
+                             int first = 0) {
+  int place = share.highest;
   uint32_t above = share.above;
-  while (rank - above > room.histogram.counts[bin]) above += room.histogram.counts[bin--];
+  while (rank - above > room.histogram.counts[place]) above += room.histogram.counts[place--];
+  const int bin = place - first;
   const uint64_t width = static_cast<uint64_t>(bin + 1) << shift;  // from window.lo; in the topmost bin it may not fit
   Bin found{bin == 0 ? floor : window.lo + (static_cast<uint64_t>(bin) << shift),
-            bin == kBins - 1 || width >= window.hi - window.lo ? window.hi : window.lo + width, above, room.histogram.counts[bin]};
-  if (room.histogram.scores[bin] != kManyScores) {  // an atom
-    const uint64_t first = static_cast<uint64_t>(room.histogram.scores[bin] - 1) << 32, end = first + (1ull << 32);
-    if (first > found.lo) found.lo = first;
+            bin == kBins - 1 || width >= window.hi - window.lo ? window.hi : window.lo + width, above, room.histogram.counts[place]};
+  if (room.histogram.scores[place] != kManyScores) {  // an atom
+    const uint64_t begin = static_cast<uint64_t>(room.histogram.scores[place] - 1) << 32, end = begin + (1ull << 32);
+    if (begin > found.lo) found.lo = begin;
     if (end < found.hi) found.hi = end;
   }
   return found;

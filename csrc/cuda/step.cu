@@ -121,7 +121,8 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
     for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
       update_number<kPhase>(args, table, number, room.inverse_scale, room, sums);
     const int group = room.run.group;
-    end_judging(room, sums.above, step.counters[group]);
+    end_judging(room, sums.above);
+    report_flips(room, step.counters[group]);
     if (publish_is_last(room, state_of(args, group).progress, numel_of(args, group))) conclude(args, room, group);
   }
   report_nonfinite(step, sums);
@@ -285,7 +286,8 @@ __device__ __noinline__ void judge_again(const Args& args, JudgeRoom& room) {
     begin_judging(room, state.window, state.progress, candidates_of(args, run.group), capacity_of(args, run.group));
     uint32_t num_above = 0;
     for_tiles_in(args, room, run, [&](const Tile& tile) { judge_tile(room, num_above, tile); });
-    end_judging(room, num_above, args.step.counters[run.group]);
+    end_judging(room, num_above);
+    report_flips(room, args.step.counters[run.group]);
     if (publish_is_last(room, state.progress, numel_of(args, run.group)))
       settle_group(args, room, run.group, room.group.list, room.group.window.inside, room.group.window, room.group.window);
   });

@@ -1,37 +1,78 @@
 // A mask of exactly k ones over n scores, on a CUDA device: the selection of select.cuh with the whole array as its one group.
 //
-// Launches: the workspace's head is cleared, then count (read the scores: first digits), narrow (read them again: second digits, of those
-// in the bin of the k-th key), apply (read them, write the mask, list what is in its bin; the last block settles the list). 13 bytes per
-// score. Where all scores fit into the list, and for k = 0 or n, apply alone.
-// The mask is the top-k by unique keys: no grid size and no order of blocks changes it.
+//   few scores   1 launch: they are listed, and the last block settles them
+//   many         1 launch, all blocks resident, with barriers over the grid between its stages:
+//     sample     n^(2/3) keys say between which two the k-th largest probably is; one digit, then another
+//     judge      every score against that window: 4 bytes read, 1 written; the few inside are listed
+//     finish     the candidates outside of the bin of the k-th key get their byte, one block settles the others
+//     When the sample was wrong, or too many are inside: counting passes, 4 bytes each, narrow the window, and all are judged again.
+//
+// Every block reads the same counts after a barrier and so decides the same. Every stage has counts of its own, zero before the launch.
+// The mask is the top-k by unique keys: no sample, no grid size and no order of blocks changes it.
+#include <cmath>
+
 #include "count.cuh"
+#include "judge.cuh"
 #include "launch.cuh"
 
 namespace bip::cuda {
 namespace {
 
+// Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
+constexpr int kMaxRounds = 7;
+constexpr uint32_t kFewCandidates = 4096;  // room for those in the bin of the k-th key
+constexpr uint32_t kAloneUpTo = 2048;      // candidates that one block settles from the list
+
 struct alignas(16) TopkWorkspace {
-  Histogram histogram;
-  Progress progress;
-  Window window;
+  uint32_t fell_back;                // 1: the sample did not serve; for tests
+  Histogram sampled, sampled_edges;  // first digits; second ones in the bins of both edges
+  Histogram digits[kMaxRounds + 1];
+  Histogram listed;
+  Progress guessed, certain, small;  // of the first judging, of one after a fallback, and of few scores
+  uint32_t num_few;
+  Candidate few[kFewCandidates];
 
   // [capacity_for(n)], behind what has to be cleared.
   __device__ __forceinline__ Candidate* candidates() { return reinterpret_cast<Candidate*>(this + 1); }
 };
 
-// Room for candidates. At least 8192: for that few scores, one launch with a block that settles all of them beats three launches.
-uint32_t capacity_for(int64_t n) { return std::max(candidate_capacity(n), 8192u); }
+// Room for candidates: what a sample's window holds is expected to be at most 5 n^(2/3) + 64 n^(1/3) of them. At least 8192: that few scores
+// are listed at once.
+uint32_t capacity_for(int64_t n) {
+  const double root = std::cbrt(static_cast<double>(n));
+  return std::max(static_cast<uint32_t>(8 * root * root) + 1024, 8192u);
+}
+
+// Which keys are sampled, and which of them, by rank from 1, are the edges of the window. The positions and the margin are those of the CPU
+// (cpu/select.h): runs of 32 neighbours at pseudo-random places, one in every n^(1/3).
+struct Sample {
+  int64_t runs;  // of a warp's width
+  uint32_t stride;
+  int64_t upper, lower;  // below 1, or above the number of keys: there is no edge
+
+  Sample(int64_t n, int64_t k)
+      : runs(0), stride(static_cast<uint32_t>(std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)))))) {
+    runs = n / kWarp / stride;
+    const double fraction = static_cast<double>(k) / static_cast<double>(n), rank = fraction * static_cast<double>(runs * kWarp);
+    const double margin = kWarp + 5.0 * std::sqrt(rank * (1.0 - fraction));
+    upper = static_cast<int64_t>(std::floor(rank - margin)) + 1;
+    lower = static_cast<int64_t>(std::ceil(rank + margin)) + 1;
+  }
+  __device__ __forceinline__ uint32_t size() const { return static_cast<uint32_t>(runs * kWarp); }
+};
 
 struct TopkArgs {
   Topk topk;
   TopkWorkspace* workspace;
   uint32_t capacity;
+  Sample sample;
 };
 
 struct Tile {
   int64_t first;
   int entries;
-  __device__ __forceinline__ Tile(int64_t n, int number) : first(number * kTile) {
+  int number;
+  __device__ __forceinline__ Tile(int64_t n, int tile) : first(static_cast<int64_t>(tile) * kTile), number(tile) {
     entries = static_cast<int>(n - first < kTile ? n - first : kTile);
   }
 };
@@ -40,117 +81,262 @@ __host__ __device__ __forceinline__ int64_t tiles_of(int64_t n) { return (n + kT
 
 __device__ __forceinline__ Group group_of(const Topk& topk) { return {topk.n, topk.k, 0}; }
 
-__device__ __forceinline__ Window current_window(const TopkArgs& args) {
-  const Window window = whole_window(group_of(args.topk));
-  return window.inside > args.capacity ? args.workspace->window : window;
-}
+__device__ __forceinline__ void wait_for_all() { cooperative_groups::this_grid().sync(); }
 
 // Calls body(tile) for the tiles of this block, a warp for each.
 template <class Body>
-__device__ __forceinline__ void for_tiles_in(const Topk& topk, Room& room, const Range& share, Body body) {
-  for (int number = share.begin + warp_id(); number < share.end; number += kWarps) {
-    const Tile tile(topk.n, number);
-    body(tile);
-    note_entries(room, tile.entries);
+__device__ __forceinline__ void for_tiles(const Topk& topk, Body body) {
+  const Range share = block_range(tiles_of(topk.n));
+  for (int number = share.begin + warp_id(); number < share.end; number += kWarps) body(Tile(topk.n, number));
+}
+
+// ---- sample ----
+
+// Calls visit(key) for the keys of the sample that are this lane's.
+template <class Visit>
+__device__ __forceinline__ void for_sampled(const TopkArgs& args, Visit visit) {
+  const Sample& sample = args.sample;
+  for (int64_t run = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(); run < sample.runs;
+       run += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const uint64_t place = (static_cast<uint64_t>(run) * 0x9e3779b97f4a7c15ull >> 32) % sample.stride;
+    const int64_t i = (run * sample.stride + static_cast<int64_t>(place)) * kWarp + lane_id();
+    visit(full_key(score_key(args.topk.scores[i]), static_cast<uint32_t>(i)));
   }
 }
 
-// One warp per tile of scores: their first digits.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_count_kernel(const TopkArgs __grid_constant__ args) {
-  __shared__ Room room;
-  const Topk& topk = args.topk;
-  TopkWorkspace& workspace = *args.workspace;
-  clear(room);
-  for_tiles_in(topk, room, block_range(tiles_of(topk.n)),
-               [&](const Tile& tile) { count_first(room, kAnyDigit, topk.scores + tile.first, tile.entries); });
-  if (!merge(room, workspace.histogram, workspace.progress, static_cast<uint32_t>(topk.n))) return;
-  const Window window = narrow_first(room, group_of(topk), kAnyDigit);
-  if (thread_id() == 0) workspace.window = window;
+constexpr int kEdgeBins = kBins / 2;  // the upper edge has the upper half of a histogram
+
+__device__ __forceinline__ int edge_shift(const Bin& bin) {
+  const int shift = window_shift({bin.lo, bin.hi, 0, 0});  // for kBins
+  return (bin.hi - 1 - bin.lo) >> shift < kEdgeBins ? shift : shift + 1;
 }
 
-// One more digit if the window still has too many keys. One warp per tile of scores.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_narrow_kernel(const TopkArgs __grid_constant__ args) {
-  __shared__ Room room;
-  const Topk& topk = args.topk;
-  TopkWorkspace& workspace = *args.workspace;
-  const Window window = current_window(args);  // read before this block publishes, so before the last block replaces it
-  if (window.inside <= args.capacity) return;
-  const int shift = window_shift(window);
+struct Edges {
+  Bin upper, lower;  // bins that hold the keys at the edges
+};
+
+struct TopkRoom : JudgeRoom {
+  Edges edges;
+};
+
+// Whole block: where the sample's edges are, by its first digits. An edge that there is not gets an empty bin at that end.
+__device__ inline Edges first_edges(const TopkArgs& args, TopkRoom& room) {
+  const Window all{0, kNoKey, 0, 0};
+  const Share share(room);
+  if (thread_id() == 0) room.edges = {{kNoKey, kNoKey, 0, 0}, {0, 0, args.sample.size(), 0}};
+  __syncthreads();
+  if (share.holds(args.sample.upper))
+    room.edges.upper = bin_of(room, share, static_cast<uint32_t>(args.sample.upper), all, kAnyDigit.shift + 32, 0);
+  if (share.holds(args.sample.lower))
+    room.edges.lower = bin_of(room, share, static_cast<uint32_t>(args.sample.lower), all, kAnyDigit.shift + 32, 0);
+  __syncthreads();
+  return room.edges;
+}
+
+// Whole block: the window that the sample suggests.
+__device__ __noinline__ Window guess(const TopkArgs& args, TopkRoom& room) {
   clear(room);
-  for_tiles_in(topk, room, block_range(tiles_of(topk.n)), [&](const Tile& tile) {
-    count_inside(room, window, shift, topk.scores + tile.first, tile.entries, static_cast<uint32_t>(tile.first));
+  for_sampled(args, [&](uint64_t key) {
+    count(room.histogram, first_bin(kAnyDigit, static_cast<uint32_t>(key >> 32)), static_cast<uint32_t>(key >> 32));
   });
-  if (!merge(room, workspace.histogram, workspace.progress, static_cast<uint32_t>(topk.n))) return;
-  const Window narrowed = narrow(room, window, shift, window.lo);
-  if (thread_id() == 0) workspace.window = narrowed;
+  add_histogram(room, args.workspace->sampled);
+  wait_for_all();
+  load_histogram(room, args.workspace->sampled);
+  const Edges edges = first_edges(args, room);
+  clear(room);
+  const auto count_in = [&](const Bin& bin, int first, uint64_t key) {
+    if (key >= bin.lo && key < bin.hi)
+      count(room.histogram, first + static_cast<int>((key - bin.lo) >> edge_shift(bin)), static_cast<uint32_t>(key >> 32));
+  };
+  for_sampled(args, [&](uint64_t key) {
+    count_in(edges.upper, kEdgeBins, key);
+    count_in(edges.lower, 0, key);
+  });
+  add_histogram(room, args.workspace->sampled_edges);
+  wait_for_all();
+  load_histogram(room, args.workspace->sampled_edges);
+  const Share share(room);
+  if (thread_id() == 0) room.window = {edges.lower.lo, edges.upper.hi, 0, 0};
+  __syncthreads();
+  const int64_t upper = args.sample.upper - edges.upper.above, lower = args.sample.lower - edges.lower.above + edges.upper.inside;
+  const auto within = [](const Bin& bin) { return Window{bin.lo, bin.hi, 0, 0}; };
+  if (edges.upper.inside != 0 && share.holds(upper))
+    room.window.hi =
+        bin_of(room, share, static_cast<uint32_t>(upper), within(edges.upper), edge_shift(edges.upper), edges.upper.lo, kEdgeBins).hi;
+  if (edges.lower.inside != 0 && share.holds(lower))
+    room.window.lo = bin_of(room, share, static_cast<uint32_t>(lower), within(edges.lower), edge_shift(edges.lower), edges.lower.lo).lo;
+  __syncthreads();
+  return room.window;
+}
+
+// ---- judge ----
+
+// Whole warp: of the entries of the `near` bits, those whose whole keys are above the window; those inside become candidates. Not inlined, so
+// that it takes no registers from the streaming loop.
+__device__ __noinline__ unsigned above_of(JudgeRoom& room, Quad<float> s, unsigned near, Place place) {
+  unsigned above = 0, inside = 0;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    if (!(near >> j & 1u)) continue;
+    const uint64_t key = full_key(score_key(s.x[j]), place.index + static_cast<uint32_t>(j));
+    above |= key >= room.group.window.hi ? 1u << j : 0u;
+    inside |= key >= room.group.window.lo && key < room.group.window.hi ? 1u << j : 0u;
+  }
+  if (__ballot_sync(kAllLanes, inside != 0) != 0) collect(room, place, s, inside, 0);
+  return above;
 }
 
 // One warp decides one tile. An undecided entry is 0 for now and becomes a candidate, if candidates are listed.
 template <bool kVector>
-__device__ void apply_tile(const TopkArgs& args, const Tile& tile, const Window& window) {
-  const ScoreRange range(window);
-  const bool listed = window.inside <= args.capacity;
-  for (int base = lane_id() * kQuad; base < tile.entries; base += kAhead * kStride) {
+__device__ __forceinline__ void judge_scores(const TopkArgs& args, JudgeRoom& room, const ScoreRange& range, uint32_t& num_above,
+                                             const Tile& tile) {
+  for (int base = 0; base < tile.entries; base += kAhead * kStride) {
     Quad<float> s[kAhead];
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead) {
-      const int i = base + ahead * kStride;
+      const int i = base + ahead * kStride + lane_id() * kQuad;
       s[ahead] = load_quad<kVector>(args.topk.scores + tile.first + i, tile.entries - i);
     }
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead) {
-      const int i = base + ahead * kStride, exist = tile.entries - i;
-      Quad<uint8_t> kept;
+      const int i = base + ahead * kStride + lane_id() * kQuad, exist = tile.entries - i;
+      unsigned above = 0, near = 0;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        const uint32_t score = score_key(s[ahead].x[j]), index = static_cast<uint32_t>(tile.first) + static_cast<uint32_t>(i + j);
-        const Verdict verdict = judge(window, range, score, index);
-        kept.x[j] = verdict == Verdict::kept;
-        if (verdict == Verdict::undecided && listed && (kVector || j < exist))
-          args.workspace->candidates()[atomicAdd(&args.workspace->progress.collected, 1u)] = {full_key(score, index), 0, index};
+        const uint32_t score = score_key(s[ahead].x[j]);
+        above |= score > range.high ? 1u << j : 0u;
+        near |= score >= range.low && score <= range.high && (kVector || j < exist) ? 1u << j : 0u;
       }
+      if (!kVector) above &= exist >= kQuad ? 0xfu : exist > 0 ? (1u << exist) - 1u : 0u;
+      const uint32_t index = static_cast<uint32_t>(tile.first) + static_cast<uint32_t>(i);
+      if (__ballot_sync(kAllLanes, near != 0) != 0) above |= above_of(room, s[ahead], near, {index, tile.number, i});
+      num_above += static_cast<uint32_t>(__popc(above));
+      Quad<uint8_t> kept;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) kept.x[j] = above >> j & 1u;
       store_quad<kVector>(args.topk.mask + tile.first + i, kept, exist);
     }
   }
 }
 
-__device__ __forceinline__ void apply_tile(const TopkArgs& args, const Tile& tile, const Window& window) {
-  if (tile.entries == kTile && quad_aligned(args.topk.scores) && quad_aligned(args.topk.mask))
-    apply_tile<true>(args, tile, window);
-  else
-    apply_tile<false>(args, tile, window);
+// Whole grid: judges all scores by a window. Then `progress` has the numbers of keys above and inside, and the list those inside.
+__device__ __noinline__ void judge_all(const TopkArgs& args, JudgeRoom& room, const Window& window, Progress& progress) {
+  begin_judging(room, window, progress, args.workspace->candidates(), args.capacity);
+  const ScoreRange range(window);
+  uint32_t num_above = 0;
+  for_tiles(args.topk, [&](const Tile& tile) {
+    if (tile.entries == kTile && quad_aligned(args.topk.scores) && quad_aligned(args.topk.mask))
+      judge_scores<true>(args, room, range, num_above, tile);
+    else
+      judge_scores<false>(args, room, range, num_above, tile);
+  });
+  end_judging(room, num_above);
+  if (thread_id() == 0 && room.above) atomicAdd(&progress.above, room.above);
+  if (thread_id() == 0) room.above = 0;
 }
 
-// For several huge runs of equal scores that two digits do not tell apart: one block narrows further and applies what it finds. That is
-// slow, but exact, and saves all other calls a launch.
-__device__ Window narrow_alone(const TopkArgs& args, Room& room, Window window) {
-  const auto for_all = [&](auto body) {
-    for (int number = warp_id(); number < tiles_of(args.topk.n); number += kWarps) body(Tile(args.topk.n, number));
-  };
-  while (window.inside > args.capacity) {
+// Whole grid: a window that is certain, with few enough keys inside to be listed, by digits of all scores.
+__device__ __noinline__ Window narrow_all(const TopkArgs& args, JudgeRoom& room) {
+  const Topk& topk = args.topk;
+  TopkWorkspace& workspace = *args.workspace;
+  clear(room);
+  for_tiles(topk, [&](const Tile& tile) { count_first(room, kAnyDigit, topk.scores + tile.first, tile.entries); });
+  add_histogram(room, workspace.digits[0]);
+  wait_for_all();
+  load_histogram(room, workspace.digits[0]);
+  Window window = narrow_first(room, group_of(topk), kAnyDigit);
+  for (int round = 1; round <= kMaxRounds && window.inside > args.capacity; ++round) {
     const int shift = window_shift(window);
-    for_all([&](const Tile& tile) {
-      count_inside(room, window, shift, args.topk.scores + tile.first, tile.entries, static_cast<uint32_t>(tile.first));
+    for_tiles(topk, [&](const Tile& tile) {
+      count_inside(room, window, shift, topk.scores + tile.first, tile.entries, static_cast<uint32_t>(tile.first));
     });
+    add_histogram(room, workspace.digits[round]);
+    wait_for_all();
+    load_histogram(room, workspace.digits[round]);
     window = narrow(room, window, shift, window.lo);
   }
-  for_all([&](const Tile& tile) { apply_tile(args, tile, window); });
-  __syncthreads();
   return window;
 }
 
-// One warp per tile writes the mask; the last block settles the candidates.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_apply_kernel(const TopkArgs __grid_constant__ args) {
-  __shared__ Room room;
-  const Topk& topk = args.topk;
-  TopkWorkspace& workspace = *args.workspace;
-  Window window = current_window(args);
+// ---- finish ----
+
+__device__ __forceinline__ void keep(const TopkArgs& args, const Candidate& candidate) {
+  args.topk.mask[static_cast<int64_t>(candidate.tile) * kTile + candidate.entry] = 1;
+}
+
+// Whole block: settles a list that has all keys inside the window.
+__device__ __noinline__ void settle_alone(const TopkArgs& args, Room& room, const Candidate* list, uint32_t candidates,
+                                          const Window& window) {
   clear(room);
-  for_tiles_in(topk, room, block_range(tiles_of(topk.n)), [&](const Tile& tile) { apply_tile(args, tile, window); });
-  if (window.inside == 0 || !publish_is_last(room, workspace.progress, static_cast<uint32_t>(topk.n))) return;
-  if (window.inside > args.capacity) window = narrow_alone(args, room, window);
-  settle(room, workspace.candidates(), window.inside, window, window,
-         [&](const Candidate& candidate, bool kept) { topk.mask[candidate.entry] = kept; });
+  settle(room, list, candidates, window, window, [&](const Candidate& candidate, bool kept) {
+    if (kept) keep(args, candidate);
+  });
+}
+
+// Whole grid: gives the `listed` candidates their bytes.
+__device__ __noinline__ void finish(const TopkArgs& args, JudgeRoom& room, Window window, uint32_t listed) {
+  TopkWorkspace& workspace = *args.workspace;
+  const Candidate* list = workspace.candidates();
+  if (window.inside != 0 && listed <= kAloneUpTo) {
+    if (blockIdx.x == 0) settle_alone(args, room, list, listed, window);
+    return;
+  }
+  const Range share = block_range(listed);
+  if (window.inside != 0) {
+    const int shift = window_shift(window);
+    clear(room);
+    count_keys(room, list + share.begin, static_cast<uint32_t>(share.end - share.begin), window, shift);
+    add_histogram(room, workspace.listed);
+    wait_for_all();
+    load_histogram(room, workspace.listed);
+    window = narrow(room, window, shift, window.lo);
+  }
+  const bool fits = window.inside <= kFewCandidates;
+  for (int i = share.begin + thread_id(); i < share.end; i += kThreads) {
+    if (list[i].key >= window.hi)
+      keep(args, list[i]);
+    else if (list[i].key >= window.lo && fits)
+      workspace.few[atomicAdd(&workspace.num_few, 1u)] = list[i];
+  }
+  if (window.inside == 0) return;
+  wait_for_all();
+  if (blockIdx.x == 0) settle_alone(args, room, fits ? workspace.few : list, fits ? window.inside : listed, window);
+}
+
+// All blocks are resident and meet at the same barriers: after each they read the same counts.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_mask_kernel(const TopkArgs __grid_constant__ args) {
+  __shared__ TopkRoom room;
+  TopkWorkspace& workspace = *args.workspace;
+  if (thread_id() == 0) room.entries = room.above = 0;
+  Window window = guess(args, room);
+  judge_all(args, room, window, workspace.guessed);
+  wait_for_all();
+  const int64_t above = workspace.guessed.above, inside = workspace.guessed.collected, k = args.topk.k;
+  if (above <= k && k <= above + inside && inside <= args.capacity) {
+    window = closed_if_settled({window.lo, window.hi, static_cast<uint32_t>(k - above), static_cast<uint32_t>(inside)});
+    return finish(args, room, window, static_cast<uint32_t>(inside));
+  }
+  if (blockIdx.x == 0 && thread_id() == 0) workspace.fell_back = 1;
+  window = narrow_all(args, room);
+  judge_all(args, room, window, workspace.certain);
+  wait_for_all();
+  finish(args, room, window, window.inside);
+}
+
+// One warp per tile of so few scores that all of them are listed; the last block settles them.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_few_kernel(const TopkArgs __grid_constant__ args) {
+  __shared__ JudgeRoom room;
+  const Window window = whole_window(group_of(args.topk));
+  Progress& progress = args.workspace->small;
+  if (thread_id() == 0) {
+    const Range share = block_range(tiles_of(args.topk.n));
+    const int64_t end = share.end * static_cast<int64_t>(kTile);
+    room.entries = static_cast<uint32_t>((end < args.topk.n ? end : args.topk.n) - share.begin * static_cast<int64_t>(kTile));
+    room.above = 0;
+  }
+  judge_all(args, room, window, progress);
+  if (window.inside == 0 || !publish_is_last(room, progress, static_cast<uint32_t>(args.topk.n))) return;
+  settle_alone(args, room, args.workspace->candidates(), window.inside, window);
 }
 
 }  // namespace
@@ -161,14 +347,13 @@ int64_t topk_workspace_bytes(int64_t n) {
 
 void topk(const Topk& topk, void* stream) {
   if (topk.n == 0) return;
-  const TopkArgs args{topk, static_cast<TopkWorkspace*>(topk.workspace), capacity_for(topk.n)};
+  const TopkArgs args{topk, static_cast<TopkWorkspace*>(topk.workspace), capacity_for(topk.n), Sample(topk.n, topk.k)};
   check(cudaMemsetAsync(args.workspace, 0, sizeof(TopkWorkspace), stream_of(stream)), "topk", "cudaMemsetAsync");
   const int64_t tiles = tiles_of(topk.n);
-  if (topk.n > args.capacity && topk.k > 0 && topk.k < topk.n) {
-    launch<topk_count_kernel>("topk", "topk_count_kernel", tiles, stream, args);
-    launch<topk_narrow_kernel>("topk", "topk_narrow_kernel", tiles, stream, args);
-  }
-  launch<topk_apply_kernel>("topk", "topk_apply_kernel", tiles, stream, args);
+  if (topk.n > args.capacity && topk.k > 0 && topk.k < topk.n)
+    launch_together<topk_mask_kernel>("topk", "topk_mask_kernel", tiles, stream, args);
+  else
+    launch<topk_few_kernel>("topk", "topk_few_kernel", tiles, stream, args);
 }
 
 }  // namespace bip::cuda

@@ -13,7 +13,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # blocks of 256 threads on a multiprocessor with 64 K registers; the bytes in flight that follow are checked in update.cuh
 BLOCKS = {"step_lower": 3, "step_upper": 3, "step_joint": 2, "step_finish": 3}
 BLOCKS |= {"step_sums": 2, "step_scores": 3, "step_spread": 3}
-BLOCKS |= {"topk_count": 3, "topk_narrow": 3, "topk_apply": 3}
+BLOCKS |= {"topk_mask": 3, "topk_few": 3}
 
 
 def report(source: str) -> str:

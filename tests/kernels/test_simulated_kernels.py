@@ -16,6 +16,7 @@ def topk(module, scores, k):
     workspace = sim.guarded(module.cuda.topk_workspace_bytes(n), np.uint8)
     workspace[:] = 0xCD
     module.cuda.topk(scores=given.ctypes.data, n=n, k=k, mask=mask.ctypes.data, workspace=workspace.ctypes.data, where=0)
+    topk.fell_back = bool(workspace[0]) if n else False  # the first field of TopkWorkspace in topk.cu
     return torch.from_numpy(mask.copy()).bool()
 
 
@@ -30,15 +31,50 @@ def test_topk_in_any_order_of_blocks_and_warps(module, seed):
             assert torch.equal(topk(module, scores.numpy(), k), reference.topk_mask(scores, k)), (grid, k)
 
 
-def test_topk_fallback(module):
-    """Two neighbouring atoms, each too large for the candidate list after three digits: the last block narrows alone."""
-    bits = 0x3F000000 + np.arange(300_000, dtype=np.int32) % 2
-    scores = torch.from_numpy(bits.view(np.float32).copy())
-    for k in (70_000, 220_000):
-        assert torch.equal(topk(module, scores.numpy(), k), reference.topk_mask(scores, k))
+def _misleading(n):
+    """The runs of 32 that topk.cu samples hold other scores than all the rest."""
+    scores = np.random.default_rng(0).random(n, dtype=np.float32) * 0.5
+    stride = int(np.cbrt(n))
+    turns = np.arange(n // 32 // stride, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        places = (turns * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(stride)
+    for run in (turns * np.uint64(stride) + places).astype(int):
+        scores[32 * run : 32 * run + 32] += 0.5
+    return scores
 
 
-@pytest.mark.parametrize(("n", "k", "launches"), [(0, 0, 0), (5000, 100, 1), (20_000, 0, 1), (20_000, 20_000, 1), (20_000, 100, 3)])
+N = 300_000
+SELECTIONS = {
+    # scores, and whether the sample serves
+    "uniform": (lambda: np.random.default_rng(1).random(N, dtype=np.float32), True),
+    "normal": (lambda: np.random.default_rng(2).standard_normal(N, dtype=np.float32), True),
+    "all equal": (lambda: np.full(N, 0.25, np.float32), True),
+    "half zeros": (lambda: np.maximum(np.random.default_rng(3).standard_normal(N, dtype=np.float32), 0), True),
+    "sorted": (lambda: np.arange(N, dtype=np.float32), True),
+    "a sample that misleads": (lambda: _misleading(N), False),
+    "two neighbours": (lambda: (0x3F000000 + np.arange(N, dtype=np.int32) % 2).view(np.float32), False),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_topk_by_a_sample_or_by_digits(module, name):
+    make, serves = SELECTIONS[name]
+    scores = make()
+    for seed, k in ((0, 70_000), (1, 220_000), (2, 30_000)):
+        module.sim.set_seed(seed)
+        assert torch.equal(topk(module, scores, k), reference.topk_mask(torch.from_numpy(scores), k)), k
+        assert topk.fell_back != serves, k
+
+
+@pytest.mark.parametrize("k", [1, 5, N - 5, N - 1])
+def test_topk_at_the_ends(module, k):
+    """The window has no edge on one side."""
+    scores = np.random.default_rng(4).random(N, dtype=np.float32)
+    assert torch.equal(topk(module, scores, k), reference.topk_mask(torch.from_numpy(scores), k))
+    assert not topk.fell_back
+
+
+@pytest.mark.parametrize(("n", "k", "launches"), [(0, 0, 0), (5000, 100, 1), (20_000, 0, 1), (20_000, 20_000, 1), (20_000, 100, 1)])
 def test_topk_launches(module, n, k, launches):
     module.sim.launches()
     assert int(topk(module, np.arange(n, dtype=np.float32), k).sum()) == k
