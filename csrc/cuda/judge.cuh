@@ -11,18 +11,15 @@ namespace bip::cuda {
 
 constexpr uint32_t kPending = 160;  // a warp's candidates in shared memory; one turn adds at most kStride
 
-// A window as two scores. A score above `high` is kept and one below `low` is not; between them the whole key decides.
-// For scores in [0, 1], which compare as their keys do; for a NaN the whole key always decides.
-struct UnitRange {
+// A window as two scores, for any floats, which compare as their keys do. A score above `high` is kept and one below `low` is not; between
+// them the whole key decides, and for a NaN always.
+struct FloatRange {
   float low, high;
 
-  UnitRange() = default;
-  __device__ __forceinline__ explicit UnitRange(const Window& window) {
-    constexpr uint32_t kZero = 0x80000000u, kInfinity = 0xff800000u;  // score_key of 0 and of infinity
-    const uint32_t first = static_cast<uint32_t>(window.lo >> 32), last = static_cast<uint32_t>((window.hi - 1) >> 32);
-    low = first < kZero ? key_score(kZero) : key_score(first);
-    high = window.hi == 0 || last < kZero ? -1.0f : key_score(last < kInfinity ? last : kInfinity);
-  }
+  FloatRange() = default;
+  __device__ __forceinline__ explicit FloatRange(const Window& window)
+      : low(key_score(static_cast<uint32_t>(window.lo >> 32))),
+        high(key_score(window.hi == 0 ? 0u : static_cast<uint32_t>((window.hi - 1) >> 32))) {}
   __device__ __forceinline__ bool above(float score) const { return score > high; }
   __device__ __forceinline__ bool near(float score) const { return !(score < low || score > high); }
 };
@@ -30,7 +27,7 @@ struct UnitRange {
 // What a block's warps need of a group for its few candidates: in shared memory, because registers are scarcer.
 struct JudgeGroup {
   Window window;
-  UnitRange range;
+  FloatRange range;
   Progress* progress;
   Candidate* list;
   uint32_t capacity;  // of the list; 0: the window is of no use, and nothing is listed
@@ -49,7 +46,7 @@ struct JudgeRoom : Room {
 __device__ inline void begin_judging(JudgeRoom& room, const Window& window, Progress& progress, Candidate* list, uint32_t capacity) {
   __syncthreads();  // no thread uses the previous group any more
   if (thread_id() == 0) {
-    room.group = {window, UnitRange(window), &progress, list, capacity};
+    room.group = {window, FloatRange(window), &progress, list, capacity};
     room.flips = 0;
   }
   if (lane_id() == 0) room.num_pending[warp_id()] = 0;

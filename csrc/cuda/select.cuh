@@ -133,8 +133,8 @@ __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t 
   if (thread_id() == 0) {
     if (room.above) atomicAdd(&progress.above, room.above);
     __threadfence();
-    const uint32_t before = atomicAdd(&progress.seen, room.entries);
-    room.last = before + room.entries == total;
+    // A block without entries is not the last, not even where all are complete.
+    room.last = room.entries != 0 && atomicAdd(&progress.seen, room.entries) + room.entries == total;
     room.entries = room.above = 0;
     if (room.last) {
       progress.seen = 0;  // no other block follows: all entries have been seen

@@ -83,47 +83,90 @@ __device__ __forceinline__ void report_nonfinite(const Step& step, const Sums& s
     atomicAdd(reinterpret_cast<unsigned long long*>(step.num_nonfinite), static_cast<unsigned long long>(nonfinite));
 }
 
+// Memory does not serve all processors alike, and those that are done early would wait for the others: 6 % of a step of 25 million weights on
+// an H200. So the last tiles of a launch are free: a warp that has done its share takes the next one, and the next.
+constexpr int kFreePart = 4;  // of all tiles, one in so many
+
+// The tiles of a launch from `begin` on that are free; none without a counter.
+struct FreeTiles {
+  uint32_t* taken;
+  int begin, end;
+
+  FreeTiles() = default;
+  __device__ __forceinline__ FreeTiles(const Args& args, int64_t tiles, bool any)
+      : taken(any ? &args.workspace.queue->taken : nullptr),
+        begin(static_cast<int>(any ? tiles - tiles / kFreePart : tiles)),
+        end(static_cast<int>(tiles)) {}
+};
+
+// Whole warp: calls body(number) for its tiles of the block's share, then for the free ones it gets. Every warp of the grid asks for those
+// until there is none, and the one that asks last puts the counter back.
+template <class AnyRange, class Body>
+__device__ __forceinline__ void for_warp_tiles(const AnyRange& share, const FreeTiles& free, Body body) {
+  uint32_t ticket = 0;
+  const auto ask = [&]() {
+    if (lane_id() == 0) ticket = atomicAdd(free.taken, 1u);
+  };
+  const auto answer = [&]() { return free.begin + static_cast<int>(__shfl_sync(kAllLanes, ticket, 0)); };
+  int number = share.begin + warp_id();
+  if (free.taken && number >= share.end) {
+    ask();
+    number = answer();
+  }
+  while (number < (free.taken ? free.end : share.end)) {
+    const bool more = !free.taken || number + kWarps < share.end;
+    if (!more) ask();  // the answer comes while the tile is worked on
+    body(number);
+    number = more ? number + kWarps : answer();
+  }
+  if (free.taken && lane_id() == 0 && ticket + 1 == static_cast<uint32_t>(free.end - free.begin) + gridDim.x * kWarps) *free.taken = 0;
+}
+
 struct StreamRoom : JudgeRoom {
   Run run;  // that the block is at
   int end;  // of the block's share of tiles
+  FreeTiles free;
   float inverse_scale;
 };
 
-// One block per contiguous share of the tiles, in runs that one histogram serves.
+// One block per contiguous share of the tiles, in runs of one group. Where there is only one group, a share is one run, and the last tiles
+// are free.
 template <Phase kPhase>
 __device__ __forceinline__ void update_and_judge(const Args& args, const GradientTable& table, StreamRoom& room) {
   const Step& step = args.step;
   if (skipped(step)) return;
+  const bool single = step.num_groups == 1 && !args.workspace.alone;
   if (thread_id() == 0) {
-    const Range share = block_range(kPhase == Phase::upper ? step.num_scored_tiles : step.num_tiles);
-    room.run = {share.begin, share.begin, -1};
+    room.free = FreeTiles(args, kPhase == Phase::upper ? step.num_scored_tiles : step.num_tiles, single);
+    const Range share = block_range(room.free.begin);
+    room.run = {share.begin, single ? share.end : share.begin, single ? 0 : -1};
     room.end = share.end;
     room.inverse_scale = inverse_of(step.grad_scale);
+    room.entries = room.above = 0;
   }
-  if (thread_id() == 0) room.entries = room.above = 0;
   __syncthreads();
   Sums sums;
-  while (room.run.end < room.end) {
-    const Run run = next_run(step, room.run.end, room.end);
-    __syncthreads();
-    if (thread_id() == 0) room.run = run;
-    __syncthreads();
-    if (run.group < 0) {  // nothing is selected: N:M tensors, and in a joint step those without scores
-      for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
-        update_number<kPhase>(args, table, number, room.inverse_scale, room, sums);
-      continue;
+  for (bool begun = false; single ? !begun : room.run.end < room.end; begun = true) {
+    if (!single) {
+      const Run run = next_run(step, room.run.end, room.end);
+      __syncthreads();
+      if (thread_id() == 0) room.run = run;
+      __syncthreads();
     }
-    // Read before this block publishes any entry of the group, so before the last block replaces it.
-    const Guess guess = guess_of(args, run.group);
-    begin_judging(room, guess.window, state_of(args, run.group).progress, candidates_of(args, run.group),
-                  guess.known ? capacity_of(args, run.group) : 0);
-    sums.above = 0;
-    for (int number = run.begin + warp_id(); number < room.run.end; number += kWarps)
-      update_number<kPhase>(args, table, number, room.inverse_scale, room, sums);
     const int group = room.run.group;
+    if (group >= 0) {
+      // Read before this block publishes any entry of the group, so before the last block replaces it.
+      const Guess guess = guess_of(args, group);
+      begin_judging(room, guess.window, state_of(args, group).progress, candidates_of(args, group),
+                    guess.known ? capacity_of(args, group) : 0);
+      sums.above = 0;
+    }
+    for_warp_tiles(room.run, room.free, [&](int number) { update_number<kPhase>(args, table, number, room.inverse_scale, room, sums); });
+    if (room.run.group < 0) continue;  // nothing is selected: N:M tensors, and in a joint step those without scores
     end_judging(room, sums.above);
-    report_flips(room, step.counters[group]);
-    if (publish_is_last(room, state_of(args, group).progress, numel_of(args, group))) conclude(args, room, group);
+    report_flips(room, step.counters[room.run.group]);
+    if (publish_is_last(room, state_of(args, room.run.group).progress, numel_of(args, room.run.group)))
+      conclude(args, room, room.run.group);
   }
   report_nonfinite(step, sums);
 }
@@ -133,16 +176,16 @@ __global__ void __launch_bounds__(kThreads) step_gradients_kernel(const Gradient
   for (int i = thread_id(); i < count; i += kThreads) to[i] = {table.data[i], static_cast<DType>(table.dtype[i]), 0};
 }
 
-// One warp per tile; nothing is shared.
+// One warp per tile.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     step_lower_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
   if (skipped(args.step)) return;
   const float inverse_scale = inverse_of(args.step.grad_scale);
-  const Range share = block_range(args.step.num_tiles);
+  const FreeTiles free(args, args.step.num_tiles, true);
   Nothing nothing;
   Sums sums;
-  for (int number = share.begin + warp_id(); number < share.end; number += kWarps)
-    update_number<Phase::lower>(args, table, number, inverse_scale, nothing, sums);
+  for_warp_tiles(block_range(free.begin), free,
+                 [&](int number) { update_number<Phase::lower>(args, table, number, inverse_scale, nothing, sums); });
   report_nonfinite(args.step, sums);
 }
 
@@ -201,12 +244,20 @@ __device__ __forceinline__ void for_tiles_in(const Args& args, Room& room, const
   }
 }
 
+// The contiguous share of `candidates` candidates that belongs to this block: so many that few blocks have to publish their effects.
+__device__ __forceinline__ Range candidate_range(uint32_t candidates) {
+  constexpr uint32_t kLeast = 4 * kThreads;
+  const int64_t block = blockIdx.x, needed = (candidates + kLeast - 1) / kLeast, blocks = needed < gridDim.x ? needed : gridDim.x;
+  if (block >= blocks) return {0, 0};
+  return {static_cast<int>(candidates * block / blocks), static_cast<int>(candidates * (block + 1) / blocks)};
+}
+
 // A block's share of the candidates of a group: counts them. The last block narrows the window to the bin of the k-th key.
 __device__ __noinline__ void count_share(const Args& args, JudgeRoom& room, int group) {
   GroupState& state = state_of(args, group);
   const Window judged = state.window;
   const Candidate* list = candidates_of(args, group);
-  const Range share = block_range(judged.inside);
+  const Range share = candidate_range(judged.inside);
   if (share.begin == share.end) return;
   count_keys(room, list + share.begin, static_cast<uint32_t>(share.end - share.begin), judged, window_shift(judged));
   if (thread_id() == 0) {
@@ -228,7 +279,7 @@ __device__ __noinline__ void finish_share(const Args& args, Room& room, int grou
   const Candidate* list = candidates_of(args, group);
   Candidate* few = few_of(args, group);
   const bool fits = window.inside <= few_capacity(args.step.groups[group].numel);
-  const Range share = block_range(listed);
+  const Range share = candidate_range(listed);
   if (share.begin == share.end) return;
   for (int i = share.begin + thread_id(); i < share.end; i += kThreads) {
     const Candidate candidate = list[i];

@@ -188,8 +188,7 @@ __device__ __noinline__ unsigned above_of(JudgeRoom& room, Quad<float> s, unsign
 
 // One warp decides one tile. An undecided entry is 0 for now and becomes a candidate, if candidates are listed.
 template <bool kVector>
-__device__ __forceinline__ void judge_scores(const TopkArgs& args, JudgeRoom& room, const ScoreRange& range, uint32_t& num_above,
-                                             const Tile& tile) {
+__device__ __forceinline__ void judge_scores(const TopkArgs& args, JudgeRoom& room, uint32_t& num_above, const Tile& tile) {
   for (int base = 0; base < tile.entries; base += kAhead * kStride) {
     Quad<float> s[kAhead];
 #pragma unroll
@@ -203,11 +202,10 @@ __device__ __forceinline__ void judge_scores(const TopkArgs& args, JudgeRoom& ro
       unsigned above = 0, near = 0;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        const uint32_t score = score_key(s[ahead].x[j]);
-        above |= score > range.high ? 1u << j : 0u;
-        near |= score >= range.low && score <= range.high && (kVector || j < exist) ? 1u << j : 0u;
+        if (!kVector && j >= exist) continue;
+        above |= room.group.range.above(s[ahead].x[j]) ? 1u << j : 0u;
+        near |= room.group.range.near(s[ahead].x[j]) ? 1u << j : 0u;
       }
-      if (!kVector) above &= exist >= kQuad ? 0xfu : exist > 0 ? (1u << exist) - 1u : 0u;
       const uint32_t index = static_cast<uint32_t>(tile.first) + static_cast<uint32_t>(i);
       if (__ballot_sync(kAllLanes, near != 0) != 0) above |= above_of(room, s[ahead], near, {index, tile.number, i});
       num_above += static_cast<uint32_t>(__popc(above));
@@ -222,13 +220,12 @@ __device__ __forceinline__ void judge_scores(const TopkArgs& args, JudgeRoom& ro
 // Whole grid: judges all scores by a window. Then `progress` has the numbers of keys above and inside, and the list those inside.
 __device__ __noinline__ void judge_all(const TopkArgs& args, JudgeRoom& room, const Window& window, Progress& progress) {
   begin_judging(room, window, progress, args.workspace->candidates(), args.capacity);
-  const ScoreRange range(window);
   uint32_t num_above = 0;
   for_tiles(args.topk, [&](const Tile& tile) {
     if (tile.entries == kTile && quad_aligned(args.topk.scores) && quad_aligned(args.topk.mask))
-      judge_scores<true>(args, room, range, num_above, tile);
+      judge_scores<true>(args, room, num_above, tile);
     else
-      judge_scores<false>(args, room, range, num_above, tile);
+      judge_scores<false>(args, room, num_above, tile);
   });
   end_judging(room, num_above);
   if (thread_id() == 0 && room.above) atomicAdd(&progress.above, room.above);

@@ -31,8 +31,10 @@ struct GroupState {
 // Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
 constexpr int kMaxRounds = 7;
 
-// Groups that have a task. The list is in no particular order, which nothing depends on. All 0 between steps.
+// Work that is not shared out beforehand, and groups that have a task. The list is in no particular order, which nothing depends on. All 0
+// between steps.
 struct Queue {
+  uint32_t taken;                 // free tiles that a warp has asked for in this launch
   uint32_t finishing;             // groups in the list of those to finish
   uint32_t falling;               // groups that fall back
   uint32_t open[kMaxRounds + 1];  // groups that fall back and have too many keys inside, after each round
