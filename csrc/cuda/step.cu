@@ -86,6 +86,7 @@ __device__ __forceinline__ void report_nonfinite(const Step& step, const Sums& s
 // Memory does not serve all processors alike, and those that are done early would wait for the others: 6 % of a step of 25 million weights on
 // an H200. So the last tiles of a launch are free: a warp that has done its share takes the next one, and the next.
 constexpr int kFreePart = 4;  // of all tiles, one in so many
+constexpr int kFreeFrom = 2;  // tiles for each warp, on average: for fewer, asking for the next costs more
 
 // The tiles of a launch from `begin` on that are free; none without a counter.
 struct FreeTiles {
@@ -94,8 +95,8 @@ struct FreeTiles {
 
   FreeTiles() = default;
   __device__ __forceinline__ FreeTiles(const Args& args, int64_t tiles, bool any)
-      : taken(any ? &args.workspace.queue->taken : nullptr),
-        begin(static_cast<int>(any ? tiles - tiles / kFreePart : tiles)),
+      : taken(any && tiles >= kFreeFrom * static_cast<int64_t>(gridDim.x) * kWarps ? &args.workspace.queue->taken : nullptr),
+        begin(static_cast<int>(taken ? tiles - tiles / kFreePart : tiles)),
         end(static_cast<int>(tiles)) {}
 };
 

@@ -2,7 +2,7 @@
 //
 //   few scores   1 launch: they are listed, and the last block settles them
 //   many         1 launch, all blocks resident, with barriers over the grid between its stages:
-//     sample     n^(2/3) keys say between which two the k-th largest probably is; one digit, then another
+//     sample     4 n^(2/3) keys say between which two the k-th largest probably is; one digit, then another
 //     judge      every score against that window: 4 bytes read, 1 written; the few inside are listed
 //     finish     the candidates outside of the bin of the k-th key get their byte, one block settles the others
 //     When the sample was wrong, or too many are inside: counting passes, 4 bytes each, narrow the window, and all are judged again.
@@ -43,15 +43,15 @@ uint32_t capacity_for(int64_t n) {
   return std::max(static_cast<uint32_t>(8 * root * root) + 1024, 8192u);
 }
 
-// Which keys are sampled, and which of them, by rank from 1, are the edges of the window. The positions and the margin are those of the CPU
-// (cpu/select.h): runs of 32 neighbours at pseudo-random places, one in every n^(1/3).
+// Which keys are sampled, and which of them, by rank from 1, are the edges of the window. As on the CPU (cpu/select.h) runs of 32 neighbours at
+// pseudo-random places, and a margin of 5 deviations and a run; but four times as many, since candidates cost more here than samples.
 struct Sample {
   int64_t runs;  // of a warp's width
   uint32_t stride;
   int64_t upper, lower;  // below 1, or above the number of keys: there is no edge
 
   Sample(int64_t n, int64_t k)
-      : runs(0), stride(static_cast<uint32_t>(std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)))))) {
+      : runs(0), stride(static_cast<uint32_t>(std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)) / 4)))) {
     runs = n / kWarp / stride;
     const double fraction = static_cast<double>(k) / static_cast<double>(n), rank = fraction * static_cast<double>(runs * kWarp);
     const double margin = kWarp + 5.0 * std::sqrt(rank * (1.0 - fraction));
@@ -171,19 +171,30 @@ __device__ __noinline__ Window guess(const TopkArgs& args, TopkRoom& room) {
 
 // ---- judge ----
 
-// Whole warp: of the entries of the `near` bits, those whose whole keys are above the window; those inside become candidates. Not inlined, so
-// that it takes no registers from the streaming loop.
-__device__ __noinline__ unsigned above_of(JudgeRoom& room, Quad<float> s, unsigned near, Place place) {
-  unsigned above = 0, inside = 0;
+// One lane: of the entries of the `near` bits, those whose whole keys are above the window. Those inside become candidates: one in a hundred, so
+// in most turns some lane of a warp has one, and each lane makes room for its own.
+__device__ __forceinline__ unsigned above_of(JudgeRoom& room, const Quad<float>& s, unsigned near, const Place& place) {
+  unsigned above = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     if (!(near >> j & 1u)) continue;
     const uint64_t key = full_key(score_key(s.x[j]), place.index + static_cast<uint32_t>(j));
-    above |= key >= room.group.window.hi ? 1u << j : 0u;
-    inside |= key >= room.group.window.lo && key < room.group.window.hi ? 1u << j : 0u;
+    if (key >= room.group.window.hi)
+      above |= 1u << j;
+    else if (key >= room.group.window.lo && room.group.capacity != 0)
+      room.pending[warp_id()][atomicAdd(&room.num_pending[warp_id()], 1u)] = {key, place.tile, static_cast<uint32_t>(place.entry + j)};
   }
-  if (__ballot_sync(kAllLanes, inside != 0) != 0) collect(room, place, s, inside, 0);
   return above;
+}
+
+// Whole warp: after each turn, so that the next has room.
+__device__ __forceinline__ void flush_if_full(JudgeRoom& room) {
+  __syncwarp();
+  const uint32_t pending = room.num_pending[warp_id()];
+  if (pending <= kPending - kStride) return;
+  flush_pending(room, pending);
+  if (lane_id() == 0) room.num_pending[warp_id()] = 0;
+  __syncwarp();
 }
 
 // One warp decides one tile. An undecided entry is 0 for now and becomes a candidate, if candidates are listed.
@@ -207,7 +218,10 @@ __device__ __forceinline__ void judge_scores(const TopkArgs& args, JudgeRoom& ro
         near |= room.group.range.near(s[ahead].x[j]) ? 1u << j : 0u;
       }
       const uint32_t index = static_cast<uint32_t>(tile.first) + static_cast<uint32_t>(i);
-      if (__ballot_sync(kAllLanes, near != 0) != 0) above |= above_of(room, s[ahead], near, {index, tile.number, i});
+      if (__ballot_sync(kAllLanes, near != 0) != 0) {
+        if (near != 0) above |= above_of(room, s[ahead], near, {index, tile.number, i});
+        flush_if_full(room);
+      }
       num_above += static_cast<uint32_t>(__popc(above));
       Quad<uint8_t> kept;
 #pragma unroll

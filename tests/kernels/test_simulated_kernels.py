@@ -34,7 +34,7 @@ def test_topk_in_any_order_of_blocks_and_warps(module, seed):
 def _misleading(n):
     """The runs of 32 that topk.cu samples hold other scores than all the rest."""
     scores = np.random.default_rng(0).random(n, dtype=np.float32) * 0.5
-    stride = int(np.cbrt(n))
+    stride = int(np.cbrt(n) / 4)
     turns = np.arange(n // 32 // stride, dtype=np.uint64)
     with np.errstate(over="ignore"):
         places = (turns * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(stride)
