@@ -33,6 +33,14 @@ __device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x
 __device__ __forceinline__ int lane_id() { return thread_id() % kWarp; }
 __device__ __forceinline__ int warp_id() { return thread_id() / kWarp; }
 
+// Whatever the calling thread did to memory before comes before whatever it does next, in the eyes of all blocks. A build without them is
+// for tests/large/stress.py, which must find that it is wrong: BIP_FAST_MUTATION=no-fences in setup.py.
+__device__ __forceinline__ void fence() {
+#ifndef BIP_WITHOUT_FENCES
+  __threadfence();
+#endif
+}
+
 // The contiguous share [begin, end) of `tiles` tiles that belongs to this block. Tile numbers fit an int on the device, where registers are
 // scarce: 2^31 tiles are 40 TB. Entries and offsets are 64 bits.
 struct Range {

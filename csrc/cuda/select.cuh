@@ -128,17 +128,18 @@ __device__ __forceinline__ void note_entries(Room& room, int entries) {
 // Publishes the `room.entries` entries this block has handled, of `total`. True, in all threads, in the one block that completes them.
 // Interleaving: every other block's effects come before its own atomicAdd on `seen` (block barrier, then fence, then add), and
 // the last block's add reads from them all; its fence after it then orders their effects before whatever this block reads next.
+// tests/kernels/test_memory_model.py reads the statements below, one a line, and runs them in every order that CUDA allows.
 __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t total) {
   __syncthreads();
   if (thread_id() == 0) {
     if (room.above) atomicAdd(&progress.above, room.above);
-    __threadfence();
+    fence();
     // A block without entries is not the last, not even where all are complete.
     room.last = room.entries != 0 && atomicAdd(&progress.seen, room.entries) + room.entries == total;
     room.entries = room.above = 0;
     if (room.last) {
       progress.seen = 0;  // no other block follows: all entries have been seen
-      __threadfence();
+      fence();
     }
   }
   __syncthreads();

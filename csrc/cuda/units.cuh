@@ -225,6 +225,7 @@ __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
 // One warp per tile of units. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add). In
 // the warp whose add completes the set, lane 0 reads from all of these adds. Its fence orders what they published before what lane 0 does
 // next, and the warp barrier after that before what the other lanes read. A shuffle alone orders no memory.
+// tests/kernels/test_memory_model.py reads the statements from the first warp barrier on, one a line.
 __device__ inline void score_units(const Step& step) {
   for (int64_t number = step.unit_tile_begin + global_warp(); number < step.unit_tile_end; number += num_warps()) {
     const Tile tile(step, static_cast<int>(number));
@@ -235,9 +236,9 @@ __device__ inline void score_units(const Step& step) {
     uint32_t before = 0;
     if (lane_id() == 0) {
       set.best[tile.first / kTile] = best;
-      __threadfence();
+      fence();
       before = atomicAdd(set.seen, 1u);
-      __threadfence();
+      fence();
     }
     before = __shfl_sync(kAllLanes, before, 0);
     __syncwarp();
