@@ -73,6 +73,13 @@ struct alignas(kQuad * sizeof(T)) Quad {
   T x[kQuad];
 };
 
+// What a vector access relies on: a quad and its register type are one size, and an address that suits the one suits the other.
+template <class T, class V = typename Vector<sizeof(Quad<T>)>::Type>
+constexpr bool kQuadIsVector = sizeof(Quad<T>) == sizeof(V) && alignof(Quad<T>) == alignof(V) && sizeof(V) == kQuad * sizeof(T);
+static_assert(kQuadIsVector<float> && kQuadIsVector<bfloat16> && kQuadIsVector<float16> && kQuadIsVector<uint8_t>);
+// A tensor's first entry, its mask and its tiles begin where the quads and mask words of a warp's stride do.
+static_assert(kAlign % kStride == 0 && kTile % (kAhead * kStride) == 0 && kStride % kWarp == 0 && kWarp % kQuad == 0);
+
 template <class T>
 __host__ __device__ __forceinline__ bool quad_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(Quad<T>) == 0;

@@ -72,6 +72,11 @@ struct Candidate {
 };
 constexpr uint32_t kKeptNow = 1u << 31;
 
+// Lists and histograms lie one after the other in the caller's memory, at multiples of 16 bytes. Their parts are moved by accesses of at most
+// 8, and added to by atomics of 4.
+static_assert(sizeof(Candidate) == 16 && alignof(Candidate) == 8 && sizeof(Histogram) % 16 == 0 && alignof(Histogram) == 4);
+static_assert(alignof(Window) == 8 && alignof(Memory) == 8);
+
 // What blocks add up about a group in one launch. All 0 between launches.
 struct Progress {
   uint32_t seen;       // entries whose effects on histogram, list or mask have been published

@@ -1,7 +1,17 @@
-"""What the compiler says of the CUDA kernels: nothing spills, and as many blocks fit on a multiprocessor as they were written for."""
+"""What the compiler says of the CUDA kernels: nothing spills, and as many blocks fit on a multiprocessor as they were written for.
+
+What can be too much                            where it is checked
+  registers x threads x blocks   65,536          here, of the built module for each of its architectures, and of the sources for 9.0
+  shared memory x blocks         PROCESSORS      here, likewise; of one block at most 48 KB, which is all that static arrays may have
+  bytes of kernel parameters     4,096           here, and by a static_assert in launch.cuh
+  blocks in a grid               resident ones   launch.cuh asks the device
+  alignment of vector accesses                   static_asserts in block.cuh and select.cuh; `vectorizes` and `quad_aligned` decide who may
+                                                 make them; every test on the simulator, built with -fsanitize=alignment
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,11 +19,18 @@ from pathlib import Path
 
 import pytest
 
+from bip_fast.engine import native
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # blocks of 256 threads on a multiprocessor with 64 K registers; the bytes in flight that follow are checked in update.cuh
 BLOCKS = {"step_lower": 3, "step_upper": 3, "step_joint": 2, "step_finish": 3}
 BLOCKS |= {"step_sums": 2, "step_scores": 3, "step_spread": 3}
 BLOCKS |= {"topk_mask": 3, "topk_few": 3}
+# KB of shared memory of a multiprocessor, of which every resident block takes 1 KB besides its own; and bytes of constant memory in front
+# of the parameters of a kernel.
+PROCESSORS = {"80": (164, 352), "86": (100, 352), "89": (100, 352), "90": (228, 528), "100": (228, 896), "120": (100, 896)}
+# Where a multiprocessor has 100 KB, the kernels that keep candidates in shared memory have one block less than they were written for.
+FEWER = {"step_upper": 2, "step_apply": 2}
 
 
 def report(source: str) -> str:
@@ -55,3 +72,50 @@ def test_nothing_spills_and_the_blocks_fit(source):
             granted = -(-int(registers) // 8) * 8  # in units of 8
             assert BLOCKS[name] * 256 * granted <= 65536, (name, registers)
             assert BLOCKS[name] * (int(shared or 0) + 1024) <= 227 * 1024, (name, shared)
+
+
+def cuobjdump() -> str:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home), "/usr/local/cuda/bin"]
+    found = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    if found is None:
+        pytest.skip("needs cuobjdump on the path: it is in the CUDA toolkit, and in the package nvidia-cuda-cuobjdump")
+    return found
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Of each architecture that the module was built for, if its limits are known: registers, shared and constant bytes of each kernel."""
+    module = native.kernels()
+    if not native.build_info()["cuda"]:
+        pytest.skip("needs bip_fast built for CUDA: BIP_FAST_CUDA=1 pip install .")
+    text = subprocess.run([cuobjdump(), "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True).stdout
+    found: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for part in re.split(r"^arch = sm_", text, flags=re.MULTILINE)[1:]:
+        usage = re.findall(r"Function \S*?\d+((?:step|topk)_[a-z]+)_kernel\S*:\s+REG:(\d+) .*?SHARED:(\d+) .*?CONSTANT\[0\]:(\d+)", part)
+        architecture = re.match(r"\d+", part)[0]
+        found.setdefault(architecture, {}).update({name: tuple(map(int, numbers)) for name, *numbers in usage})
+    return {architecture: kernels for architecture, kernels in found.items() if architecture in PROCESSORS}
+
+
+def test_the_blocks_fit_on_every_architecture(built):
+    assert built
+    for architecture, kernels in built.items():
+        assert kernels.keys() >= BLOCKS.keys()
+        kilobytes, before_parameters = PROCESSORS[architecture]
+        for name, (registers, shared, constants) in kernels.items():
+            where = f"{name} on {architecture}"
+            blocks = BLOCKS.get(name, 1)
+            if kilobytes == 100:
+                blocks = FEWER.get(name, blocks)
+            own = shared - (1024 if int(architecture) >= 90 and shared else 0)  # there the compiler counts the 1 KB of the system too
+            assert blocks * 256 * (-(-registers // 8) * 8) <= 65536, where
+            assert own <= 48 * 1024, where
+            assert blocks * (own + 1024) <= kilobytes * 1024, where
+            assert constants - before_parameters <= 4096, where
+
+
+def test_the_numbers_of_cuobjdump_are_what_they_are_taken_for(built):
+    """The parameters of the finish are one `Args`, which is as large everywhere."""
+    assert len({kernels["step_finish"][2] - PROCESSORS[architecture][1] for architecture, kernels in built.items()}) == 1
+    assert len({kernels["step_upper"][1] - 1024 * (int(architecture) >= 90) for architecture, kernels in built.items()}) == 1
