@@ -7,6 +7,7 @@ build/ makes it parallel and incremental. torch is not needed, and neither is a 
     CUDA_HOME, CUDA_PATH   the CUDA toolkit; otherwise the nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   GPUs to compile for, such as "8.0;9.0+PTX"; otherwise DEFAULT_ARCHITECTURES as far as nvcc knows them
     CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual
+    BIP_FAST_MUTATION      no-fences: wrong CUDA kernels on purpose, for tests/large/stress.py; only for `build_ext`, never in an install
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ OLDEST_NVCC = (11, 8)  # the toolkit of the oldest torch wheels this package sup
 # wheel serves every machine: vector code is chosen at run time. These flags come last, where CXXFLAGS cannot undo them.
 EXACT = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off"]
 WARNINGS = ["-Wall", "-Wextra"]
+MUTATIONS = {"no-fences": "-DBIP_WITHOUT_FENCES"}  # what CUDA kernels are compiled with
 
 
 class Nvcc(NamedTuple):
@@ -123,6 +125,21 @@ def gencode(architectures: list[str]) -> list[str]:
         kinds = ("sm", "compute") if arch.endswith("+PTX") else ("sm",)
         flags += [f"-gencode=arch=compute_{digits},code={kind}_{digits}" for kind in kinds]
     return flags
+
+
+def choose_mutation(environ: Mapping[str, str], commands: Sequence[str], cuda: bool) -> str:
+    """The mutation to build, or ""; an error wherever somebody could come to use it. `commands`: those that setup.py was started with."""
+    wanted = environ.get("BIP_FAST_MUTATION", "")
+    if wanted not in ("", *MUTATIONS):
+        raise OptionError(f"BIP_FAST_MUTATION must be one of {', '.join(MUTATIONS)}, or empty, got {wanted!r}")
+    if wanted and list(commands) != ["build_ext"]:
+        raise OptionError(
+            f"BIP_FAST_MUTATION={wanted} makes wrong kernels: it is for `python3 setup.py build_ext --build-lib build/{wanted}`, "
+            "not for an install; unset it"
+        )
+    if wanted and not cuda:
+        raise OptionError(f"BIP_FAST_MUTATION={wanted} changes CUDA kernels, but this build is CPU only")
+    return wanted
 
 
 def jobs(environ: Mapping[str, str]) -> int:
@@ -223,6 +240,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = choose_cuda(os.environ)
+        mutation = choose_mutation(os.environ, self.distribution.commands, nvcc is not None)
         if sys.platform == "win32":  # setuptools' own compiler support; untested
             import pybind11
 
@@ -236,10 +254,15 @@ class BuildExt(build_ext):
             toolkit = "{}.{}".format(*nvcc.version)
             flags += ["-DBIP_WITH_CUDA", f'-DBIP_CUDA_TOOLKIT="{toolkit}"', f'-DBIP_CUDA_ARCHITECTURES="{";".join(architectures)}"']
             print(f"building CPU and CUDA {toolkit} for {' '.join(architectures)}")
+        rules = commands(os.environ, nvcc, architectures)
+        if mutation:
+            print(f"building WRONG kernels: BIP_FAST_MUTATION={mutation}")
+            flags.append(f'-DBIP_MUTATION="{mutation}"')
+            rules["nvcc"].append(MUTATIONS[mutation])
         # A folder for each kind of build, so that changing between them compiles nothing again.
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{'cuda' if nvcc else 'cpu'}"
+        tag = "-".join(filter(None, (sysconfig.get_platform(), sys.implementation.cache_tag, "cuda" if nvcc else "cpu", mutation)))
         folder, target = f"build/{tag}", Path(self.get_ext_fullpath(ext.name))
-        text = ninja_file(folder, target.name, ext.sources + cuda_sources, flags, commands(os.environ, nvcc, architectures))
+        text = ninja_file(folder, target.name, ext.sources + cuda_sources, flags, rules)
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         (ROOT / folder / "build.ninja").write_text(text)
         run_ninja(folder, os.environ, len(cuda_sources))

@@ -10,6 +10,7 @@ class _BuildInfo(TypedDict):
     cuda: bool
     cuda_toolkit: str | None
     cuda_architectures: str
+    mutation: str | None
 
 class _Backend(Protocol):
     """The functions of one backend. `where` is the number of threads on the CPU and the stream handle on a CUDA device."""

@@ -163,6 +163,11 @@ PYBIND11_MODULE(BIP_MODULE, m) {
     info["cuda_toolkit"] = py::none();
 #endif
     info["cuda_architectures"] = BIP_CUDA_ARCHITECTURES;
+#ifdef BIP_MUTATION
+    info["mutation"] = BIP_MUTATION;  // these kernels are wrong on purpose
+#else
+    info["mutation"] = py::none();
+#endif
     return info;
   });
 

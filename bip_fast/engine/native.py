@@ -8,6 +8,7 @@ gradients in `plan`. All memory is allocated by torch, workspaces too.
 from __future__ import annotations
 
 import operator
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,12 @@ except ImportError as error:  # let `bip-fast doctor` say what is wrong
     _C_ERROR: ImportError | None = error
 else:
     _C_ERROR = None
+    if _mutation := _C.build_info().get("mutation"):
+        warnings.warn(
+            f"this build of bip_fast gives wrong results on purpose (BIP_FAST_MUTATION={_mutation}); build it again without that variable",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 __all__ = [
     "BACKENDS", "DTYPES", "MAX_GROUP", "PHASES", "backend", "build_info", "is_ordinary", "kernels", "launch_guard", "launch_where",
@@ -45,7 +52,8 @@ def kernels() -> ModuleType:
 
 
 def build_info() -> dict[str, Any]:
-    """How the kernels were built: compiler, SIMD set chosen on this machine, CUDA toolkit and GPU architectures."""
+    """How the kernels were built: compiler, SIMD set chosen on this machine, CUDA toolkit and GPU architectures; and ``mutation``, None
+    unless they are wrong on purpose."""
     return dict(kernels().build_info())
 
 

@@ -142,6 +142,38 @@ def test_gencode(build: ModuleType) -> None:
     ]
 
 
+def test_a_mutation_is_built_on_purpose_only(build: ModuleType) -> None:
+    """Wrong kernels must not get into anything that somebody installs."""
+    choose, wanted = build.choose_mutation, {"BIP_FAST_MUTATION": "no-fences"}
+    assert choose({}, ["bdist_wheel"], True) == ""
+    assert choose(wanted, ["build_ext"], True) == "no-fences"
+    for commands in (["bdist_wheel"], ["editable_wheel"], ["build_ext", "install"], ["develop"], []):
+        with pytest.raises(build.OptionError, match=r"BIP_FAST_MUTATION=no-fences makes wrong kernels: .* not for an install"):
+            choose(wanted, commands, True)
+    with pytest.raises(build.OptionError, match="this build is CPU only"):
+        choose(wanted, ["build_ext"], False)
+    with pytest.raises(build.OptionError, match="BIP_FAST_MUTATION must be one of no-fences, or empty, got 'fences'"):
+        choose({"BIP_FAST_MUTATION": "fences"}, ["build_ext"], True)
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir())
+    assert all(f"#ifndef {define.removeprefix('-D')}" in sources for define in build.MUTATIONS.values())
+    assert sources.count("__threadfence();") == 1, "a fence that the mutation does not leave out"
+
+
+def test_importing_a_mutated_build_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bip_fast
+    from bip_fast import _C
+    from bip_fast.engine import native
+
+    assert native.build_info()["mutation"] is None
+    spec = importlib.util.spec_from_file_location("bip_fast.engine.native_again", native.__file__)
+    module = importlib.util.module_from_spec(spec)
+    mutated = ModuleType("bip_fast._C")
+    mutated.build_info = lambda: {**_C.build_info(), "mutation": "no-fences"}
+    monkeypatch.setattr(bip_fast, "_C", mutated)
+    with pytest.warns(RuntimeWarning, match="wrong results on purpose .BIP_FAST_MUTATION=no-fences."):
+        spec.loader.exec_module(module)
+
+
 def test_max_jobs(build: ModuleType) -> None:
     assert build.jobs({"MAX_JOBS": "3"}) == 3
     assert build.jobs({}) >= 1
