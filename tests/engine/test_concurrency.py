@@ -156,6 +156,7 @@ def test_a_side_stream(cuda):
     for i in range(6):
         fill_gradients(same, i)
         plain.step()
+        stream.wait_stream(torch.cuda.current_stream())  # it reads gradients that were made there
         with torch.cuda.stream(stream):
             torch.cuda._sleep(10_000_000)  # a launch on another stream would now run ahead of its gradients
             for p, q in zip(params, same, strict=True):
