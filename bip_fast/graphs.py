@@ -279,6 +279,8 @@ class GraphedIteration:
             recorded = self._graphs[key] = self._record(batch, plan)
         for to, given in zip(recorded.batch, batch, strict=True):
             to.copy_(given, non_blocking=True)
+        if plan is not None:
+            plan.hold()
         results, gradients = recorded.replay()
         for p, g in zip(self._params, gradients, strict=True):
             p.grad = g

@@ -11,7 +11,7 @@ from torch import Tensor
 from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
 from .coverage import Parameter, Seen, decide
-from .native import backend
+from .native import backend, not_capturing
 from .options import GROUP_KEYS, check_group, hyper_table
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
@@ -125,7 +125,12 @@ class Engine:
         return selection_groups([budget_of(rival, self._groups[rival.group]) for rival in self.arena.rivals])
 
     def replan(self) -> None:
-        """Make the plan for the options as they are now."""
+        """Make the plan for the options as they are now.
+
+        Raises:
+            RuntimeError: the current stream is being captured in a graph. Nothing has changed then.
+        """
+        not_capturing(self.arena.device, "the optimizer needs new tables")
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
         self._planned = self._options()
@@ -150,8 +155,8 @@ class Engine:
                 new = [group.members for group in selection] != [group.members for group in self._selection]
                 new = new or [options[2] for options in self._planned] != [options[2] for options in self._options()]
                 if not new:
-                    self._planned, self._selection = self._options(), selection
                     self.plan.set_kept([group.kept for group in selection])
+                    self._planned, self._selection = self._options(), selection
         if new:
             self.replan()
         else:

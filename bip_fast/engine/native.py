@@ -32,7 +32,7 @@ else:
 
 __all__ = [
     "BACKENDS", "DTYPES", "MAX_GROUP", "PHASES", "backend", "build_info", "is_ordinary", "kernels", "launch_guard", "launch_where",
-    "topk_mask",
+    "not_capturing", "topk_mask",
 ]  # fmt: skip
 
 BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
@@ -79,6 +79,21 @@ def launch_guard(device: torch.device) -> AbstractContextManager[Any]:
 def launch_where(device: torch.device) -> int:
     """Stream handle on CUDA, number of threads on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else torch.get_num_threads()
+
+
+def not_capturing(device: torch.device, what: str) -> None:
+    """RuntimeError while the current stream of ``device`` is being captured in a CUDA graph: ``what`` must then not happen.
+
+    A copy from the host would be captured with the address of memory that is gone when the graph runs.
+    """
+    if device.type == "cuda":
+        with launch_guard(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            raise RuntimeError(
+                f"{what} while a CUDA graph is being captured: take one step with these options before the capture, or let "
+                "bip_fast.graphs.GraphedIteration capture"
+            )
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from ..reference import Blocks
 from .arena import Arena
 from .budgets import SelectionGroup
 from .coverage import Parameter
-from .native import DTYPES, PHASES, backend, kernels, launch_guard, launch_where
+from .native import DTYPES, PHASES, backend, kernels, launch_guard, launch_where, not_capturing
 from .patterns import NofM
 from .units import UnitSet, blocks_of
 
@@ -38,11 +38,20 @@ class DeviceTable:
         return data if self._device.type == "cpu" else data.pin_memory()
 
     def update(self, table: np.ndarray) -> None:
-        """Write a table of the same size, in order with the work on the current stream; nothing where it has not changed."""
+        """Write a table of the same size, in order with the work on the current stream; nothing where it has not changed.
+
+        Raises:
+            RuntimeError: it has changed, and the current stream is being captured in a graph.
+        """
         host = table.tobytes()
         if host != self._host:
+            not_capturing(self._device, "options of the optimizer changed")
             self._host = host
             self._memory.copy_(self._staged(), non_blocking=True)
+
+    @property
+    def memory(self) -> Tensor:
+        return self._memory
 
     @property
     def address(self) -> int:
@@ -226,9 +235,13 @@ class StepPlan:
         selection: who competes with whom.
         hypers: rows of ``hyper_dtype``, one per parameter group.
         min_kept: units that every set keeps, by parameter group.
+
+    Raises:
+        RuntimeError: the current stream is being captured in a graph.
     """
 
     def __init__(self, arena: Arena, selection: Sequence[SelectionGroup], hypers: np.ndarray, min_kept: Sequence[int]) -> None:
+        not_capturing(arena.device, "the optimizer needs new tables")
         tensors = _tensor_table(arena, selection)
         units = _unit_tables(arena, tensors, _least_kept(arena, selection, min_kept))
         groups = _group_table(tensors, selection)
@@ -254,11 +267,29 @@ class StepPlan:
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
         self._unit_scratch = units.scratch
         self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
+        tables = self._tensors, self._tile_tensor, self._groups, self._unit_sets, self._parts, self._hypers
+        self._memory = [*(table.memory for table in tables), self._workspace, self._unit_scratch, self._counters]
+        self._streams = {launch_where(device)}  # that torch knows to use the memory: at first the one it was allocated on
+
+    def hold(self) -> None:
+        """Let the memory of this plan, once it is replaced, be given to nothing else before the current stream is done with it.
+
+        Torch sees to that for the stream that the memory was allocated on. `run` calls this, and so must a replay of a graph.
+        """
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        # Once for each stream: what counts is how far it has come when the memory is freed. In a capture nothing runs, and torch forgets.
+        if stream.cuda_stream not in self._streams and not torch.cuda.is_current_stream_capturing():
+            for x in self._memory:
+                x.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
 
     def set_kept(self, kept: list[int]) -> None:
         """How many entries of every selection group are kept from the next upper or joint step on."""
-        self._group_rows["kept"] = kept
-        self._groups.update(self._group_rows)
+        rows = self._group_rows.copy()
+        rows["kept"] = kept
+        self._groups.update(rows)
 
     def set_hypers(self, hypers: np.ndarray) -> None:
         """Hyper-parameters of every parameter group from the next step on."""
@@ -286,6 +317,7 @@ class StepPlan:
         """
         try:
             with launch_guard(self.device):
+                self.hold()
                 self._launch(phase, gradients, num_nonfinite, grad_scale, found_inf)
         except BaseException:
             with suppress(RuntimeError):  # a step that was only launched in part must not be gone on with
