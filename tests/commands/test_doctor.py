@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from cli_runs import SMALL, one_line, prune
+from helpers import use_backend
 
 import bip_fast
-from bip_fast.commands import cli, environment
+from bip_fast.commands import cli, doctor, environment
 from bip_fast.engine import native
 
 PACKAGES = "scikit-learn, rich, matplotlib, safetensors, pyyaml, pydantic, filelock"
@@ -32,6 +34,56 @@ def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
     assert "pip install --force-reinstall" in shown.out
     assert f"{PACKAGES}: for `bip-fast prune` and `compare`\n    pip install 'bip_fast[cli]'" in shown.out
     assert shown.err == ""
+
+
+class OneGPU:
+    """What doctor asks of torch.cuda, as on a machine with one GPU."""
+
+    def __init__(self, monkeypatch):
+        for name, value in {
+            "is_available": True,
+            "device_count": 1,
+            "get_device_capability": (9, 0),
+            "get_device_name": "NVIDIA H100",
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setitem(native.BACKENDS, "cuda", native.BACKENDS["cpu"])
+
+
+def test_doctor_launches_a_kernel(monkeypatch, capsys):
+    """On the CPU in the place of a GPU: the mask is looked at."""
+    OneGPU(monkeypatch)
+    trial = doctor._trial
+    monkeypatch.setattr(doctor, "_trial", lambda device: trial(torch.device("cpu")))
+    assert cli.main(["doctor"]) == 0
+    assert "cuda:0  kernels of bip_fast; NVIDIA H100, compute capability 9.0" in capsys.readouterr().out
+    monkeypatch.setattr(native, "topk_mask", lambda scores, k: torch.zeros(len(scores), dtype=torch.bool))
+    assert cli.main(["doctor"]) == 1
+    assert "CUDA kernels on cuda:0: a mask is wrong" in capsys.readouterr().out
+
+
+def test_doctor_says_in_one_line_what_a_launch_failed_of(monkeypatch, capsys):
+    OneGPU(monkeypatch)
+
+    def fail(scores, k):
+        raise RuntimeError("bip::cuda::topk: cudaMemsetAsync: CUDA driver version is insufficient for CUDA runtime version\nmore")
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x)
+    monkeypatch.setattr(native, "topk_mask", fail)
+    assert cli.main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if "CUDA kernels on cuda:0: " in line)
+    assert "CUDA driver version is insufficient for CUDA runtime version" in lines[at]
+    assert "TORCH_CUDA_ARCH_LIST=9.0 BIP_FAST_CUDA=1" in lines[at + 1]
+    assert "update the driver" in lines[at + 1]
+    assert any("kernels of bip_fast FAIL" in line for line in lines)
+
+
+@pytest.mark.gpu
+def test_doctor_on_a_gpu(monkeypatch, capsys):
+    use_backend("cuda", monkeypatch)
+    assert cli.main(["doctor"]) == 0
+    assert "cuda:0" in capsys.readouterr().out
 
 
 def test_prune_without_its_packages_says_what_to_install(monkeypatch, capsys, tmp_path):
