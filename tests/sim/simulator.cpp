@@ -1,3 +1,26 @@
+// What neither this simulator nor ordinary tests on a GPU see, and the guard that covers each. Paths are below tests/.
+//
+//   a fence or a barrier too few between blocks   kernels/test_memory_model.py, in every order that CUDA allows; on a GPU large/stress.py,
+//                                                 which must fail for a build with BIP_FAST_MUTATION=no-fences (setup.py)
+//   a barrier over the grid                       seen here (kernels/test_simulator.py) but for its fences, which are the toolkit's.
+//                                                 One made by hand: kernels/test_memory_model.py has two that are right
+//   the finish of many tiles, also in graphs      large/large_lockstep.py on a GPU: from 600k weights on, missed and crowded windows, eager
+//                                                 and in a GraphedIteration
+//   more than 400 tensors, in two graphs          large/large_lockstep.py: 450 tensors, eager, and in two graphs that alternate
+//   results that depend on a full grid            large/large_lockstep.py takes every step twice, large/stress.py ten times, from one state
+//   first launch of a kernel inside a capture     engine/test_graphs_cuda.py after eager steps only. Not covered: a capture before any
+//     (lazy loading)                              step of its phase
+//   a table that changes inside a capture         an error: engine/test_plan_memory.py
+//   a plan replaced while a stream still runs it  StepPlan.hold: engine/test_plan_memory.py, with torch.cuda._sleep on a GPU
+//   a stream that reads what another still writes engine/test_concurrency.py, on a GPU
+//   a second device                               engine/test_concurrency.py, where there are two GPUs
+//   a toolkit newer than the driver               `bip-fast doctor` launches a kernel: commands/test_doctor.py
+//   registers, shared memory, parameters          kernels/test_resources.py; launch.cuh checks the parameters when it is compiled
+//   vector accesses that are not aligned          seen here (-fsanitize=alignment); static_asserts in block.cuh and select.cuh
+//   speed, and the number of launches             the rows of bench/ count them and the steps without a usable window; no test asserts them
+//   2^31 weights and more                         kernels/test_window.py pretends that tiles lie that far out, here; kernels/test_topk.py
+//                                                 with BIP_FAST_LARGE_TESTS=1, real scores. Not covered: a whole step of so many
+//
 // The scheduler behind cuda_runtime.h: fibres for the threads of one block at a time. What it finds and what it cannot is said there.
 #include <algorithm>
 #include <cstdio>
