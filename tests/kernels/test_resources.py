@@ -65,8 +65,8 @@ def test_nothing_spills_and_the_blocks_fit(source):
     text = report(source)
     spills = re.findall(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert len(spills) >= 3
-    # None of these is in a loop over entries: a hundred candidates are flushed at once, step_upper's few bytes are of its loop over tiles of
-    # 1024 entries, those of topk_mask of its stages (judge_all reloads one value a tile), and narrow_all is the way of scores that a sample does not tell apart.
+    # None of these is in a loop over entries: a hundred candidates are flushed at once, step_upper's few bytes are of its loop over tiles,
+    # those of topk_mask of its stages, and narrow_all is for scores that a sample does not tell apart.
     allowed = {"flush_pending": 8, "step_upper": 20, "topk_mask": 40, "narrow_all": 16, "judge_all": 4}
     assert not [
         (function, stores, loads)
