@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,3 +135,12 @@ def test_it_saves_and_stops_when_it_is_told_to(task):
     assert not cell.finished(task.folder, ())
     assert cell.run_cell(task, Listener()) is None
     assert cell.finished(task.folder, ())
+
+
+def test_it_saves_the_batch_at_which_it_hears_that_it_shall_stop(task, monkeypatch):
+    """The answer to a report in the middle of an epoch, which is no moment to save otherwise."""
+    monkeypatch.setattr(cell._Telling, "wants", lambda self: True)
+    longer = task._replace(settings=replace(task.settings, batch_size=50))  # four batches
+    with pytest.raises(Stop):
+        cell.run_cell(longer, lambda kind, address, what: kind == "progress")
+    assert RunFolder(task.folder).load_checkpoint()["cursor"]["step"] == 1

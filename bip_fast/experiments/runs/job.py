@@ -244,7 +244,7 @@ class Job:
             unread = self._show(cursor) if show else None
             if not cursor.step:
                 self._keep(cursor.epoch)
-            if save or unread:
+            if save or unread or self.signals:  # one may have come while it told
                 self._save()
             if unread:
                 raise unread
