@@ -25,7 +25,7 @@ from ..methods.table import METHODS, stages
 from ..runs.resolve import resolve, unused
 from ..settings import FIELDS, PATHS, Settings
 
-__all__ = ["Cell", "Grid", "read"]
+__all__ = ["Cell", "Grid", "build", "read"]
 
 FORMAT = 2  # enters every address: one more when the same settings mean another run
 # All that decides a dense network.
@@ -134,6 +134,15 @@ def read(path: Path, data_dir: Path | None = None) -> Grid:
         raise
     except Exception as error:  # dates and numbers that are none, and depths, raise other errors than YAML's own
         raise UserError(f"{path} is not YAML: {one_line(error)}") from error
+    return build(path, content, data_dir)
+
+
+def build(path: Path, content: Any, data_dir: Path | None = None) -> Grid:
+    """The grid of the content of a file; ``path`` gives it its name, and stands in messages.
+
+    Raises:
+        UserError: a setting is unknown or out of range.
+    """
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise UserError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
     shared = {name: value for name, value in content.items() if name not in ("methods", "gpus")}
