@@ -30,6 +30,7 @@ from bip_fast.errors import UserError
 from .plan import Wish
 
 NEEDS = ("matplotlib", "safetensors", "pydantic", "filelock")
+FILELOCK = (3, 30)  # torch brings an older one
 SPARSITIES = (0.892626, 0.95602, 0.790285, 0.67232)  # 1 - 0.8^i, the most valuable first
 RESERVE = 12.0  # seconds before the limit at which runs stop: they save, and table, picture and archive are made
 # For a try on a CPU in seconds: what is learned means nothing.
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 def study(options: argparse.Namespace, began: float) -> int:
     """Exit code: 0, also when the limit came first; 1: a run failed, or nothing is finished; 2: an argument is wrong."""
     check_extras(NEEDS)
+    import filelock
+
     from bip_fast.experiments.data.cifar import cifar_files
     from bip_fast.experiments.runs.folder import RunFolder
     from bip_fast.experiments.runs.signals import stop_requests
@@ -80,6 +83,8 @@ def study(options: argparse.Namespace, began: float) -> int:
     from .pool import Pool, multi_process_service
     from .study import METHODS, Study
 
+    if tuple(map(int, filelock.__version__.split(".")[:2])) < FILELOCK:
+        raise UserError(f"needs filelock {FILELOCK[0]}.{FILELOCK[1]} or newer, got {filelock.__version__}")
     tiny, device = options.tiny, options.device
     pick_device(device)
     data = options.data or (Path(os.environ["CIFAR10"]) if os.environ.get("CIFAR10") else None)
@@ -119,18 +124,19 @@ def study(options: argparse.Namespace, began: float) -> int:
     with stop_requests() as signals, multi_process_service() if options.mps else nullcontext("not asked for") as why:
         own.stopped = lambda: bool(signals)
         own.say(f"{jobs} runs at a time on {device}, MPS: {why or 'on'}; limit {options.limit:.0f} s, runs in {work}")
-        pool = Pool(jobs, device)
+        pool, failed = Pool(jobs, device), False
         try:
             own.run(pool)
         except (TimeoutError, RuntimeError, ValueError) as error:
             own.say(f"no plan: {error}")
+            failed = True
         finally:
             gone = pool.close(max(0.5, min(5.0, began + options.limit - 2.0 - time.monotonic())))
             folder.release()
     if own.plan is not None:
         print(f"\n{(options.out / 'table.md').read_text()}\nin {options.out}: {', '.join(sorted(x.name for x in options.out.iterdir()))}")
     own.say("ended" if gone else "ended; a process would not")
-    code = 1 if own.failed or own.plan is None or not own.finished() else 0
+    code = 1 if failed or own.failed or not own.finished() else 0
     if not gone:  # it hangs in the driver, where waiting for it would hang too
         sys.stdout.flush()
         os._exit(code)

@@ -115,10 +115,11 @@ def picture(path: Path, rows: Sequence[Row], labels: Sequence[str], title: str) 
     for i, label in enumerate(label for label in labels if label != "dense"):
         own = [row for row in rows if row["label"] == label]
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        means = sorted((1 - line["sparsity"], line["accuracy"]) for line in summary(own))
+        beside = 1 + 0.01 * (1.5 - i)  # so that points do not hide each other
+        means = sorted(((1 - line["sparsity"]) * beside, line["accuracy"]) for line in summary(own))
         if means:
             axes.plot(*zip(*means, strict=True), color=look["color"], linewidth=1.6, zorder=2)
-            points = [1 - row["sparsity"] for row in own], [100 * row["accuracy"] for row in own]
+            points = [(1 - row["sparsity"]) * beside for row in own], [100 * row["accuracy"] for row in own]
             axes.scatter(*points, **look, s=24, edgecolor="white", linewidth=0.5, label=label, zorder=3)
     axes.set_xscale("log")
     axes.invert_xaxis()

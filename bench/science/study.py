@@ -170,7 +170,11 @@ class Study:
                 again = False
                 really = (time.monotonic() - began) / expected[first] if first in expected else 1.0
                 self.say(f"dense training took {really:.2f} times as long as planned")
-                plan = self.decide(times.slower(min(max(really, 0.9), 2.0)), plan.dense, None)
+                try:
+                    plan = self.decide(times.slower(min(max(really, 0.9), 2.0)), plan.dense, None)
+                except ValueError as error:
+                    self.say(f"{error}; the plan stays")
+                    self.use(plan.dense, plan.prune)
                 todo = [run for run in plan.runs if run not in self.finished() and self.cells[run].address not in pool.running.values()]
             self._hand_out(pool, todo, only_dense=again)
             if pool.free and not pool.running:
@@ -253,6 +257,8 @@ class Study:
         rows = results.collect(self.comparison)
         for row in rows:
             row |= {"dense_epochs": self.plan.dense, "epochs": self.plan.dense if row["method"] == DENSE else self.plan.prune}
+            if row["method"] == DENSE or row["lr"] is None:  # goes by the schedule of dense training
+                row["lr"] = CIFAR10["pretrain_lr"]
         outcome.append_rows(self.out / "runs.csv", rows)
         for run in ended:
             accuracy = next((row["accuracy"] for row in rows if row["folder"] == self.cells[run].folder), None)

@@ -53,7 +53,7 @@ def test_stopped_at_the_limit_and_taken_up_again(science, data, tmp_path, monkey
     assert "the time is over: 2 runs save and stop" in said
     assert {path.name for path in out.iterdir()} == FILES
     (dense,) = rows_of(out / "runs.csv")
-    assert (dense["label"], dense["dense_epochs"], dense["epochs"], dense["image_passes"]) == ("dense", "4", "4", "400")
+    assert [dense[name] for name in ("label", "lr", "dense_epochs", "epochs", "image_passes")] == ["dense", "0.1", "4", "4", "400"]
     assert len(list(work.glob("*/checkpoint.pt"))) == 2
     assert len(json.loads((out / "summary.json").read_text())["not_finished"]) == 4
     with tarfile.open(out / "runs.tar.gz") as tar:
@@ -189,3 +189,16 @@ def test_the_multi_process_service(science, tmp_path, monkeypatch, code, said):
     monkeypatch.setenv("PATH", "")
     with science.pool.multi_process_service() as why:
         assert why == "there is no nvidia-cuda-mps-control"
+
+
+def test_a_plan_that_becomes_too_long_stays(science, data, tmp_path, monkeypatch, capsys):
+    """Dense training takes so long that nothing else would fit: what does after all is done with the epochs that were planned."""
+    times = science.plan.Times(1e-3, 1e-3, 1)
+    monkeypatch.setattr(science.study, "measure", lambda *_: times)
+    monkeypatch.setattr(science.plan.Times, "slower", lambda self, factor: science.plan.Times(1e6, 1e6, 1))
+    options = ["--data", str(data), "--device", "cpu", "--tiny", "--jobs", "1", "--epochs", "2", "1"]
+    assert science.main([str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "seconds must be at least 4000000 for one column of one epoch" in said
+    assert "; the plan stays" in said
+    assert [row["epochs"] for row in rows_of(tmp_path / "out" / "runs.csv")] == ["2", "1", "1", "1", "1"]
