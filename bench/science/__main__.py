@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--mps", action="store_true", help="start NVIDIA's multi-process service, so that runs share the GPU at the same time"
     )
+    made.add_argument("--measure", action="store_true", help="only say how long an epoch takes, to choose --jobs, --mps and --amp by")
     made.add_argument("--tiny", action="store_true", help="networks of width 2, images of 16x16: for a try without a GPU")
     return made
 
@@ -126,7 +127,7 @@ def study(options: argparse.Namespace, began: float) -> int:
         own.say(f"{jobs} runs at a time on {device}, MPS: {why or 'on'}; limit {options.limit:.0f} s, runs in {work}")
         pool, failed = Pool(jobs, device), False
         try:
-            own.run(pool)
+            own.measure(pool) if options.measure else own.run(pool)
         except (TimeoutError, RuntimeError, ValueError) as error:
             own.say(f"no plan: {error}")
             failed = True
@@ -136,7 +137,7 @@ def study(options: argparse.Namespace, began: float) -> int:
     if own.plan is not None:
         print(f"\n{(options.out / 'table.md').read_text()}\nin {options.out}: {', '.join(sorted(x.name for x in options.out.iterdir()))}")
     own.say("ended" if gone else "ended; a process would not")
-    code = 1 if failed or own.failed or not own.finished() else 0
+    code = 1 if failed or own.failed or not (options.measure or own.finished()) else 0
     if not gone:  # it hangs in the driver, where waiting for it would hang too
         sys.stdout.flush()
         os._exit(code)

@@ -146,6 +146,10 @@ class Study:
 
     # --- runs --------------------------------------------------------------------------------------------------------------------------
 
+    def measure(self, pool: Pool) -> Times:
+        """How long an epoch takes; raises as `probe.measure` does."""
+        return measure(pool, {**CIFAR10, **self.changes}, self.work, self.data_dir, self.probe, self.deadline, self.stopped, self.say)
+
     def run(self, pool: Pool) -> None:
         """Measure, plan, and do what fits; returns when all is done, or at the deadline.
 
@@ -159,7 +163,7 @@ class Study:
             if self.finished() >= set(self.wish.runs()):
                 self.say("everything is finished")
                 return
-        times = measure(pool, {**CIFAR10, **self.changes}, self.work, self.data_dir, self.probe, self.deadline, self.stopped, self.say)
+        times = self.measure(pool)
         plan = self.decide(times, dense, prune)
         todo = [run for run in plan.runs if run not in self.finished()]
         expected = finish_times(plan.runs, plan.dense, plan.prune, times, self.finished())

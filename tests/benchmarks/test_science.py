@@ -114,6 +114,16 @@ def test_what_is_wrong_with_the_arguments(science, data, tmp_path, monkeypatch, 
     assert message in capsys.readouterr().err
 
 
+def test_only_measured(science, data, tmp_path, capsys):
+    options = ["--data", str(data), "--device", "cpu", "--tiny", "--jobs", "1", "--amp", "--measure"]
+    assert science.main([str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().out
+    assert " s alone and " in said
+    assert "plan" not in said
+    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out.work").glob("probe-*"))
+
+
 def test_a_process_that_is_lost_is_replaced(science):
     pool = science.pool.Pool(1, "cpu")
     try:
