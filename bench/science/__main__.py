@@ -39,7 +39,7 @@ TINY = {"width": 2, "batch_size": 20, "stride": 2}
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python3 -m bench.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("out", type=Path, metavar="OUTDIR", help="folder for the results, six files")
+    made.add_argument("out", type=Path, metavar="OUTDIR", help="folder for the results, five files")
     made.add_argument("--data", type=Path, metavar="DIR", help="cifar-10-batches-py, or the folder that has it; default: $CIFAR10")
     made.add_argument("--work", type=Path, metavar="DIR", help="folder of all runs; default: runs/science, with --tiny OUTDIR.work")
     made.add_argument("--from", dest="source", type=Path, metavar="FILE", help="runs.tar.gz of an earlier call, to go on with")
