@@ -265,17 +265,38 @@ def test_what_a_node_lacks_is_named(tmp_path, there, expected):
     assert not list(out.iterdir()), "nothing of the look is left"
 
 
+class Ray:
+    """Of two GPUs; remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = {}
+
+    def remote(self, **options):
+        def taken(actor):
+            self.asked[actor] = options
+            return type("Handle", (), {"remote": staticmethod(lambda: None)})
+
+        return taken
+
+    cluster_resources = staticmethod(lambda: {"GPU": 2.0})
+    get_runtime_context = staticmethod(lambda: type("Context", (), {"get_node_id": staticmethod(lambda: "ab" * 28)}))
+
+
+def test_the_mailbox_is_on_this_node(tmp_path):
+    """Elsewhere the loss of another node would end the comparison."""
+    ray = Ray()
+    cluster._Run(Comparison(grid.read(written(tmp_path, SHORT + "  random:")), tmp_path, None, "cpu", Progress()), ray, "cpu", 2)
+    where = ray.asked[cluster.Mailbox]["scheduling_strategy"]
+    assert (where.node_id, where.soft) == ("ab" * 28, False)
+
+
 def test_the_share_of_a_gpu_reaches_ray(tmp_path):
     """By the setting of the file, or as many runs as there are jobs; none on a CPU."""
-
-    class Ray:
-        remote = staticmethod(lambda **_: lambda actor: type("Handle", (), {"remote": staticmethod(lambda: None)}))
-        cluster_resources = staticmethod(lambda: {"GPU": 2.0})
 
     def asked(text, device, jobs):
         comparison = Comparison(grid.read(written(tmp_path, text)), tmp_path, None, device, Progress())
         (cell,) = comparison.grid.cells.values()
-        return cluster._Run(comparison, Ray, device, jobs).options(cell)
+        return cluster._Run(comparison, Ray(), device, jobs).options(cell)
 
     text = SHORT + "  random: {threads: 3}"
     assert asked("gpus: 0.25" + text, "cuda", 8)["num_gpus"] == 0.25

@@ -4,7 +4,7 @@ Ray orders the tasks, places them, and runs one again whose process was lost. Wh
 
     a worker           Ray runs its task again in another one, `LOST` times; the run goes on from its checkpoint
     one of many nodes  the same, on another node; if the lost process still lives, the new one waits for the lock of the run folder
-    the last node      this process says so and ends; so it does when the node of the `Mailbox` dies
+    this node          this process says so and ends: the `Mailbox` is here
     this process       Ray ends the workers; the same command goes on from the checkpoints, which are at most a minute old
 
 Ctrl-C: this process tells the `Mailbox`; every run hears it as the answer to its next report, saves and ends.
@@ -47,7 +47,7 @@ def available() -> bool:
 
 
 class Mailbox:
-    """Where runs tell how far they are, and hear that they shall stop. An actor; it needs no CPU."""
+    """Where runs tell how far they are, and hear that they shall stop. An actor, on the node of the process that reads it; without a CPU."""
 
     def __init__(self) -> None:
         self.letters: list[tuple[str, str, object]] = []
@@ -95,7 +95,7 @@ def work(task: CellTask, folder: str, mailbox: Any, *parents: str | None) -> str
 
 
 STOPPED = "it was stopped"
-GONE = "Ray has lost the last node, or the one that listens to all runs; the same command goes on from the checkpoints"
+GONE = "Ray has lost this node, which listens to all runs, or the last one; the same command goes on from the checkpoints"
 
 
 # --- Ray itself ----------------------------------------------------------------------------------------------------------------------
@@ -132,6 +132,13 @@ def _ray(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _on(node_id: str) -> Any:
+    """Places a task or an actor on one node, or nowhere."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 def _check_answers(address: str | None) -> None:
@@ -192,7 +199,9 @@ class _Run:
         self.comparison, self.ray, self.device = comparison, ray, device
         there = ray.cluster_resources().get("GPU", 0.0)
         self.gpus = comparison.grid.gpus or (min(1.0, there / jobs) if jobs else 1.0)
-        self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        # Anywhere else, the loss of another node would end the comparison.
+        here = _on(ray.get_runtime_context().get_node_id())
+        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
         self.started: dict[str, object] = {}  # the process of every run that has begun, by address
 
     def run(self) -> None:
@@ -285,8 +294,6 @@ def look(folders: Sequence[Path]) -> dict[str, Any]:
 
 def _check_nodes(ray: Any, comparison: Comparison) -> None:
     """UserError that names the first node that does not see the folders or has other versions."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     threads = max(cell.settings.threads or 1 for cell in comparison.grid.cells.values())
     if threads > max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0):
         raise UserError(f"no node has the {threads} CPUs that a run of {threads} threads takes")
@@ -300,7 +307,7 @@ def _check_nodes(ray: Any, comparison: Comparison) -> None:
             if not node["Alive"]:
                 continue
             name = f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            strategy = _on(node["NodeID"])
             try:
                 there = ray.get(look_on_ray.options(scheduling_strategy=strategy).remote(folders), timeout=120)
             except Exception as error:  # bip_fast or torch cannot be imported there, or the node does not answer
