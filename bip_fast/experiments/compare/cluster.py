@@ -47,7 +47,7 @@ def available() -> bool:
 
 
 class Mailbox:
-    """Where runs tell how far they are, and hear that they shall stop. An actor, on the node of the process that reads it; without a CPU."""
+    """Where runs tell how far they are, and hear that they shall stop. An actor on the node of the process that reads it."""
 
     def __init__(self) -> None:
         self.letters: list[tuple[str, str, object]] = []
