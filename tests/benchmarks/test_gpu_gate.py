@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -119,26 +120,27 @@ def test_the_stand_in_runs_kernels(tmp_path):
 
 
 def test_an_interrupted_gate_leaves_nothing_running(tmp_path):
-    text = f"""
-import importlib.machinery, importlib.util, signal, sys
-loader = importlib.machinery.SourceFileLoader("gpu_gate", {str(SCRIPT)!r})
-module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_gate", loader))
-sys.modules["gpu_gate"] = module
-loader.exec_module(module)
-wait = (sys.executable, "-c", "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)")
-module.first = lambda out, stand_in: [module.Stage("wait", 50, (wait,))]
-module.main([{str(tmp_path / "out")!r}, "first", "--stand-in"])
-"""
-    gate = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+    """What a stage has started ends with the script."""
+
+    def of_the_stage():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if f"MARK={tmp_path}".encode() in path.read_bytes() and b"large_lockstep" in path.with_name("cmdline").read_bytes():
+                    found.append(path.parent.name)
+            except OSError:  # it has ended
+                continue
+        return found
+
+    command = [sys.executable, SCRIPT, tmp_path / "out", "first", "--stand-in", "--only", "lockstep"]
+    gate = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "MARK": str(tmp_path)})
+    deadline = time.monotonic() + 30
+    while len(of_the_stage()) < 2:  # the script and a case of it
         assert time.monotonic() < deadline
+        assert gate.poll() is None
         time.sleep(0.05)
     gate.send_signal(signal.SIGTERM)
     assert gate.wait(20) == 143
-    child = int((tmp_path / "pid").read_text())
-    for _ in range(100):
-        if not Path(f"/proc/{child}/stat").exists() or Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
-            return
+    while left := of_the_stage():
+        assert time.monotonic() < deadline + 20, left
         time.sleep(0.05)
-    pytest.fail("the command of the stage still runs")
