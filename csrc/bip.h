@@ -131,7 +131,7 @@ struct Step {
   const float* found_inf;     // one value: when not 0 the whole step does nothing; null: 0
   int64_t* num_nonfinite;     // one value: the entries skipped because g is not finite are added to it
   Counters* counters;         // [num_groups]
-  void* workspace;            // step_workspace_bytes() bytes, zeroed once by the caller; what one step learned serves the next
+  void* workspace;            // step_workspace_bytes() bytes, zeroed once by the caller, and again after a step that threw; serves the next
 };
 
 // A mask of exactly k ones over one array of scores. Tie order: entry i has index i.

@@ -44,10 +44,18 @@ void launch_with(void (*kernel)(Parameters...), bool together, const char* op, c
   std::apply(
       [&](auto&... value) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-        const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-        check(together ? cudaLaunchCooperativeKernel(kernel, grid, block, pointers, 0, stream_of(stream))
-                       : cudaLaunchKernel(kernel, grid, block, pointers, 0, stream_of(stream)),
-              op, name);
+        const auto launch = [&](int64_t grid) {
+          const dim3 size(static_cast<unsigned>(grid)), block(kThreads);
+          return together ? cudaLaunchCooperativeKernel(kernel, size, block, pointers, 0, stream_of(stream))
+                          : cudaLaunchKernel(kernel, size, block, pointers, 0, stream_of(stream));
+        };
+        cudaError_t error = launch(blocks);
+        // A context may have fewer processors than the device says; these kernels are right on any grid.
+        for (int64_t fewer = blocks / 2; error == cudaErrorCooperativeLaunchTooLarge && fewer > 0; fewer /= 2) {
+          cudaGetLastError();
+          error = launch(fewer);
+        }
+        check(error, op, name);
       },
       values);
 }

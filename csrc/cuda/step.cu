@@ -156,7 +156,8 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
     }
     const int group = room.run.group;
     if (group >= 0) {
-      // Read before this block publishes any entry of the group, so before the last block replaces it.
+      // Read before this block publishes any entry of the group, so before the last block replaces it. A block that gets no entry may read
+      // what the last one is writing: it has nothing to judge by it.
       const Guess guess = guess_of(args, group);
       begin_judging(room, guess.window, state_of(args, group).progress, candidates_of(args, group),
                     guess.known ? capacity_of(args, group) : 0);
@@ -245,20 +246,22 @@ __device__ __forceinline__ void for_tiles_in(const Args& args, Room& room, const
   }
 }
 
-// The contiguous share of `candidates` candidates that belongs to this block: so many that few blocks have to publish their effects.
-__device__ __forceinline__ Range candidate_range(uint32_t candidates) {
+// The contiguous share of the candidates of the `place`-th group to finish that belongs to this block: so many that few blocks have to publish
+// their effects. Each group begins with another block, so that many of them keep many blocks busy.
+__device__ __forceinline__ Range candidate_range(uint32_t candidates, uint32_t place) {
   constexpr uint32_t kLeast = 4 * kThreads;
-  const int64_t block = blockIdx.x, needed = (candidates + kLeast - 1) / kLeast, blocks = needed < gridDim.x ? needed : gridDim.x;
+  const int64_t needed = (candidates + kLeast - 1) / kLeast, blocks = needed < gridDim.x ? needed : gridDim.x;
+  const int64_t block = (blockIdx.x + gridDim.x - 3 * place % gridDim.x) % gridDim.x;
   if (block >= blocks) return {0, 0};
   return {static_cast<int>(candidates * block / blocks), static_cast<int>(candidates * (block + 1) / blocks)};
 }
 
 // A block's share of the candidates of a group: counts them. The last block narrows the window to the bin of the k-th key.
-__device__ __noinline__ void count_share(const Args& args, JudgeRoom& room, int group) {
+__device__ __noinline__ void count_share(const Args& args, JudgeRoom& room, int group, uint32_t place) {
   GroupState& state = state_of(args, group);
   const Window judged = state.window;
   const Candidate* list = candidates_of(args, group);
-  const Range share = candidate_range(judged.inside);
+  const Range share = candidate_range(judged.inside, place);
   if (share.begin == share.end) return;
   count_keys(room, list + share.begin, static_cast<uint32_t>(share.end - share.begin), judged, window_shift(judged));
   if (thread_id() == 0) {
@@ -273,14 +276,14 @@ __device__ __noinline__ void count_share(const Args& args, JudgeRoom& room, int 
 }
 
 // The same share, after a barrier: candidates outside of that bin get their bit, the last block settles the others.
-__device__ __noinline__ void finish_share(const Args& args, Room& room, int group) {
+__device__ __noinline__ void finish_share(const Args& args, Room& room, int group, uint32_t place) {
   GroupState& state = state_of(args, group);
   const Window window = state.window;
   const uint32_t listed = state.listed;
   const Candidate* list = candidates_of(args, group);
   Candidate* few = few_of(args, group);
   const bool fits = window.inside <= few_capacity(args.step.groups[group].numel);
-  const Range share = candidate_range(listed);
+  const Range share = candidate_range(listed, place);
   if (share.begin == share.end) return;
   for (int i = share.begin + thread_id(); i < share.end; i += kThreads) {
     const Candidate candidate = list[i];
@@ -354,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_ker
   const uint32_t finishing = queue.finishing, falling = queue.falling;
   if (finishing == 0 && falling == 0) return;
   clear(room);
-  for (uint32_t i = 0; i < finishing; ++i) count_share(args, room, args.workspace.finish_list[i]);
+  for (uint32_t i = 0; i < finishing; ++i) count_share(args, room, args.workspace.finish_list[i], i);
   if (falling != 0) count_first_digits(args, room);
   cooperative_groups::this_grid().sync();
   // After each round all blocks read the same count of open groups: those of the next round go to another place.
@@ -364,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_ker
   }
   // All blocks have read all of the queue but the last count, which is 0.
   if (blockIdx.x == 0 && thread_id() == 0) queue = {};
-  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i]);
+  for (uint32_t i = 0; i < finishing; ++i) finish_share(args, room, args.workspace.finish_list[i], i);
   if (falling != 0) judge_again(args, room);
 }
 

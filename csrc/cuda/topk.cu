@@ -191,6 +191,7 @@ __device__ __forceinline__ unsigned above_of(JudgeRoom& room, const Quad<float>&
 __device__ __forceinline__ void flush_if_full(JudgeRoom& room) {
   __syncwarp();
   const uint32_t pending = room.num_pending[warp_id()];
+  __syncwarp();  // before a faster lane adds to it
   if (pending <= kPending - kStride) return;
   flush_pending(room, pending);
   if (lane_id() == 0) room.num_pending[warp_id()] = 0;

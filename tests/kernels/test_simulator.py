@@ -95,6 +95,15 @@ def test_a_barrier_over_the_grid(run, sim, seed, blocks):
     np.testing.assert_array_equal(sums, 3 * blocks * (blocks + 1) // 2)
 
 
+def test_more_blocks_than_are_resident_at_once(run, sim):
+    """A launch whose blocks wait for each other then has half as many."""
+    for most, blocks in ((4, 2), (1, 1)):
+        sim.set_max_grid(most)
+        parts, sums = np.zeros(5, np.int32), np.zeros(5, np.int32)
+        run("too_many_together", parts, sums)
+        np.testing.assert_array_equal(sums, [3 * blocks * (blocks + 1) // 2] * blocks + [0] * (5 - blocks))
+
+
 def test_launches_are_counted(run, sim):
     sim.launches()
     run("collectives", np.zeros(THREADS, np.int32))
@@ -121,7 +130,6 @@ FAULTS = {
     "missing_thread": r"block 1, thread \d+: divergent barrier: .*waits at a barrier over the grid .* but thread 40 has exited",
     "divergent_grid_barrier": r"divergent barrier over the grid: block \d waits at .*, but block \d waits at",
     "not_together": r"a barrier over the grid in a launch whose blocks need not be resident \(.*faults.cu:\d+\)",
-    "too_many_together": r"too many blocks in cooperative launch: 5",
     "empty_grid": r"invalid configuration: 0 blocks of 256 threads",
 }
 

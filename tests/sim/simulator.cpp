@@ -360,7 +360,6 @@ void maybe_yield() {
 
 cudaError_t run_grid(dim3 grid, dim3 block, bool together, void (*thread)(void*), void* context) {
   const std::lock_guard<std::mutex> lock(s.mutex);
-  ++s.launches;
   s.faulted = true;
   s.message = "invalid configuration: " + std::to_string(grid.x) + " blocks of " + std::to_string(block.x) + " threads";
   if (grid.x == 0 || block.x == 0 || block.x > kMaxThreads) return cudaErrorInvalidConfiguration;
@@ -374,6 +373,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, bool together, void (*thread)(void*)
     return cudaErrorCooperativeLaunchTooLarge;
   }
   s.faulted = false;
+  ++s.launches;
   s.together = together;
   if (s.num_stacks < num_stacks) {
     if (s.stacks) free_stacks(s.stacks, s.num_stacks, kStack);
