@@ -14,11 +14,22 @@ from .engine.arena import Arena
 from .engine.checkpoint import EXTRA, extra, fitting
 from .engine.coverage import Seen, would_prune
 from .engine.engine import Engine
-from .engine.options import check_group, check_levels, check_lower_steps, resolve_density, resolve_pattern
+from .engine.options import (
+    check_group,
+    check_levels,
+    check_lower_steps,
+    check_score_start,
+    resolve_density,
+    resolve_mask_lr,
+    resolve_pattern,
+)
 from .engine.param_groups import param_groups_of, seen_in_group, split_names
 from .engine.phases import Phases
 from .engine.plan import StepPlan
 from .engine.report import Report
+from .engine.rules import rule_of
+from .presets import preset_options, ramp_steps
+from .schedule import SparsitySchedule
 
 __all__ = ["FastBiP"]
 
@@ -98,48 +109,58 @@ class FastBiP(torch.optim.Optimizer):
         *,
         sparsity: float | None = None,
         density: float | None = None,
-        lr: float = 1e-2,
-        mask_lr: float = 1e-1,
-        gamma: float = 1.0,
-        momentum: float = 0.9,
-        mask_momentum: float = 0.0,
-        weight_decay: float = 1e-4,
-        nesterov: bool = False,
+        preset: str = "paper",
+        optimizer: str = "sgd",
+        lr: float | None = None,
+        mask_lr: float | None = None,
+        mask_lr_per_lr: float | None = None,
+        gamma: float | None = None,
+        momentum: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        mask_momentum: float | None = None,
+        weight_decay: float | None = None,
+        nesterov: bool | None = None,
+        score_start: str | None = None,
+        steps: int | None = None,
         pattern: str = "unstructured",
         scope: str = "global",
         min_kept: int = 1,
-        levels: str = "alternating",
+        levels: str | None = None,
         lower_steps: int = 1,
         exclude: str | nn.Module | Tensor | Iterable[str | nn.Module | Tensor] = (),
         overrides: Mapping[str, Any] | None = None,
         coupled: Iterable[Iterable[str]] = (),
         **unknown: Any,
     ) -> None:
+        self._rule = rule_of(optimizer)
+        given = {
+            "lr": lr, "mask_lr": mask_lr, "mask_lr_per_lr": mask_lr_per_lr, "gamma": gamma, "momentum": momentum, "betas": betas, "eps": eps,
+            "mask_momentum": mask_momentum, "weight_decay": weight_decay, "nesterov": nesterov, "score_start": score_start, "levels": levels,
+        }  # fmt: skip
+        chosen = preset_options(preset, self._rule, given)
+        self._score_start = check_score_start(chosen.pop("score_start"))
+        self._phases = Phases(check_levels(chosen.pop("levels")), check_lower_steps(lower_steps))
+        ramp = ramp_steps(preset, chosen.pop("ramp"), steps)
         defaults: dict[str, Any] = {
             "sparsity": sparsity,
             "density": density,
-            "lr": lr,
-            "mask_lr": mask_lr,
-            "gamma": gamma,
-            "momentum": momentum,
-            "mask_momentum": mask_momentum,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
             "pattern": pattern,
             "scope": scope,
             "min_kept": min_kept,
             "prune": True,
+            **chosen,
             **unknown,
         }
         resolve_density(defaults)
         if unknown:
             raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
         resolve_pattern(defaults)
-        check_group(defaults)
-        self._phases = Phases(check_levels(levels), check_lower_steps(lower_steps))
+        check_group(defaults, self._rule)
         groups, self._seen = param_groups_of(params, exclude, overrides, coupled)
         self._reset()
         super().__init__(groups, defaults)
+        self._ramp = SparsitySchedule(self, "cubic", steps=ramp) if ramp else None
         self._building = False
         self._build({}, project=True)
 
@@ -157,8 +178,9 @@ class FastBiP(torch.optim.Optimizer):
         group = dict(param_group)
         group["params"], names = split_names(group["params"])
         resolve_density(group)
+        resolve_mask_lr(group)
         resolve_pattern(group)
-        check_group(self.defaults | group)
+        check_group(self.defaults | group, self._rule)
         if self._building:  # __init__ builds once for all groups
             super().add_param_group(group)
             return
@@ -178,7 +200,7 @@ class FastBiP(torch.optim.Optimizer):
     def _build(self, states: Mapping[Tensor, dict[str, Tensor]], project: bool) -> None:
         """The engine for the groups as they are now."""
         old = self._engine
-        engine = Engine(self.param_groups, self._seen, states, project)
+        engine = Engine(self.param_groups, self._seen, states, project, self._rule, self._score_start)
         if old is not None:
             engine.arena.num_nonfinite.copy_(old.arena.num_nonfinite)
         self._engine = engine
@@ -241,6 +263,8 @@ class FastBiP(torch.optim.Optimizer):
         launch(engine.plan)
         engine.arena.mark_written()
         self._phases.advance()
+        if self._ramp is not None:
+            self._ramp.step()
         return loss
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
@@ -342,7 +366,7 @@ class FastBiP(torch.optim.Optimizer):
         state = super().state_dict()
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         state["state"] = {number[p]: saved for p, saved in engine.saved_state().items()}
-        return state | {EXTRA: extra(engine.arena, self._phases)}
+        return state | {EXTRA: extra(engine.arena, self._phases, self._ramp)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,12 +381,14 @@ class FastBiP(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = dict(changed) if changed is not None else state_dict
-        groups, states = fitting(engine.arena, self._phases, self.param_groups, state_dict)
+        groups, states = fitting(engine.arena, self._phases, self._ramp, self.param_groups, state_dict)
         engine.arena.check_place()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
         engine.load(states, state_dict[EXTRA]["num_nonfinite"])
         self._phases.load(state_dict[EXTRA])
+        if self._ramp is not None:
+            self._ramp.load_state_dict(state_dict[EXTRA]["ramp"])
         self.state.update(engine.state())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -372,7 +398,8 @@ class FastBiP(torch.optim.Optimizer):
         arena = self._arena_of("copy")
         arena.check_untouched()  # the copy makes its parameters from the state
         state = super().__getstate__() | {"state": self._running("copy").saved_state()}
-        return state | {"_phases": self._phases, "_seen": self._seen, "num_nonfinite": arena.num_nonfinite}
+        own = {"_rule": self._rule, "_score_start": self._score_start, "_phases": self._phases, "_ramp": self._ramp, "_seen": self._seen}
+        return state | own | {"num_nonfinite": arena.num_nonfinite}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:

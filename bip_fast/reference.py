@@ -9,6 +9,7 @@ Symbols: ``theta`` dense weights, ``s`` scores in [0, 1], ``m`` boolean mask, ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ __all__ = [
     "nm_mask",
     "start",
     "start_scores",
+    "start_values",
     "topk_mask",
     "topk_of_sets",
     "unit_gradient",
@@ -40,7 +42,7 @@ __all__ = [
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters of both levels; the defaults are those of `FastBiP`."""
+    """Hyper-parameters of both levels; the defaults are those of `FastBiP`, and ``betas`` and ``eps`` are of AdamW alone."""
 
     lr: float = 1e-2
     mask_lr: float = 1e-1
@@ -49,6 +51,8 @@ class Hyper(NamedTuple):
     mask_momentum: float = 0.0
     weight_decay: float = 1e-4
     nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
 
 class Variant(NamedTuple):
@@ -68,13 +72,16 @@ PAPER = Variant()
 
 
 class State(NamedTuple):
-    """All of one selection group: flat tensors of one length."""
+    """All of one selection group: flat tensors of one length. With AdamW below ``v`` is the running mean of ``m*g``, ``b`` that of its square,
+    and ``t`` the number of steps that theta has taken."""
 
     theta: Tensor
     v: Tensor
     s: Tensor
     u: Tensor
     m: Tensor
+    b: Tensor | None = None
+    t: int = 0
 
 
 class Blocks(NamedTuple):
@@ -192,16 +199,16 @@ def unit_sums(x: Tensor, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
     return total
 
 
-def unit_means(magnitudes: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
-    """Start scores of units: those of the mean ``|theta|`` of their weights, over all tensors that the units are made of."""
+def unit_means(values: Sequence[Tensor], parts: Sequence[Blocks]) -> Tensor:
+    """Start scores of units: the mean over their weights of `start_values`, over all tensors that the units are made of."""
     total: Tensor | None = None
     count: Tensor | None = None
-    for x, blocks in zip(magnitudes, parts, strict=True):
+    for x, blocks in zip(values, parts, strict=True):
         total = unit_sums(x, blocks, total)
         count = unit_sums(torch.ones_like(x), blocks, count)
     assert total is not None
     assert count is not None
-    return start_scores(total / count)
+    return _relaxed(total / count)
 
 
 def unit_gradient(theta: Tensor, m: Tensor, g: Tensor, gamma: float, blocks: Blocks, onto: Tensor | None = None) -> Tensor:
@@ -222,15 +229,26 @@ def upper_units(s: Tensor, u: Tensor, gradient: Tensor, h: Hyper) -> tuple[Tenso
     return torch.where(known, torch.where(x > 0, torch.where(x < 1, x, one), zero), s), u
 
 
-def start_scores(theta: Tensor) -> Tensor:
-    """``s = min(|theta|, 1)``; 0 where theta is NaN, so that scores are always numbers in [0, 1]."""
-    return theta.abs().clamp(max=1).nan_to_num(nan=0)
+def start_values(theta: Tensor, score_start: str = "magnitude") -> Tensor:
+    """What a weight is worth at first: ``|theta|``, or with "square" ``theta^2 / 2``, what it adds to a loss of unit curvature. Both have the
+    order of the magnitudes."""
+    return theta.abs() if score_start == "magnitude" else theta * theta / 2
 
 
-def start(theta: Tensor, k: int) -> State:
-    """Start of BiP: ``s = min(|theta|, 1)``, so the first mask is magnitude pruning; momenta are 0."""
-    s = start_scores(theta)
-    return State(theta, torch.zeros_like(theta), s, torch.zeros_like(theta), topk_mask(s, k))
+def _relaxed(values: Tensor) -> Tensor:
+    return values.clamp(max=1).nan_to_num(nan=0)
+
+
+def start_scores(theta: Tensor, score_start: str = "magnitude") -> Tensor:
+    """``s = min(start_values, 1)``; 0 where theta is NaN, so that scores are always numbers in [0, 1]."""
+    return _relaxed(start_values(theta, score_start))
+
+
+def start(theta: Tensor, k: int, score_start: str = "magnitude") -> State:
+    """Start of BiP: ``s = min(|theta|, 1)``, so the first mask is magnitude pruning; moments are 0."""
+    s = start_scores(theta, score_start)
+    zeros = [torch.zeros_like(theta) for _ in range(3)]
+    return State(theta, zeros[0], s, zeros[1], topk_mask(s, k), zeros[2])
 
 
 def _lower_theta(theta: Tensor, v: Tensor, m: Tensor, g: Tensor, h: Hyper) -> tuple[Tensor, Tensor]:
@@ -267,9 +285,45 @@ def _keep_if_nonfinite(g: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(g.isfinite(), new, old)
 
 
-def lower(state: State, g: Tensor, h: Hyper) -> State:
-    """Lower step: retrain ``theta`` under the mask. Entries whose ``g`` is not finite stay."""
-    theta, v = _lower_theta(state.theta, state.v, state.m, g, h)
+def _power(base: float, exponent: int) -> float:
+    """``base ** exponent`` by repeated squaring, as the kernels compute it: the last bit of a library's power differs between libraries."""
+    product = 1.0
+    while exponent:
+        product = product * base if exponent & 1 else product
+        base *= base
+        exponent >>= 1
+    return product
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as the kernels' is: in float32 torch's own may be wrong in the last bit, where it asks a library."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def _in_precision(x: float, like: Tensor) -> float:
+    return float(torch.tensor(x, dtype=like.dtype))
+
+
+def _lower_adamw(state: State, g: Tensor, h: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW (Loshchilov and Hutter 2019) on ``theta`` under the mask: theta, and the running means of ``m*g`` and of its square."""
+    assert state.b is not None
+    (beta1, beta2), t = h.betas, state.t + 1
+    lr, weight_decay = (_in_precision(x, g) for x in (h.lr, h.weight_decay))
+    d = masked(state.m, g)
+    a = beta1 * state.v + (1 - beta1) * d
+    b = beta2 * state.b + (1 - beta2) * (d * d)
+    size, root = lr / (1 - _power(beta1, t)), 1 / math.sqrt(1 - _power(beta2, t))
+    theta = state.theta * (1 - lr * weight_decay) - size * (a / (_sqrt(b) * root + h.eps))
+    return theta, a, b
+
+
+def lower(state: State, g: Tensor, h: Hyper, optimizer: str = "sgd") -> State:
+    """Lower step: retrain ``theta`` under the mask, by "sgd" or "adamw". Entries whose ``g`` is not finite stay."""
+    if optimizer == "adamw":
+        theta, v, b = _lower_adamw(state, g, h)
+        state = state._replace(b=_keep_if_nonfinite(g, b, state.b), t=state.t + 1)
+    else:
+        theta, v = _lower_theta(state.theta, state.v, state.m, g, h)
     return state._replace(theta=_keep_if_nonfinite(g, theta, state.theta), v=_keep_if_nonfinite(g, v, state.v))
 
 
@@ -282,9 +336,9 @@ def upper(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -
     return state._replace(theta=theta, s=s, u=u, m=topk_mask(s, k))
 
 
-def joint(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER) -> State:
+def joint(state: State, g: Tensor, h: Hyper, k: int, variant: Variant = PAPER, optimizer: str = "sgd") -> State:
     """Joint step: both levels from one gradient, every right-hand side at the old values."""
     if variant.shared:
         raise ValueError("variant must not be shared in a joint step, where both levels would move the same numbers")
-    below, above = lower(state, g, h), upper(state, g, h, k, variant)
-    return State(below.theta, below.v, above.s, above.u, above.m)
+    below, above = lower(state, g, h, optimizer), upper(state, g, h, k, variant)
+    return below._replace(s=above.s, u=above.u, m=above.m)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .engine.options import check_count
-from .optimizer import FastBiP
 
 __all__ = ["CURVES", "SparsitySchedule"]
 
@@ -23,7 +24,7 @@ class SparsitySchedule:
     new plan and capture is made.
 
     Args:
-        optimizer: the ``sparsity`` that each of its groups has is the end of the way for that group.
+        optimizer: a `FastBiP`; the ``sparsity`` that each of its groups has is the end of the way for that group.
         kind: "cubic" or "linear".
         start: sparsity at the beginning, in [0, 1).
         steps: calls of `step` from the beginning to the end, at least 1.
@@ -41,7 +42,7 @@ class SparsitySchedule:
         ...     schedule.step()
     """
 
-    def __init__(self, optimizer: FastBiP, kind: str = "cubic", *, start: float = 0.0, steps: int, begin: int = 0) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, kind: str = "cubic", *, start: float = 0.0, steps: int, begin: int = 0) -> None:
         if kind not in CURVES:
             raise ValueError(f"kind must be {' or '.join(map(repr, CURVES))}, got {kind!r}")
         if not 0 <= start < 1:
@@ -71,8 +72,12 @@ class SparsitySchedule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; sets the sparsity of the groups. ValueError if it does not fit these groups."""
-        if state_dict.keys() != self.state_dict().keys() or len(state_dict["ends"]) > len(self.optimizer.param_groups):
-            raise ValueError(f"state_dict must come from SparsitySchedule.state_dict() of as many groups, got the keys {list(state_dict)}")
+        self.check_state(state_dict)
         self.kind, self.start, self.steps, self.begin = (state_dict[key] for key in ("kind", "start", "steps", "begin"))
         self._ends, self._count = list(state_dict["ends"]), state_dict["count"]
         self._set()
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """ValueError if ``state_dict`` does not fit the groups."""
+        if state_dict.keys() != self.state_dict().keys() or len(state_dict["ends"]) > len(self.optimizer.param_groups):
+            raise ValueError(f"state_dict must come from SparsitySchedule.state_dict() of as many groups, got the keys {list(state_dict)}")

@@ -52,7 +52,7 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
   backend.def("topk_workspace_bytes", topk_bytes, py::arg("n"));
   backend.def(
       "step",
-      [run_step](int phase, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
+      [run_step](int phase, int rule, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
                  int64_t num_groups, uintptr_t unit_sets, int64_t num_unit_sets, uintptr_t parts, int64_t num_parts, int64_t num_items,
                  int64_t num_scored_tiles, int64_t unit_tile_begin, int64_t unit_tile_end, uintptr_t hypers, const py::array& gradients,
                  uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace,
@@ -60,6 +60,7 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
         if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
           throw py::value_error("gradients must have one row per tensor");
         const bip::Step step{static_cast<bip::Phase>(phase),
+                             static_cast<bip::Rule>(rule),
                              at<bip::Tensor>(tensors),
                              num_tensors,
                              at<int32_t>(tile_tensor),
@@ -84,10 +85,10 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
         py::gil_scoped_release release;
         run_step(step, where);
       },
-      py::kw_only(), py::arg("phase"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"), py::arg("num_tiles"),
-      py::arg("groups"), py::arg("num_groups"), py::arg("unit_sets"), py::arg("num_unit_sets"), py::arg("parts"), py::arg("num_parts"),
-      py::arg("num_items"), py::arg("num_scored_tiles"), py::arg("unit_tile_begin"), py::arg("unit_tile_end"), py::arg("hypers"),
-      py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_nonfinite"), py::arg("counters"),
+      py::kw_only(), py::arg("phase"), py::arg("rule"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"),
+      py::arg("num_tiles"), py::arg("groups"), py::arg("num_groups"), py::arg("unit_sets"), py::arg("num_unit_sets"), py::arg("parts"),
+      py::arg("num_parts"), py::arg("num_items"), py::arg("num_scored_tiles"), py::arg("unit_tile_begin"), py::arg("unit_tile_end"),
+      py::arg("hypers"), py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_nonfinite"), py::arg("counters"),
       py::arg("workspace"), py::arg("where"));
   backend.def(
       "topk",
@@ -105,15 +106,17 @@ PYBIND11_MODULE(BIP_MODULE, m) {
   m.doc() = "Kernels of bip_fast. Private: bip_fast.engine checks what reaches them.";
 
   m.attr("tensor_dtype") = table_dtype(
-      {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, scores, "u8"),
-       BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"), BIP_FIELD(Tensor, numel, "i8"),
-       BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"), BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"),
-       BIP_FIELD(Tensor, dtype, "i4"), BIP_FIELD(Tensor, keep, "i4"), BIP_FIELD(Tensor, of, "i4")},
+      {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, square, "u8"),
+       BIP_FIELD(Tensor, scores, "u8"), BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"),
+       BIP_FIELD(Tensor, steps, "u8"), BIP_FIELD(Tensor, numel, "i8"), BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"),
+       BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"), BIP_FIELD(Tensor, dtype, "i4"), BIP_FIELD(Tensor, keep, "i4"),
+       BIP_FIELD(Tensor, of, "i4")},
       sizeof(bip::Tensor));
   m.attr("gradient_dtype") = table_dtype({BIP_FIELD(Gradient, data, "u8"), BIP_FIELD(Gradient, dtype, "i4")}, sizeof(bip::Gradient));
   m.attr("hyper_dtype") = table_dtype(
       {BIP_FIELD(Hyper, lr, "f4"), BIP_FIELD(Hyper, mask_lr, "f4"), BIP_FIELD(Hyper, inv_gamma, "f4"), BIP_FIELD(Hyper, momentum, "f4"),
-       BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"), BIP_FIELD(Hyper, nesterov, "i4")},
+       BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"), BIP_FIELD(Hyper, nesterov, "i4"),
+       BIP_FIELD(Hyper, eps, "f4"), BIP_FIELD(Hyper, beta1, "f8"), BIP_FIELD(Hyper, beta2, "f8")},
       sizeof(bip::Hyper));
   m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, first, "i8"),
                                        BIP_FIELD(Group, tile_begin, "i8"), BIP_FIELD(Group, tile_end, "i8")},

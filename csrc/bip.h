@@ -2,7 +2,8 @@
 //
 // Nothing here knows torch. Callers pass raw pointers that live where the backend runs (host for bip::cpu, device for bip::cuda)
 // and own all memory, workspaces included. The symbols are those of the paper: theta dense weights, s scores, m mask,
-// z = m*theta (what the model's parameter holds), v momentum of theta, u momentum of s, g = dloss/dz.
+// z = m*theta (what the model's parameter holds), v momentum of theta, u momentum of s, g = dloss/dz; of AdamW a and b, the running means of
+// m*g and of its square, and t, the number of steps.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,14 @@ enum class Phase : int32_t {
   joint = 2   // both from one g, every right-hand side at the old values
 };
 
+// What moves theta in lower and joint steps (update_rule.h); one for the whole optimizer.
+enum class Rule : int32_t {
+  none = 0,     // nothing: theta was moved by the caller, and a lower step is z = m*theta alone; in kernels also what an upper step has
+  sgd = 1,      // theta and v
+  adamw = 2,    // theta, a and b
+  gradient = 3  // nothing yet: `momentum` takes m*g, and 0 where g is not finite, for an optimizer of the caller's
+};
+
 // Work is handed out in tiles of kTile consecutive entries of one tensor; a tensor's last tile may be short.
 constexpr int64_t kTile = 1024;
 // Flat arrays place every tensor at a multiple of kAlign entries, so its mask starts on a word and vector loads are aligned.
@@ -26,10 +35,12 @@ constexpr int64_t kAlign = 128;
 struct Tensor {
   void* param;            // z, [numel] of `dtype`
   float* theta;           // [numel]; for an f32 tensor that is not pruned it is `param` itself
-  float* momentum;        // v, [numel]
+  float* momentum;        // v, [numel]; of Rule::adamw a, of Rule::gradient m*g
+  float* square;          // b, [numel]; null when the rule has none
   float* scores;          // s, [numel] in [0, 1]; null when not pruned
   float* score_momentum;  // u, [numel]; null when no mask momentum is used or not pruned
   uint32_t* mask;         // m, [ceil(numel/32)]: bit i%32 of word i/32; bits past numel are 0; null when not pruned
+  int64_t* steps;         // t, one value: lower and joint steps with a gradient that were not skipped; null when the rule has none
   int64_t numel;
   int64_t first_tile;  // tiles are numbered over all tensors; this one owns [first_tile, first_tile + ceil(numel/kTile))
   int64_t index;       // flat index of entry 0 inside its selection group, for the tie order
@@ -58,7 +69,8 @@ struct Hyper {
   float mask_momentum;
   float weight_decay;
   int32_t nesterov;
-  int32_t reserved;
+  float eps;
+  double beta1, beta2;
 };
 
 // A selection group: `kept` of its `numel` < 2^32 entries have m = 1. The caller may change `kept` in place between steps.
@@ -112,6 +124,7 @@ struct Counters {
 
 struct Step {
   Phase phase;
+  Rule rule;
   const Tensor* tensors;  // [num_tensors]
   int64_t num_tensors;
   const int32_t* tile_tensor;  // [num_tiles] the tensor a tile belongs to, ascending

@@ -1,6 +1,6 @@
 """The flat storage: where each parameter's state lives, views of it, and whether someone else wrote into the parameters.
 
-theta, momentum, scores and mask of all parameters lie in one array each. A parameter has the same offset in all of them, a multiple of
+theta, moments, scores and mask of all parameters lie in one array each. A parameter has the same offset in all of them, a multiple of
 `ALIGN` entries; parameters with a score for every entry come first, then those with a mask only (their scores are those of units,
 `units`), then dense ones that need an fp32 theta, then dense fp32 ones, whose theta is the parameter itself. So each array is as long as
 its last user needs. Parameters stay in their own storage, so files of the model keep their size, and entry i of a place is entry i of the
@@ -20,6 +20,7 @@ from .. import reference
 from ..reference import Blocks
 from .coverage import Parameter
 from .native import kernels
+from .rules import Rule
 from .units import UnitScores, UnitSet, pack_mask, unpack_mask
 
 __all__ = ["Arena", "in_memory_order"]
@@ -36,16 +37,17 @@ class Arena:
     Args:
         decided: every parameter once; pruned ones compete in this order.
         device: that of all parameters.
+        rule: of the lower level; says which moments there are.
 
     Attributes:
         parameters: the records with their places, in the order of the places.
         rivals: what competes for places in the mask, in the order that ties follow: parameters whose entries compete, then sets of units.
     """
 
-    def __init__(self, decided: Sequence[Parameter], device: torch.device) -> None:
+    def __init__(self, decided: Sequence[Parameter], device: torch.device, rule: Rule) -> None:
         align = kernels().ALIGN
         num_sets = 1 + max((param.unit_set for param in decided), default=-1)
-        self.device = device
+        self.device, self.rule = device, rule
         self.parameters: list[Parameter] = []
         start = scored_end = masked_end = theta_end = 0
         for param in sorted(decided, key=lambda param: 0 if param.scored else 1 if param.masked else 2 if param.has_theta else 3):
@@ -56,9 +58,11 @@ class Arena:
             masked_end = start if param.masked else masked_end
             theta_end = start if param.has_theta else theta_end
         self.place_of = {param.tensor: param for param in self.parameters}
+        self._number = {param.tensor: number for number, param in enumerate(self.parameters)}
         self.pruned = [self.place_of[param.tensor] for param in decided if param.pruned]
         self.num_scored = sum(param.scored for param in self.parameters)
-        self.momentum = torch.zeros(start, dtype=torch.float32, device=device)
+        self._moments = [torch.zeros(start, dtype=torch.float32, device=device) for _ in rule.moments]
+        self._steps = torch.zeros(len(self.parameters) if rule.counts else 0, dtype=torch.int64, device=device)
         self.theta = torch.zeros(theta_end, dtype=torch.float32, device=device)
         self.scores = torch.zeros(scored_end, dtype=torch.float32, device=device)
         self.mask = torch.zeros(masked_end // 32, dtype=torch.int32, device=device)
@@ -89,10 +93,21 @@ class Arena:
         """Mask words of a pruned parameter, int32."""
         return self.mask[param.start // 32 :][: -(-param.numel // 32)]
 
+    def moments_of(self, param: Parameter) -> list[Tensor]:
+        """Views of the moments that the rule has."""
+        return [self._view(flat, param) for flat in self._moments]
+
+    def steps_of(self, param: Parameter) -> Tensor | None:
+        """Number of steps that the parameter has taken, int64 [], where the rule counts them."""
+        return self._steps[self._number[param.tensor]] if self.rule.counts else None
+
     def state_of(self, param: Parameter) -> dict[str, Tensor]:
-        """Views of the state, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, and units
-        have a score each."""
-        state = {"momentum": self._view(self.momentum, param)}
+        """Views of the state, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, units have a
+        score each, and ``step`` is a number."""
+        state = dict(zip(self.rule.moments, self.moments_of(param), strict=True))
+        steps = self.steps_of(param)
+        if steps is not None:
+            state["step"] = steps
         if param.has_theta:
             state["theta"] = self._view(self.theta, param)
         if param.masked:
@@ -133,20 +148,21 @@ class Arena:
         if self.score_momentum is None:
             self.score_momentum = torch.zeros_like(self.scores)
 
-    def start(self, param: Parameter) -> None:
+    def start(self, param: Parameter, score_start: str) -> None:
         """Start of BiP: theta is the parameter, momenta are 0, scores are `reference.start_scores`; those of units are made by
         `start_units`. The first projection makes the mask."""
         theta = in_memory_order(param.tensor).float()
         if param.has_theta:
             self.theta[param.start :][: param.numel] = theta
         if param.scored:
-            self.scores[param.start :][: param.numel] = reference.start_scores(theta)
+            self.scores[param.start :][: param.numel] = reference.start_scores(theta, score_start)
         if param.masked:
             param.tensor.detach().zero_()  # as the mask words are: the projection writes what it turns on
 
-    def start_units(self, number: int) -> None:
+    def start_units(self, number: int, score_start: str) -> None:
         """Start scores of a set whose parameters have begun."""
-        self.units.start(number, [self.theta[param.start :][: param.numel].abs() for param in self.units.sets[number].scoring])
+        thetas = [self.theta[param.start :][: param.numel] for param in self.units.sets[number].scoring]
+        self.units.start(number, [reference.start_values(theta, score_start) for theta in thetas])
 
     def rescore(self, param: Parameter, scores: Mapping[Tensor, Tensor]) -> None:
         """Take new scores of a parameter whose entries have one each, if there are some."""

@@ -20,12 +20,15 @@ from .units import unpack_mask
 __all__ = ["EXTRA", "extra", "fitting"]
 
 EXTRA = "bip"  # the key of a state_dict for what belongs to no parameter
+_KINDS = {"mask": "int32", "step": "int64"}  # all else is floating-point
 _MAY_BE_MISSING = "score_momentum"  # zero until a mask_momentum asks for it
 
 
-def extra(arena: Arena, phases: Phases) -> dict[str, Any]:
-    """What is saved under `EXTRA`: the cycle of phases, the count of non-finite gradients, and that of kept weights, to notice damage."""
-    return {**phases.state(), "num_nonfinite": arena.num_nonfinite.clone(), "kept": int(arena.kept())}
+def extra(arena: Arena, phases: Phases, ramp: Any) -> dict[str, Any]:
+    """What is saved under `EXTRA`: the cycle of phases, where the ramp of the sparsity stands, the rule of the lower level, the count of
+    non-finite gradients, and that of kept weights, to notice damage."""
+    counts = {"num_nonfinite": arena.num_nonfinite.clone(), "kept": int(arena.kept())}
+    return {**phases.state(), "ramp": ramp and ramp.state_dict(), "optimizer": arena.rule.name, **counts}
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -33,26 +36,33 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def fitting(
-    arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+    arena: Arena, phases: Phases, ramp: Any, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
 ) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
     """`_fitting`, with every way in which a damaged state can fail as a ValueError."""
     try:
-        return _fitting(arena, phases, param_groups, state_dict)
+        return _fitting(arena, phases, ramp, param_groups, state_dict)
     except (AttributeError, KeyError, TypeError, RuntimeError, IndexError) as error:  # NotImplementedError is a RuntimeError
         raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with {type(error).__name__}: {error}") from error
 
 
 def _fitting(
-    arena: Arena, phases: Phases, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+    arena: Arena, phases: Phases, ramp: Any, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
 ) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
     """Groups, and the state of every parameter of ``arena``, of a ``state_dict`` that fits an optimizer with ``param_groups``.
 
     Raises:
         ValueError: it is from another optimizer, for other parameters or groups, damaged, or has options out of range.
     """
-    if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not extra(arena, phases).keys() <= state_dict[EXTRA].keys():
+    if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not extra(arena, phases, ramp).keys() <= state_dict[EXTRA].keys():
         raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with the keys {list(state_dict)}")
     phases.check_state(state_dict[EXTRA])
+    if state_dict[EXTRA]["optimizer"] != arena.rule.name:
+        raise ValueError(f"state_dict must be of optimizer={arena.rule.name!r}, got one of {state_dict[EXTRA]['optimizer']!r}")
+    if (ramp is None) != (state_dict[EXTRA]["ramp"] is None):
+        expected, given = ("without steps" if x is None else "with steps" for x in (ramp, state_dict[EXTRA]["ramp"]))
+        raise ValueError(f"state_dict must be of an optimizer that was made {expected}, got one that was made {given}")
+    if ramp is not None:
+        ramp.check_state(state_dict[EXTRA]["ramp"])
     if torch.as_tensor(state_dict[EXTRA]["num_nonfinite"]).numel() != 1:
         raise ValueError("state_dict must hold one number as num_nonfinite, got several")
     groups = state_dict["param_groups"]
@@ -62,7 +72,7 @@ def _fitting(
     if expected != given:
         raise ValueError(f"state_dict must have parameter groups of (length, prune, pattern) {expected}, got {given}")
     for group, own in zip(groups, param_groups, strict=True):
-        check_group({**own, **group})
+        check_group({**own, **group}, arena.rule)
     params = [p for group in param_groups for p in group["params"]]
     number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
     states, kept = [], 0
@@ -83,10 +93,12 @@ def _fitting(
 def _check_values(param: Parameter, state: dict[str, Tensor]) -> None:
     """ValueError for a tensor of another kind than was saved."""
     for name, x in state.items():
-        kind = x.dtype == torch.int32 if name == "mask" else x.is_floating_point()
+        expected = _KINDS.get(name, "a floating-point type")
+        kind = x.is_floating_point() if name not in _KINDS else str(x.dtype) == f"torch.{expected}"
         if not kind or x.layout != torch.strided or x.device.type == "meta":
-            expected = "int32" if name == "mask" else "a floating-point type"
             raise ValueError(f"state_dict must hold {name} as a dense tensor of {expected} for {param.name}, got {x.dtype} on {x.device}")
+    if "step" in state and int(state["step"]) < 0:
+        raise ValueError(f"state_dict must hold a step of at least 0 for {param.name}, got {int(state['step'])}")
     if param.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
         raise ValueError(f"state_dict must hold scores in [0, 1] for {param.name}, got others")
     u = state.get(_MAY_BE_MISSING)

@@ -12,10 +12,11 @@ from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
 from .coverage import Parameter, Seen, decide
 from .native import backend, not_capturing
-from .options import GROUP_KEYS, check_group, hyper_table
+from .options import check_group, group_keys, hyper_table
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
 from .report import Report, Row, Selection, UnitCount, layer_row
+from .rules import Rule
 
 __all__ = ["Engine"]
 
@@ -33,6 +34,8 @@ class Engine:
         seen: what is known of the parameters besides their groups.
         states: saved states of parameters that were trained before; all others start from their magnitudes.
         project: whether to select the masks anew from all scores.
+        rule: of the lower level.
+        score_start: what the scores of other parameters are at first (`reference.start_scores`).
 
     Raises:
         ValueError: a parameter or an option cannot be used. Nothing was written then.
@@ -46,8 +49,10 @@ class Engine:
         seen: Seen,
         states: Mapping[Tensor, dict[str, Tensor]],
         project: bool,
+        rule: Rule,
+        score_start: str,
     ) -> None:
-        self._groups = param_groups
+        self._groups, self._rule = param_groups, rule
         decided, self.decisions = decide(param_groups, seen)
         if not any(param.pruned for param in decided):
             why = "; ".join(f"{row.name}: {row.reason}" for row in self.decisions[:5])
@@ -61,16 +66,16 @@ class Engine:
         self._checked: Any = None  # the options that were last found valid
         self._check_options()
         # Nothing is written before all memory is there.
-        self.arena = Arena(decided, device)
+        self.arena = Arena(decided, device, rule)
         self.replan()
         for param in self.arena.parameters:
             if param.tensor in states:
                 self.arena.load(param, states[param.tensor])
             else:
-                self.arena.start(param)
+                self.arena.start(param, score_start)
         for number, units in enumerate(self.arena.units.sets):
             if not any(param.tensor in states for param in units.scoring):
-                self.arena.start_units(number)
+                self.arena.start_units(number, score_start)
         self.arena.record()
         if project:
             self._project()
@@ -137,7 +142,7 @@ class Engine:
         self._selection = self._select()
         self._with_score_momentum = self.arena.score_momentum is not None
         least = [int(group["min_kept"]) for group in self._groups]
-        self.plan = StepPlan(self.arena, self._selection, hyper_table(self._groups), least)
+        self.plan = StepPlan(self.arena, self._selection, hyper_table(self._groups, self._rule), least)
 
     def refresh(self, phase: str) -> bool:
         """Bring the plan up to date with the options, before a step of ``phase``; True when it is a new one.
@@ -160,16 +165,16 @@ class Engine:
         if new:
             self.replan()
         else:
-            self.plan.set_hypers(hyper_table(self._groups))
+            self.plan.set_hypers(hyper_table(self._groups, self._rule))
         return new
 
     def _check_options(self) -> None:
         """Check the options of all groups if they have changed since the last time."""
-        values = [tuple(_value(group.get(key)) for key in (*GROUP_KEYS, "density")) for group in self._groups]
+        values = [tuple(_value(group.get(key)) for key in (*group_keys(self._rule), "density")) for group in self._groups]
         if values == self._checked:
             return
         for group in self._groups:
-            check_group(group)
+            check_group(group, self._rule)
         for group, (pattern, prune) in zip(self._groups, self._fixed, strict=True):
             if group["pattern"] != pattern:
                 raise ValueError(f"pattern of a parameter group cannot change any more, was {pattern!r}, got {group['pattern']!r}")

@@ -12,26 +12,34 @@ import torch
 
 from .native import kernels
 from .patterns import parse
+from .rules import RULES, Rule
 
 __all__ = [
-    "GROUP_KEYS",
-    "HYPER_KEYS",
+    "ALL_KEYS",
     "LEVELS",
+    "SCORE_STARTS",
+    "UPPER_KEYS",
     "SCOPES",
     "check_count",
     "check_group",
     "check_levels",
     "check_lower_steps",
+    "check_score_start",
+    "group_keys",
     "hyper_table",
     "resolve_density",
+    "resolve_mask_lr",
     "resolve_pattern",
 ]
 
 LEVELS = ("alternating", "joint")
+SCORE_STARTS = ("magnitude", "square")
 SCOPES = ("global", "layer", "erk")
-HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
-GROUP_KEYS = (*HYPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")
-_OF_THE_OPTIMIZER = ("levels", "lower_steps", "exclude", "overrides", "coupled")
+UPPER_KEYS = ("mask_lr", "mask_lr_per_lr", "gamma", "mask_momentum")
+LOWER_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.options))
+_SHARED = (*UPPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")
+ALL_KEYS = (*LOWER_KEYS, *_SHARED)  # of any rule
+_OF_THE_OPTIMIZER = ("preset", "optimizer", "score_start", "levels", "lower_steps", "exclude", "overrides", "coupled")
 
 
 class _Range(NamedTuple):
@@ -46,21 +54,40 @@ _RANGES = {
     "density": _Range("in (0, 1]", lambda x: 0 < x <= 1),
     "lr": _NOT_NEGATIVE,
     "mask_lr": _NOT_NEGATIVE,
+    "mask_lr_per_lr": _NOT_NEGATIVE,
     "gamma": _Range("greater than 0", lambda x: x > 0 and 1 / x <= _LARGEST),
     "momentum": _NOT_NEGATIVE,
     "mask_momentum": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "beta": _Range("two numbers in [0, 1)", lambda x: 0 <= x < 1),
 }
-_CHOICES = {"levels": LEVELS, "scope": SCOPES}
+_CHOICES = {"levels": LEVELS, "scope": SCOPES, "score_start": SCORE_STARTS}
 
 
 def _check_number(name: str, value: Any) -> None:
     """ValueError unless it is a number in range; what schedulers move may be a tensor with one number."""
-    number = isinstance(value, Real) or (name in HYPER_KEYS and isinstance(value, torch.Tensor) and value.numel() == 1)
+    number = isinstance(value, Real) or (name in _RANGES and isinstance(value, torch.Tensor) and value.numel() == 1)
     if number and isinstance(value, torch.Tensor) and (value.is_complex() or value.device.type == "meta"):
         number = False
     if not number or not _RANGES[name].contains(float(value)):
         raise ValueError(f"{name} must be {_RANGES[name].expected}, got {value!r}")
+
+
+def _check_betas(betas: Any) -> None:
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    try:
+        if not pair:
+            raise ValueError
+        for beta in betas:
+            _check_number("beta", beta)
+    except ValueError:
+        raise ValueError(f"betas must be {_RANGES['beta'].expected}, got {betas!r}") from None
+
+
+def group_keys(rule: Rule) -> tuple[str, ...]:
+    """Options that every parameter group has under a rule."""
+    return (*rule.options, *_SHARED)
 
 
 def _check_choice(name: str, value: Any) -> None:
@@ -77,6 +104,12 @@ def check_levels(levels: Any) -> str:
     """``levels`` if it is one of `LEVELS`; else ValueError."""
     _check_choice("levels", levels)
     return str(levels)
+
+
+def check_score_start(score_start: Any) -> str:
+    """``score_start`` if it is one of `SCORE_STARTS`; else ValueError."""
+    _check_choice("score_start", score_start)
+    return str(score_start)
 
 
 def check_count(name: str, value: Any, least: int) -> int:
@@ -115,6 +148,13 @@ def resolve_density(options: dict[str, Any]) -> None:
         raise ValueError(f"density must be at least 1e-12, got {density!r}")
 
 
+def resolve_mask_lr(options: dict[str, Any]) -> None:
+    """Set ``mask_lr`` to None where ``mask_lr_per_lr`` is given, and the other way round, in place."""
+    given = [name for name in ("mask_lr", "mask_lr_per_lr") if options.get(name) is not None]
+    if len(given) == 1:
+        options |= {"mask_lr": None, "mask_lr_per_lr": None, given[0]: options[given[0]]}
+
+
 def resolve_pattern(options: dict[str, Any]) -> None:
     """Set the sparsity to None, in place, where the pattern has one of its own (N:M).
 
@@ -132,8 +172,8 @@ def resolve_pattern(options: dict[str, Any]) -> None:
     options["sparsity"] = None
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Check the options of one parameter group.
+def check_group(group: dict[str, Any], rule: Rule) -> None:
+    """Check the options of one parameter group under a rule.
 
     Raises:
         ValueError: names the first option out of range, what was expected and what came.
@@ -143,24 +183,42 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} belongs to the optimizer, not to a parameter group, got {group[name]!r}")
     if group.get("density") is not None:
         raise ValueError(f"density of a group that exists is its sparsity: set sparsity to 1 - density, got density={group['density']!r}")
-    for name in HYPER_KEYS[:-1]:
-        _check_number(name, group[name])
-    _check_flag("nesterov", group["nesterov"])
+    for name in LOWER_KEYS:
+        if name in group and name not in rule.options:
+            raise ValueError(f"{name} is not an option of optimizer={rule.name!r}, which has {', '.join(rule.options)}; got {group[name]!r}")
+    if (group["mask_lr"] is None) == (group["mask_lr_per_lr"] is None):
+        given = f"mask_lr={group['mask_lr']!r} and mask_lr_per_lr={group['mask_lr_per_lr']!r}"
+        raise ValueError(f"give one of mask_lr and mask_lr_per_lr, and None for the other, got {given}")
+    for name in (*rule.options, *UPPER_KEYS):
+        if name == "betas":
+            _check_betas(group[name])
+        elif name == "nesterov":
+            _check_flag(name, group[name])
+        elif group[name] is not None or not name.startswith("mask_lr"):
+            _check_number(name, group[name])
     _check_flag("prune", group["prune"])
     resolve_pattern({"pattern": group["pattern"], "sparsity": group["sparsity"]})
     check_count("min_kept", group["min_kept"], 0)
     _check_choice("scope", group["scope"])
-    if group["nesterov"] and not group["momentum"] > 0:
+    if group.get("nesterov") and not group["momentum"] > 0:
         raise ValueError(f"nesterov needs a momentum greater than 0, got momentum={group['momentum']!r}")
     if group["sparsity"] is not None:
         _check_number("sparsity", group["sparsity"])
 
 
-def hyper_table(groups: Sequence[dict[str, Any]]) -> np.ndarray:
+def _mask_lr(group: dict[str, Any]) -> float:
+    follows = group["mask_lr"] is None
+    return float(group["mask_lr_per_lr"]) * float(group["lr"]) if follows else float(group["mask_lr"])
+
+
+def hyper_table(groups: Sequence[dict[str, Any]], rule: Rule) -> np.ndarray:
     """Hyper-parameters for the kernels: a row of ``hyper_dtype`` per parameter group."""
     table = np.zeros(len(groups), dtype=kernels().hyper_dtype)
-    for key in HYPER_KEYS:
-        if key != "gamma":
+    for key in (*rule.options, *UPPER_KEYS):
+        if key == "betas":
+            table["beta1"], table["beta2"] = zip(*[map(float, group["betas"]) for group in groups], strict=True)
+        elif key not in ("gamma", "mask_lr", "mask_lr_per_lr"):
             table[key] = [float(group[key]) for group in groups]
+    table["mask_lr"] = [_mask_lr(group) for group in groups]
     table["inv_gamma"] = [1 / float(group["gamma"]) for group in groups]
     return table

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .coverage import Parameter, Seen, frozen
 from .layers import Layer, layer_of, prunable_layers
-from .options import GROUP_KEYS
+from .options import ALL_KEYS
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
@@ -129,7 +129,7 @@ def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Ten
         chosen = dict(value) if isinstance(value, Mapping) else {"sparsity": value}
         if chosen.keys() & {"params", "prune"} or None in chosen.values():
             raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
-        if unknown := sorted(map(str, chosen.keys() - {*GROUP_KEYS, "density"})):
+        if unknown := sorted(map(str, chosen.keys() - {*ALL_KEYS, "density"})):
             raise ValueError(f"overrides must give options of a parameter group, got {', '.join(map(repr, unknown))} for {pattern!r}")
         for p in _named("overrides", pattern, prunable, names):
             options[p] = chosen

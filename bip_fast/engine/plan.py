@@ -116,9 +116,14 @@ def _tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarr
         row = table[param.row]
         row["param"] = row["theta"] = param.tensor.data_ptr()
         row["numel"], row["hyper"], row["dtype"] = param.numel, param.group, DTYPES[param.dtype]
-        for name, view in arena.state_of(param).items():
-            if param.scored or name not in ("scores", "score_momentum"):  # those of units are in the row of their set
-                row[name] = view.data_ptr()
+        state = arena.state_of(param)
+        for name in ("theta", "mask", "scores", "score_momentum"):
+            if name in state and (param.scored or name not in ("scores", "score_momentum")):  # those of units are in the row of their set
+                row[name] = state[name].data_ptr()
+        for name, view in zip(("momentum", "square"), arena.moments_of(param), strict=False):
+            row[name] = view.data_ptr()
+        if (steps := arena.steps_of(param)) is not None:
+            row["steps"] = steps.data_ptr()
         if isinstance(param.division, NofM):
             row["keep"], row["of"] = param.division
     for number, units in enumerate(arena.units.sets):  # their scores, as the selection sees them, are in the scratch
@@ -248,6 +253,7 @@ class StepPlan:
         tiles = _tiles(tensors)
         unit_rows = slice(arena.num_scored, arena.num_scored + len(units.sets))
         self.device = device = arena.device
+        self._rule = arena.rule.number
         self.backend = backend(device)
         self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
         self.num_scored_tiles = int(tiles[: unit_rows.stop].sum())
@@ -330,6 +336,7 @@ class StepPlan:
     ) -> None:
         self.backend.step(
             phase=PHASES[phase],
+            rule=self._rule,
             tensors=self._tensors.address,
             num_tensors=self.num_tensors,
             tile_tensor=self._tile_tensor.address,

@@ -118,7 +118,7 @@ class UnitScores:
         """How many units of a set are kept, and of how many. Waits for the device."""
         return int(unpack_mask(self.state_of(number)["mask"], self.sets[number].numel).sum()), self.sets[number].numel
 
-    def start(self, number: int, magnitudes: Sequence[Tensor]) -> None:
-        """Start scores of a set, from ``abs(theta)`` in memory order of each of its `scoring` parameters."""
+    def start(self, number: int, values: Sequence[Tensor]) -> None:
+        """Start scores of a set: means of ``values``, in memory order of each of its `scoring` parameters."""
         blocks = [blocks_of(param) for param in self.sets[number].scoring]
-        self.state_of(number)["scores"].copy_(reference.unit_means(magnitudes, blocks))
+        self.state_of(number)["scores"].copy_(reference.unit_means(values, blocks))

@@ -32,8 +32,10 @@ struct Context {
   std::atomic<int64_t> nonfinite{0};
 };
 
-template <bool kLower, bool kUpper>
-BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient& gradient) {
+// An upper step has Rule::none.
+template <Rule kRule, bool kUpper>
+BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient& gradient, const AdamwFactors& factors) {
+  constexpr bool kLower = kRule != Rule::none;
   alignas(64) float buffer[kTile];
   const Tensor& t = *tile.tensor;
   const bool scored = t.scores != nullptr;
@@ -42,12 +44,12 @@ BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient&
   const float* g = gradients_of(gradient, tile, buffer);
   int nonfinite = 0;
   if (kUpper && scored && moves_score_momentum(t, hyper))
-    nonfinite = update_entries<kLower, kUpper, kUpper>(tile, context.scale, hyper, g);
+    nonfinite = update_entries<kRule, kUpper, kUpper>(tile, context.scale, hyper, factors, g);
   else if (kUpper && scored)
-    nonfinite = update_entries<kLower, kUpper, false>(tile, context.scale, hyper, g);
-  else
-    nonfinite = update_entries<true, false, false>(tile, context.scale, hyper, g);
-  if (kLower) write_masked(tile);
+    nonfinite = update_entries<kRule, kUpper, false>(tile, context.scale, hyper, factors, g);
+  else if (kLower)
+    nonfinite = update_entries<kRule, false, false>(tile, context.scale, hyper, factors, g);
+  if (kRule == Rule::sgd || kRule == Rule::adamw) write_masked(tile);
   return nonfinite;
 }
 
@@ -86,21 +88,54 @@ BIP_HD void judge_tile(Selection& selection, const Tile& tile, int64_t index) {
   if (num_found) selection.list(found, num_found, index);
 }
 
-template <bool kLower, bool kUpper>
+template <Rule kRule, bool kUpper>
 BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
   int64_t nonfinite = 0;
+  const Tensor* last = nullptr;  // whose factors these are
+  AdamwFactors factors{};
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_of(context.step, index);
-    nonfinite += update_tile<kLower, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]]);
+    if (kRule == Rule::adamw && tile.tensor != last) {
+      last = tile.tensor;
+      if (last->steps) factors = adamw_factors(context.step.hypers[last->hyper], *last->steps + 1);  // the rows of units have none
+    }
+    nonfinite += update_tile<kRule, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]], factors);
     if (kUpper && tile.tensor->group >= 0) judge_tile(context.selections[tile.tensor->group], tile, index);
     if (kUpper && tile.tensor->of) keep_tile(tile);
   }
   if (nonfinite) context.nonfinite.fetch_add(nonfinite);
 }
 
-BIP_HD void update_lower_body(Context& context, int64_t begin, int64_t end) { update_tiles_body<true, false>(context, begin, end); }
-BIP_HD void update_upper_body(Context& context, int64_t begin, int64_t end) { update_tiles_body<false, true>(context, begin, end); }
-BIP_HD void update_joint_body(Context& context, int64_t begin, int64_t end) { update_tiles_body<true, true>(context, begin, end); }
+// z = m*theta, as they are.
+BIP_HD void lower_none_body(Context& context, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile = tile_of(context.step, index);
+    if (tile.tensor->param) write_masked(tile);  // units have no z
+  }
+}
+
+BIP_SIMD_VARIANTS(lower_none, (Context & context, int64_t begin, int64_t end), (context, begin, end))
+
+#define BIP_UPDATE_TILES(name, rule, upper)                                                                                      \
+  BIP_HD void name##_body(Context& context, int64_t begin, int64_t end) { update_tiles_body<rule, upper>(context, begin, end); } \
+  BIP_SIMD_VARIANTS(name, (Context & context, int64_t begin, int64_t end), (context, begin, end))
+
+BIP_UPDATE_TILES(lower_sgd, Rule::sgd, false)
+BIP_UPDATE_TILES(lower_adamw, Rule::adamw, false)
+BIP_UPDATE_TILES(lower_gradient, Rule::gradient, false)
+BIP_UPDATE_TILES(upper, Rule::none, true)
+BIP_UPDATE_TILES(joint_sgd, Rule::sgd, true)
+BIP_UPDATE_TILES(joint_adamw, Rule::adamw, true)
+BIP_UPDATE_TILES(joint_gradient, Rule::gradient, true)
+#undef BIP_UPDATE_TILES
+
+using Update = void (*)(Context&, int64_t, int64_t);
+
+Update update_of(Phase phase, Rule rule) {
+  constexpr Update kLower[] = {lower_none, lower_sgd, lower_adamw, lower_gradient};
+  constexpr Update kJoint[] = {upper, joint_sgd, joint_adamw, joint_gradient};
+  return phase == Phase::upper ? upper : (phase == Phase::lower ? kLower : kJoint)[static_cast<int>(rule)];
+}
 
 // Fallback: counts the next digit of the keys inside a crowded window.
 BIP_HD void count_inside_body(Context& context, int64_t begin, int64_t end) {
@@ -131,9 +166,6 @@ BIP_HD void judge_again_body(Context& context, int64_t begin, int64_t end) {
   }
 }
 
-BIP_SIMD_VARIANTS(update_lower, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-BIP_SIMD_VARIANTS(update_upper, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-BIP_SIMD_VARIANTS(update_joint, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(count_inside, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 BIP_SIMD_VARIANTS(judge_again, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
@@ -308,6 +340,11 @@ void project(Context& context, int threads) {
   settle_groups(context.step, context.selections, threads);
 }
 
+void count_steps(const Step& step) {
+  for (int64_t i = 0; i < step.num_tensors; ++i)
+    if (step.tensors[i].steps && step.gradients[i].data) ++*step.tensors[i].steps;
+}
+
 }  // namespace
 
 int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_scored_tiles) {
@@ -324,17 +361,14 @@ void step(const Step& args, int threads) {
     score_units(args, threads);
     open_windows(context, threads);
   }
-  parallel_for(threads, args.phase == Phase::upper ? args.num_scored_tiles : args.num_tiles, kGrain, [&](int64_t begin, int64_t end) {
-    switch (args.phase) {
-      case Phase::lower: return update_lower(context, begin, end);
-      case Phase::upper: return update_upper(context, begin, end);
-      case Phase::joint: return update_joint(context, begin, end);
-    }
-  });
+  const Update update = update_of(args.phase, args.rule);
+  parallel_for(threads, args.phase == Phase::upper ? args.num_scored_tiles : args.num_tiles, kGrain,
+               [&](int64_t begin, int64_t end) { update(context, begin, end); });
   if (args.phase != Phase::lower) {
     project(context, threads);
     spread_units(args, threads);
   }
+  if (args.phase != Phase::upper) count_steps(args);
   if (args.num_nonfinite) *args.num_nonfinite += context.nonfinite.load();
 }
 

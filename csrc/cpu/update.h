@@ -1,7 +1,7 @@
 // The streaming update of one tile: the formulas of update_rule.h over blocks of 32 entries, one mask word each.
 //
-// Bytes per entry, fp32: lower reads g, theta, v and writes theta, v, z (24 + mask bits); upper reads g, theta, s and writes s (16 + mask
-// bits).
+// Bytes per entry, fp32: lower reads g, theta, v and writes theta, v, z (24 + mask bits), with AdamW b too (32); upper reads g, theta, s and
+// writes s (16 + mask bits).
 // z is written only in blocks that keep something; elsewhere it is 0 and stays so.
 #pragma once
 
@@ -44,10 +44,11 @@ BIP_HD const float* gradients_of(const Gradient& gradient, const Tile& tile, flo
   return buffer;
 }
 
-// Returns the number of entries left alone because their gradient is not finite.
-template <bool kLower, bool kUpper, bool kScoreMomentum>
-BIP_HD int update_block(int count, uint32_t word, float scale, const Hyper& hyper, const float* __restrict g, float* __restrict theta,
-                        float* __restrict v, float* __restrict s, float* __restrict u) {
+// Returns the number of entries left alone because their gradient is not finite. `factors` are those of Rule::adamw; arrays that the rule
+// and the phase do not have are null.
+template <Rule kRule, bool kUpper, bool kScoreMomentum>
+BIP_HD int update_block(int count, uint32_t word, float scale, const Hyper& hyper, const AdamwFactors& factors, const float* __restrict g,
+                        float* __restrict theta, float* __restrict v, float* __restrict b, float* __restrict s, float* __restrict u) {
   int nonfinite = 0;
   for (int i = 0; i < count; ++i) {
     const float gradient = g[i] * scale;
@@ -63,32 +64,41 @@ BIP_HD int update_block(int count, uint32_t word, float scale, const Hyper& hype
       const float score = updated_score(s[i], direction, hyper);
       s[i] = finite ? score : s[i];
     }
-    if (kLower) {
+    if constexpr (kRule == Rule::sgd) {
       float new_theta = old_theta, new_v = v[i];
       lower_update(kept, gradient, hyper, new_theta, new_v);
       theta[i] = finite ? new_theta : old_theta;
       v[i] = finite ? new_v : v[i];
     }
+    if constexpr (kRule == Rule::adamw) {
+      float new_theta = old_theta, new_v = v[i], new_b = b[i];
+      adamw_update(kept, gradient, factors, new_theta, new_v, new_b);
+      theta[i] = finite ? new_theta : old_theta;
+      v[i] = finite ? new_v : v[i];
+      b[i] = finite ? new_b : b[i];
+    }
+    if constexpr (kRule == Rule::gradient) v[i] = kept && finite ? gradient : 0.0f;
     nonfinite += !finite;
   }
   return nonfinite;
 }
 
-template <bool kLower, bool kUpper, bool kScoreMomentum>
-BIP_HD int update_entries(const Tile& tile, float scale, const Hyper& hyper, const float* g) {
+template <Rule kRule, bool kUpper, bool kScoreMomentum>
+BIP_HD int update_entries(const Tile& tile, float scale, const Hyper& hyper, const AdamwFactors& factors, const float* g) {
   const Tensor& t = *tile.tensor;
   float* theta = t.theta + tile.begin;
-  float* v = t.momentum + tile.begin;
+  float* v = kRule != Rule::none ? t.momentum + tile.begin : nullptr;
+  float* b = kRule == Rule::adamw ? t.square + tile.begin : nullptr;
   float* s = kUpper ? t.scores + tile.begin : nullptr;
   float* u = kScoreMomentum ? t.score_momentum + tile.begin : nullptr;
   int nonfinite = 0, i = 0;
   // Whole blocks get a constant trip count, so that they become straight vector code.
   for (; i + kBlock <= tile.count; i += kBlock)
-    nonfinite +=
-        update_block<kLower, kUpper, kScoreMomentum>(kBlock, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i, s + i, u + i);
+    nonfinite += update_block<kRule, kUpper, kScoreMomentum>(kBlock, tile.word(i / kBlock), scale, hyper, factors, g + i, theta + i, v + i,
+                                                             b + i, s + i, u + i);
   if (i < tile.count)
-    nonfinite += update_block<kLower, kUpper, kScoreMomentum>(tile.count - i, tile.word(i / kBlock), scale, hyper, g + i, theta + i, v + i,
-                                                              s + i, u + i);
+    nonfinite += update_block<kRule, kUpper, kScoreMomentum>(tile.count - i, tile.word(i / kBlock), scale, hyper, factors, g + i, theta + i,
+                                                             v + i, b + i, s + i, u + i);
   return nonfinite;
 }
 
@@ -105,9 +115,9 @@ inline void preview_scores(const Tile& block, float scale, const Hyper& hyper, c
   if (moves_score_momentum(t, hyper)) {
     float u[kBlock];
     std::copy(t.score_momentum + block.begin, t.score_momentum + block.begin + block.count, u);
-    update_block<false, true, true>(block.count, block.word(0), scale, hyper, g, theta, nullptr, scores, u);
+    update_block<Rule::none, true, true>(block.count, block.word(0), scale, hyper, {}, g, theta, nullptr, nullptr, scores, u);
   } else {
-    update_block<false, true, false>(block.count, block.word(0), scale, hyper, g, theta, nullptr, scores, nullptr);
+    update_block<Rule::none, true, false>(block.count, block.word(0), scale, hyper, {}, g, theta, nullptr, nullptr, scores, nullptr);
   }
 }
 

@@ -19,7 +19,9 @@ from bip_fast.engine.layers import Layer
 from bip_fast.engine.patterns import parse
 from bip_fast.reference import Blocks, Hyper, State
 
-HYPER_KEYS = ("lr", "mask_lr", "gamma", "momentum", "mask_momentum", "weight_decay", "nesterov")
+UPPER_KEYS = ("mask_lr", "gamma", "mask_momentum")
+LOWER_KEYS = {"sgd": ("lr", "momentum", "weight_decay", "nesterov"), "adamw": ("lr", "betas", "eps", "weight_decay")}
+MOMENTS = {"sgd": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 # rates at which masks move, scores reach 0 and 1, and no factor is a power of two
@@ -38,7 +40,12 @@ def one_thread():
 
 
 def hyper_of(group: dict) -> Hyper:
-    return Hyper(**{key: group[key] for key in HYPER_KEYS})
+    hyper = Hyper(**{key: group[key] for key in (*LOWER_KEYS[rule_of(group)], *UPPER_KEYS)})
+    return hyper._replace(mask_lr=group["mask_lr_per_lr"] * group["lr"]) if hyper.mask_lr is None else hyper
+
+
+def rule_of(group: dict) -> str:
+    return "adamw" if "betas" in group else "sgd"
 
 
 def erk_budgets(params: list[Tensor], sparsity: float, units: list[int], least: list[int]) -> list[int]:
@@ -118,6 +125,7 @@ class Lockstep:
         self._start(before)
 
     def _start(self, before: dict[Tensor, Tensor]) -> None:
+        self._rule = rule_of(self.opt.param_groups[0])
         self.states |= {p: reference.start(theta, theta.numel()) for p, theta in before.items()}
         new = []
         for group in self.opt.param_groups:
@@ -225,7 +233,8 @@ class Lockstep:
             moved = state
             if phase != "upper":
                 dense = p not in self.pruned and p not in followers
-                moved = reference.lower(state._replace(m=torch.ones_like(state.m)) if dense else state, g, hyper[p])
+                mask = torch.ones_like(state.m) if dense else state.m
+                moved = reference.lower(state._replace(m=mask), g, hyper[p], self._rule)
             if phase != "lower" and p in alone:
                 above = reference.upper(state, g, hyper[p], 0)  # the selection is over all parameters, below
                 moved = moved._replace(s=above.s, u=above.u)
@@ -266,6 +275,10 @@ class Lockstep:
                 assert_bits(flat_like(p, self.opt.mask_of(p)), state.m, what + "mask")
                 assert_bits(flat_like(p, self.opt.scores_of(p)), scores.get(p, state.s), what + "scores")
                 assert_bits(flat_like(p, self.opt.weight_of(p)), state.theta, what + "weight")
+            own = self.opt.state[p]
+            for name, moment in zip(MOMENTS[self._rule], (state.v, state.b), strict=False):
+                assert_bits(flat_like(p, own[name]), moment, what + name)
+            assert int(own.get("step", state.t)) == state.t, what + "step"
             masked = p in self.pruned or p in followers
             expected = (reference.masked(state.m, state.theta) if masked else state.theta).to(p.dtype)
             assert_bits(flat_like(p, p), expected, what + "value")

@@ -1,0 +1,58 @@
+"""Presets: the values of the options that a user of `FastBiP` does not give. Everything given beside a preset wins.
+
+"paper" has the steps and the start of the paper. "joint" has what did best in the comparisons of this project (docs/paper.md, docs/text.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .engine.options import check_count
+from .engine.rules import Rule
+
+__all__ = ["PRESETS", "preset_options", "ramp_steps"]
+
+_EITHER = ("mask_lr", "mask_lr_per_lr")
+_SGD = {"momentum": 0.9, "nesterov": False}
+_ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8}
+_PAPER = {"levels": "alternating", "mask_lr": 0.1, "gamma": 1.0, "mask_momentum": 0.0, "score_start": "magnitude", "ramp": 0.0}
+_JOINT = {"levels": "joint", "gamma": math.inf, "mask_momentum": 0.0, "score_start": "square"}
+
+# preset, then rule of the lower level
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "sgd": {**_PAPER, **_SGD, "lr": 0.01, "weight_decay": 1e-4},
+        "adamw": {**_PAPER, **_ADAMW, "lr": 1e-3, "weight_decay": 1e-2},
+    },
+    "joint": {
+        "sgd": {**_JOINT, **_SGD, "lr": 0.2, "mask_lr_per_lr": 8.0, "weight_decay": 5e-4, "ramp": 0.5},
+        "adamw": {**_JOINT, **_ADAMW, "lr": 1e-4, "mask_lr_per_lr": 1e4, "weight_decay": 1e-2, "ramp": 0.6},
+    },
+}
+
+
+def preset_options(preset: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a preset under a rule, with what is not None in ``given`` in their place; ValueError if there is no such preset."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {preset!r}")
+    chosen = {key: value for key, value in given.items() if value is not None}
+    options = {"mask_lr": None, "mask_lr_per_lr": None, **PRESETS[preset][rule.name]}
+    if not chosen.keys().isdisjoint(_EITHER):
+        options |= dict.fromkeys(_EITHER)  # what is given of the two has no other beside it
+    return options | chosen
+
+
+def ramp_steps(preset: str, ramp: float, steps: int | None) -> int:
+    """Number of steps in which the sparsity grows, in a run of ``steps``; 0: it is there from the first one.
+
+    Raises:
+        ValueError: ``steps`` is no positive integer, or is given though nothing grows.
+    """
+    if steps is None:
+        return 0
+    length = check_count("steps", steps, 1)
+    if not ramp:
+        raise ValueError(f"steps must be left out with preset={preset!r}, whose sparsity does not grow, got {steps!r}")
+    return max(round(ramp * length), 1)
