@@ -29,6 +29,7 @@ struct Context {
   const Step& step;
   float scale;            // 1 / *grad_scale
   Selection* selections;  // [num_groups]
+  int stream_width;       // bytes of the registers that write z past the caches; 0: through them
   std::atomic<int64_t> nonfinite{0};
 };
 
@@ -44,12 +45,11 @@ BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient&
   const float* g = gradients_of(gradient, tile, buffer);
   int nonfinite = 0;
   if (kUpper && scored && moves_score_momentum(t, hyper))
-    nonfinite = update_entries<kRule, kUpper, kUpper>(tile, context.scale, hyper, factors, g);
+    nonfinite = update_entries<kRule, kUpper, kUpper>(tile, context.scale, hyper, factors, g, context.stream_width);
   else if (kUpper && scored)
-    nonfinite = update_entries<kRule, kUpper, false>(tile, context.scale, hyper, factors, g);
+    nonfinite = update_entries<kRule, kUpper, false>(tile, context.scale, hyper, factors, g, context.stream_width);
   else if (kLower)
-    nonfinite = update_entries<kRule, false, false>(tile, context.scale, hyper, factors, g);
-  if (kRule == Rule::sgd || kRule == Rule::adamw) write_masked(tile);
+    nonfinite = update_entries<kRule, false, false>(tile, context.scale, hyper, factors, g, context.stream_width);
   return nonfinite;
 }
 
@@ -103,6 +103,7 @@ BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
     if (kUpper && tile.tensor->group >= 0) judge_tile(context.selections[tile.tensor->group], tile, index);
     if (kUpper && tile.tensor->of) keep_tile(tile);
   }
+  if (kRule != Rule::none) end_streaming();
   if (nonfinite) context.nonfinite.fetch_add(nonfinite);
 }
 
@@ -110,7 +111,8 @@ BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
 BIP_HD void lower_none_body(Context& context, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_of(context.step, index);
-    if (tile.tensor->param) write_masked(tile);  // units have no z
+    if (!has_z(tile)) continue;
+    for (int i = 0; i < tile.count; i += kBlock) write_masked(tile, i, tile.word(i / kBlock), 0);
   }
 }
 
@@ -354,7 +356,7 @@ int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_scored_til
 void step(const Step& args, int threads) {
   if (args.found_inf && *args.found_inf != 0.0f) return;
   std::vector<Selection> selections = lay_out_selections(args);
-  Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data()};
+  Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data(), stream_width(args.num_tiles)};
   if (args.phase != Phase::lower) {
     const int64_t nonfinite = sum_units(args, context.scale, threads);
     if (args.phase == Phase::upper) context.nonfinite += nonfinite;  // in a joint step the update counts them

@@ -10,6 +10,7 @@
 
 #include "bip.h"
 #include "cpu/select.h"
+#include "cpu/stream.h"
 #include "half.h"
 #include "update_rule.h"
 
@@ -43,6 +44,38 @@ BIP_HD const float* gradients_of(const Gradient& gradient, const Tile& tile, flo
   if (gradient.dtype == DType::f16) widen<float16>(gradient.data, tile.begin, tile.count, buffer);
   return buffer;
 }
+
+template <class T>
+BIP_HD void write_masked_as(const Tile& tile, int i, uint32_t word, int width) {
+  T* __restrict z = static_cast<T*>(tile.tensor->param) + tile.begin + i;
+  const float* __restrict theta = tile.tensor->theta + tile.begin + i;
+  const int count = std::min(kBlock, tile.count - i);
+  // The load does not wait for the condition: a loop with a load that may be left out does not become vector code everywhere.
+  const auto masked = [&](int j) {
+    const float x = theta[j];
+    return word & kBit[j] ? x : 0.0f;
+  };
+  if (width != 0 && count == kBlock) {
+    alignas(64) T values[kBlock];
+    for (int j = 0; j < kBlock; ++j) from_float(masked(j), values[j]);
+    stream_lines(values, z, width);
+  } else if (count == kBlock) {
+    for (int j = 0; j < kBlock; ++j) from_float(masked(j), z[j]);
+  } else {
+    for (int j = 0; j < count; ++j) from_float(masked(j), z[j]);
+  }
+}
+
+// z = m*theta of the block at entry i of a tile, after theta moved. `width`: of the registers that stream; 0: ordinary stores.
+BIP_HD void write_masked(const Tile& tile, int i, uint32_t word, int width) {
+  if (word == 0) return;
+  if (tile.tensor->dtype == DType::f32) write_masked_as<float>(tile, i, word, width);
+  if (tile.tensor->dtype == DType::bf16) write_masked_as<bfloat16>(tile, i, word, width);
+  if (tile.tensor->dtype == DType::f16) write_masked_as<float16>(tile, i, word, width);
+}
+
+// A dense fp32 parameter is its own theta.
+BIP_HD bool has_z(const Tile& tile) { return tile.tensor->param && tile.tensor->param != tile.tensor->theta; }
 
 // Returns the number of entries left alone because their gradient is not finite. `factors` are those of Rule::adamw; arrays that the rule
 // and the phase do not have are null.
@@ -84,21 +117,31 @@ BIP_HD int update_block(int count, uint32_t word, float scale, const Hyper& hype
 }
 
 template <Rule kRule, bool kUpper, bool kScoreMomentum>
-BIP_HD int update_entries(const Tile& tile, float scale, const Hyper& hyper, const AdamwFactors& factors, const float* g) {
+BIP_HD int update_entries(const Tile& tile, float scale, const Hyper& hyper, const AdamwFactors& factors, const float* g,
+                          int stream_width) {
   const Tensor& t = *tile.tensor;
   float* theta = t.theta + tile.begin;
   float* v = kRule != Rule::none ? t.momentum + tile.begin : nullptr;
   float* b = kRule == Rule::adamw ? t.square + tile.begin : nullptr;
   float* s = kUpper ? t.scores + tile.begin : nullptr;
   float* u = kScoreMomentum ? t.score_momentum + tile.begin : nullptr;
+  const bool writes = (kRule == Rule::sgd || kRule == Rule::adamw) && has_z(tile);
+  const bool lines = writes && starts_line(static_cast<char*>(t.param) + tile.begin * (t.dtype == DType::f32 ? 4 : 2));
+  const int width = lines ? stream_width : 0;
   int nonfinite = 0, i = 0;
-  // Whole blocks get a constant trip count, so that they become straight vector code.
-  for (; i + kBlock <= tile.count; i += kBlock)
-    nonfinite += update_block<kRule, kUpper, kScoreMomentum>(kBlock, tile.word(i / kBlock), scale, hyper, factors, g + i, theta + i, v + i,
-                                                             b + i, s + i, u + i);
-  if (i < tile.count)
-    nonfinite += update_block<kRule, kUpper, kScoreMomentum>(tile.count - i, tile.word(i / kBlock), scale, hyper, factors, g + i, theta + i,
-                                                             v + i, b + i, s + i, u + i);
+  // Whole blocks get a constant trip count, so that they become straight vector code. z is written while theta is at hand.
+  for (; i + kBlock <= tile.count; i += kBlock) {
+    const uint32_t word = tile.word(i / kBlock);
+    nonfinite +=
+        update_block<kRule, kUpper, kScoreMomentum>(kBlock, word, scale, hyper, factors, g + i, theta + i, v + i, b + i, s + i, u + i);
+    if (writes) write_masked(tile, i, word, width);
+  }
+  if (i < tile.count) {
+    const uint32_t word = tile.word(i / kBlock);
+    nonfinite += update_block<kRule, kUpper, kScoreMomentum>(tile.count - i, word, scale, hyper, factors, g + i, theta + i, v + i, b + i,
+                                                             s + i, u + i);
+    if (writes) write_masked(tile, i, word, 0);
+  }
   return nonfinite;
 }
 
@@ -119,26 +162,6 @@ inline void preview_scores(const Tile& block, float scale, const Hyper& hyper, c
   } else {
     update_block<Rule::none, true, false>(block.count, block.word(0), scale, hyper, {}, g, theta, nullptr, nullptr, scores, nullptr);
   }
-}
-
-template <class T>
-BIP_HD void write_masked_as(const Tile& tile) {
-  T* z = static_cast<T*>(tile.tensor->param) + tile.begin;
-  const float* theta = tile.tensor->theta + tile.begin;
-  for (int i = 0; i < tile.count; i += kBlock) {
-    const uint32_t word = tile.word(i / kBlock);
-    if (word == 0) continue;
-    const int count = std::min(kBlock, tile.count - i);
-    for (int j = 0; j < count; ++j) from_float((word >> j) & 1u ? theta[i + j] : 0.0f, z[i + j]);
-  }
-}
-
-// z = m*theta after theta moved. A dense fp32 parameter is its own theta.
-BIP_HD void write_masked(const Tile& tile) {
-  if (tile.tensor->param == tile.tensor->theta) return;
-  if (tile.tensor->dtype == DType::f32) write_masked_as<float>(tile);
-  if (tile.tensor->dtype == DType::bf16) write_masked_as<bfloat16>(tile);
-  if (tile.tensor->dtype == DType::f16) write_masked_as<float16>(tile);
 }
 
 // One entry of z, where the mask flips. Units have none.
