@@ -1,9 +1,10 @@
 // The lower, upper and joint step on a CUDA device: one streaming skeleton, one warp per tile of 1024 entries of one tensor.
 //
-//   lower  1 launch    update (update.cuh): weights                                                    24.1 bytes per fp32 weight
+//   lower  1 launch    update (update.cuh): weights, by the rule of the optimizer                       24.1 bytes per fp32 weight
 //   upper  2 launches  update: scores, judged at once against the window of the step before            16.3
 //                      finish: returns at once in most steps
 //   joint  2 launches  update: both; then as upper                                                     28.3 to 32.3
+//   With AdamW 8 bytes more in lower and joint steps.
 //   Up to kAloneTiles tiles the first launch does everything.
 //   1 more for every 400 gradient pointers beyond the first 400.
 //
@@ -49,10 +50,16 @@ __device__ Run next_run(const Step& step, int begin, int end) {
   }
 }
 
-// One warp moves one tile, and judges it.
-template <Phase kPhase, class AnyRoom>
+// What Rule::adamw has in shared memory: the factors of every warp's tile, and whether the block is the last one.
+struct AdamwRoom {
+  AdamwFactors factors[kWarps];
+  bool last;
+};
+
+// One warp moves one tile, and judges it. `factors`: of the warp, for Rule::adamw.
+template <Phase kPhase, Rule kRule, class AnyRoom>
 __device__ __forceinline__ void update_number(const Args& args, const GradientTable& table, int number, float inverse_scale, AnyRoom& room,
-                                              Sums& sums) {
+                                              Sums& sums, AdamwFactors* factors) {
   const Step& step = args.step;
   const int which = step.tile_tensor[number];
   const Gradient gradient = gradient_of(args, table, which);
@@ -62,11 +69,17 @@ __device__ __forceinline__ void update_number(const Args& args, const GradientTa
     if (kPhase == Phase::upper && !tile.tensor.scores) return;
   }
   if (gradient.data) {
+    if constexpr (kRule == Rule::adamw) {
+      __syncwarp();  // no lane uses those of the tile before any more
+      if (lane_id() == 0) *factors = adamw_factors(step.hypers[tile.tensor.hyper], *tile.tensor.steps + 1);
+      __syncwarp();
+    }
     const int quad_bytes = gradient.dtype == DType::f32 ? 16 : 8;
     const Job job{tile,           step.hypers[tile.tensor.hyper],
                   inverse_scale,  gradient.data,
-                  gradient.dtype, reinterpret_cast<uintptr_t>(gradient.data) % quad_bytes == 0};
-    update_tile<kPhase>(job, room, sums);
+                  gradient.dtype, reinterpret_cast<uintptr_t>(gradient.data) % quad_bytes == 0,
+                  factors};
+    update_tile<kPhase, kRule>(job, room, sums);
   } else {
     if constexpr (kPhase != Phase::lower) {
       if (tile.tensor.of != 0)
@@ -81,6 +94,22 @@ __device__ __forceinline__ void report_nonfinite(const Step& step, const Sums& s
   const uint32_t nonfinite = sum_of_warp(sums.nonfinite);
   if (lane_id() == 0 && nonfinite)
     atomicAdd(reinterpret_cast<unsigned long long*>(step.num_nonfinite), static_cast<unsigned long long>(nonfinite));
+}
+
+// Whole block, through with its tiles: the last one of the grid counts the step of every tensor that has a gradient. By then all have read
+// the counts: a block publishes that it is through after its reads.
+__device__ __noinline__ void count_steps(const Args& args, const GradientTable& table, bool& last) {
+  __syncthreads();
+  if (thread_id() == 0) {
+    fence();
+    last = atomicAdd(&args.workspace.queue->through, 1u) + 1 == gridDim.x;
+    fence();
+  }
+  __syncthreads();
+  if (!last) return;
+  for (int i = thread_id(); i < args.step.num_tensors; i += kThreads)
+    if (args.step.tensors[i].steps && gradient_of(args, table, i).data) ++*args.step.tensors[i].steps;
+  if (thread_id() == 0) args.workspace.queue->through = 0;
 }
 
 // Memory does not serve all processors alike, and those that are done early would wait for the others: 6 % of a step of 25 million weights on
@@ -132,9 +161,10 @@ struct StreamRoom : JudgeRoom {
 
 // One block per contiguous share of the tiles, in runs of one group. Where there is only one group, a share is one run, and the last tiles
 // are free.
-template <Phase kPhase>
-__device__ __forceinline__ void update_and_judge(const Args& args, const GradientTable& table, StreamRoom& room) {
+template <Phase kPhase, Rule kRule>
+__device__ __forceinline__ void update_and_judge(const Args& args, const GradientTable& table, StreamRoom& room, AdamwRoom* adamw) {
   const Step& step = args.step;
+  AdamwFactors* factors = adamw ? &adamw->factors[warp_id()] : nullptr;
   if (skipped(step)) return;
   const bool single = step.num_groups == 1 && !args.workspace.alone;
   if (thread_id() == 0) {
@@ -163,7 +193,8 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
                     guess.known ? capacity_of(args, group) : 0);
       sums.above = 0;
     }
-    for_warp_tiles(room.run, room.free, [&](int number) { update_number<kPhase>(args, table, number, room.inverse_scale, room, sums); });
+    for_warp_tiles(room.run, room.free,
+                   [&](int number) { update_number<kPhase, kRule>(args, table, number, room.inverse_scale, room, sums, factors); });
     if (room.run.group < 0) continue;  // nothing is selected: N:M tensors, and in a joint step those without scores
     end_judging(room, sums.above);
     report_flips(room, step.counters[room.run.group]);
@@ -171,6 +202,7 @@ __device__ __forceinline__ void update_and_judge(const Args& args, const Gradien
       conclude(args, room, room.run.group);
   }
   report_nonfinite(step, sums);
+  if (kRule == Rule::adamw) count_steps(args, table, adamw->last);
 }
 
 // One thread per gradient pointer that did not fit into the parameters of the update.
@@ -179,16 +211,41 @@ __global__ void __launch_bounds__(kThreads) step_gradients_kernel(const Gradient
 }
 
 // One warp per tile.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    step_lower_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+template <Rule kRule>
+__device__ __forceinline__ void update_lower(const Args& args, const GradientTable& table, AdamwRoom* adamw) {
   if (skipped(args.step)) return;
   const float inverse_scale = inverse_of(args.step.grad_scale);
   const FreeTiles free(args, args.step.num_tiles, true);
+  AdamwFactors* factors = adamw ? &adamw->factors[warp_id()] : nullptr;
   Nothing nothing;
   Sums sums;
   for_warp_tiles(block_range(free.begin), free,
-                 [&](int number) { update_number<Phase::lower>(args, table, number, inverse_scale, nothing, sums); });
+                 [&](int number) { update_number<Phase::lower, kRule>(args, table, number, inverse_scale, nothing, sums, factors); });
   report_nonfinite(args.step, sums);
+  if (kRule == Rule::adamw) count_steps(args, table, adamw->last);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    step_lower_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+  update_lower<Rule::sgd>(args, table, nullptr);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
+    step_lower_adamw_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+  __shared__ AdamwRoom adamw;
+  update_lower<Rule::adamw>(args, table, &adamw);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    step_lower_gradient_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+  update_lower<Rule::gradient>(args, table, nullptr);
+}
+
+// One warp per tile: z = m*theta.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_mask_kernel(const Args __grid_constant__ args) {
+  if (skipped(args.step)) return;
+  const Range share = block_range(args.step.num_tiles);
+  for (int number = share.begin + warp_id(); number < share.end; number += kWarps) mask_tile(Tile(args.step, number));
 }
 
 // One warp per item of units. In a joint step the update counts the gradients that are not finite.
@@ -215,13 +272,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_spread_ker
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     step_upper_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
   __shared__ StreamRoom room;
-  update_and_judge<Phase::upper>(args, table, room);
+  update_and_judge<Phase::upper, Rule::none>(args, table, room, nullptr);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
     step_joint_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
   __shared__ StreamRoom room;
-  update_and_judge<Phase::joint>(args, table, room);
+  update_and_judge<Phase::joint, Rule::sgd>(args, table, room, nullptr);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
+    step_joint_adamw_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+  __shared__ StreamRoom room;
+  __shared__ AdamwRoom adamw;
+  update_and_judge<Phase::joint, Rule::adamw>(args, table, room, &adamw);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
+    step_joint_gradient_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+  __shared__ StreamRoom room;
+  update_and_judge<Phase::joint, Rule::gradient>(args, table, room, nullptr);
 }
 
 // Calls body(run, group's state) for the runs of this block whose group falls back.
@@ -381,6 +451,26 @@ GradientTable table_of(const Gradient* gradients, int64_t first, int64_t count) 
   return table;
 }
 
+void lower(const Args& args, const GradientTable& table, void* stream) {
+  const int64_t tiles = args.step.num_tiles;
+  switch (args.step.rule) {
+    case Rule::none: return launch<step_mask_kernel>("step", "step_mask_kernel", tiles, stream, args);
+    case Rule::sgd: return launch<step_lower_kernel>("step", "step_lower_kernel", tiles, stream, args, table);
+    case Rule::adamw: return launch<step_lower_adamw_kernel>("step", "step_lower_adamw_kernel", tiles, stream, args, table);
+    case Rule::gradient: return launch<step_lower_gradient_kernel>("step", "step_lower_gradient_kernel", tiles, stream, args, table);
+  }
+}
+
+void joint(const Args& args, const GradientTable& table, void* stream) {
+  const int64_t tiles = args.step.num_tiles;
+  switch (args.step.rule) {
+    case Rule::none: break;
+    case Rule::sgd: return launch<step_joint_kernel>("step", "step_joint_kernel", tiles, stream, args, table);
+    case Rule::adamw: return launch<step_joint_adamw_kernel>("step", "step_joint_adamw_kernel", tiles, stream, args, table);
+    case Rule::gradient: return launch<step_joint_gradient_kernel>("step", "step_joint_gradient_kernel", tiles, stream, args, table);
+  }
+}
+
 }  // namespace
 
 int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles) {
@@ -397,7 +487,7 @@ void step(const Step& step, void* stream) {
                                   args.workspace.gradients + (first - kInlineGradients), static_cast<int>(count));
   }
   const GradientTable table = table_of(step.gradients, 0, std::min<int64_t>(step.num_tensors, kInlineGradients));
-  if (step.phase == Phase::lower) return launch<step_lower_kernel>("step", "step_lower_kernel", step.num_tiles, stream, args, table);
+  if (step.phase == Phase::lower) return lower(args, table, stream);
   const int64_t unit_tiles = step.unit_tile_end - step.unit_tile_begin;
   if (unit_tiles) {
     launch<step_sums_kernel>("step", "step_sums_kernel", step.num_items, stream, args, table);
@@ -406,7 +496,7 @@ void step(const Step& step, void* stream) {
   if (step.phase == Phase::upper)
     launch<step_upper_kernel>("step", "step_upper_kernel", step.num_scored_tiles, stream, args, table);
   else
-    launch<step_joint_kernel>("step", "step_joint_kernel", step.num_tiles, stream, args, table);
+    joint(args, table, stream);
   if (step.num_groups != 0 && !args.workspace.alone) {
     launch_together<step_finish_kernel>("step", "step_finish_kernel", step.num_scored_tiles, stream, args);
   }

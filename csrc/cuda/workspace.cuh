@@ -35,6 +35,7 @@ constexpr int kMaxRounds = 7;
 // between steps.
 struct Queue {
   uint32_t taken;                 // free tiles that a warp has asked for in this launch
+  uint32_t through;               // blocks that are through with their tiles in this launch, where steps are counted
   uint32_t finishing;             // groups in the list of those to finish
   uint32_t falling;               // groups that fall back
   uint32_t open[kMaxRounds + 1];  // groups that fall back and have too many keys inside, after each round

@@ -15,6 +15,7 @@ st = hypothesis.strategies
 
 EDGE_SIZES = [1, 31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 2049]
 PHASES = ["lower", "upper", "joint"]
+RULES = ["sgd", "adamw"]
 # a mask_lr that moves most scores and clips some, a decay and rates that are not powers of two
 MOVING = {"lr": 0.03, "mask_lr": 0.3, "gamma": 0.7, "weight_decay": 0.013}
 FORMULAS = [
@@ -22,6 +23,9 @@ FORMULAS = [
     {"momentum": 0.9, "mask_momentum": 0.6},
     {"momentum": 0.9, "nesterov": True},
     {"momentum": 0.8, "nesterov": True, "mask_momentum": 0.9, "weight_decay": 0.0},
+    {"optimizer": "adamw"},
+    {"optimizer": "adamw", "betas": (0.0, 0.0), "eps": 0.3, "weight_decay": 0.0},
+    {"optimizer": "adamw", "betas": (0.83, 0.97), "eps": 0.0, "mask_momentum": 0.6},
 ]
 
 
@@ -36,12 +40,12 @@ def sparsity_for(n, k):
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize(("scope", "rule"), [("global", "sgd"), ("layer", "sgd"), ("global", "adamw")])
 @pytest.mark.parametrize("phase", PHASES)
-def test_sizes_at_every_edge(backend, phase, scope):
+def test_sizes_at_every_edge(backend, phase, scope, rule):
     """Tensors that end just before, at and after a mask word, an alignment unit and a tile, side by side."""
     params = make_params(EDGE_SIZES, device=backend.device)
-    run = run_of(params, scope=scope)
+    run = run_of(params, scope=scope, optimizer=rule)
     run.random_steps(4, phase=phase)
 
 
@@ -78,11 +82,12 @@ def test_adversarial_scores(backend, name):
 
 
 @pytest.mark.sanitizer
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("phase", PHASES)
-def test_gradients_that_are_not_finite(backend, phase):
-    """The entry keeps theta, v, u and s, and is counted; its neighbours move."""
+def test_gradients_that_are_not_finite(backend, phase, rule):
+    """The entry keeps theta, its moments, u and s, and is counted; its neighbours move."""
     params = make_params([500, 1030], device=backend.device) + make_params([40], 1, device=backend.device, pruned=False)
-    run = run_of(params, mask_momentum=0.5, levels="joint")
+    run = run_of(params, mask_momentum=0.5, levels="joint", optimizer=rule)
     run.random_steps(2)
     assert run.opt.num_nonfinite == 0
     fill_gradients(params, 5)
@@ -107,11 +112,12 @@ def test_all_gradients_not_finite(backend, phase):
     assert run.opt.num_nonfinite == 1125
 
 
-def test_extreme_gradients(backend):
+@pytest.mark.parametrize("rule", RULES)
+def test_extreme_gradients(backend, rule):
     """Finite gradients whose products overflow, vanish or are subnormal: infinities and NaN inside h do not reach the scores."""
     extremes = [0.0, -0.0, 1e-45, -1e-38, 1e-20, 1e20, -1e25, 3e38, -3.4e38]
     params = make_params([900], device=backend.device)
-    run = run_of(params, lr=1e-30, levels="joint", mask_momentum=0.5)
+    run = run_of(params, lr=1e-30, levels="joint", mask_momentum=0.5, optimizer=rule)
     for i in range(3):
         params[0].grad = torch.tensor(extremes, device=backend.device).repeat(100).roll(i).reshape(1, 900)
         run.step()
@@ -119,12 +125,12 @@ def test_extreme_gradients(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scope", ["global", "layer"])
-def test_half_precision_parameters(backend, dtype, scope):
+@pytest.mark.parametrize(("scope", "rule"), [("global", "sgd"), ("layer", "sgd"), ("global", "adamw")])
+def test_half_precision_parameters(backend, dtype, scope, rule):
     """Parameters and gradients of half precision; theta, scores and momentum stay fp32. Dense parameters keep an fp32 copy too."""
     params = make_params([33, 1025, 200], device=backend.device, dtype=dtype)
     params += make_params([70], 1, device=backend.device, dtype=dtype, pruned=False)
-    run = run_of(params, scope=scope)
+    run = run_of(params, scope=scope, optimizer=rule)
     run.random_steps(8)
     run.random_steps(4, phase="joint", seed=1)
     assert run.opt.weight_of(params[0]).dtype == torch.float32
@@ -179,12 +185,16 @@ def test_parameters_that_start_anywhere(backend, dtype):
     assert_bits(buffer.cpu()[gaps], before, "between the parameters")
 
 
-def test_many_small_tensors(backend):
-    """More tensors than a launch takes gradient pointers for by value (400); most tiles nearly empty."""
+@pytest.mark.parametrize(("scope", "rule"), [("global", "sgd"), ("layer", "sgd"), ("layer", "adamw")])
+def test_many_small_tensors(backend, scope, rule):
+    """More tensors than a launch takes gradient pointers for by value (400); most tiles nearly empty. Those without a gradient count no step."""
     params = make_params([1 + i % 5 for i in range(420)], device=backend.device)
-    for scope in ("global", "layer"):
-        run = run_of([nn.Parameter(p.detach().clone()) for p in params], scope=scope)
-        run.random_steps(4)
+    run = run_of(params, scope=scope, optimizer=rule)
+    run.random_steps(4)
+    for p in params[::7]:
+        p.grad = None
+    run.step("joint")
+    run.step("lower")
 
 
 def test_empty_tensors(backend):
@@ -201,12 +211,13 @@ def test_tiny_groups_keep_their_count(backend):
     assert [int(run.opt.mask_of(p).sum()) for p in params] == [0, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads(backend, threads):
+def test_any_number_of_threads(backend, threads, rule):
     """The reference does not know the number of threads, so equality to it for 1, 2 and 5 is equality among them."""
     torch.set_num_threads(threads)
     sizes = [3001, 77, 5000] if backend.name == "sim" else [50_003, 77, 30_000]
-    run = run_of(make_params(sizes, device=backend.device), scope="global", sparsity=0.9)
+    run = run_of(make_params(sizes, device=backend.device), scope="global", sparsity=0.9, optimizer=rule)
     run.random_steps(4)
     run.random_steps(2, phase="joint", seed=1)
 
@@ -237,7 +248,8 @@ def test_any_shapes_and_bit_patterns(backend, data):
 
     params = [nn.Parameter(drawn(weights, shape)) for shape in shapes]
     scope = data.draw(st.sampled_from(["global", "layer"]), label="scope")
-    run = run_of(params, scope=scope, sparsity=data.draw(st.floats(0, 0.999), label="sparsity"), mask_momentum=0.5)
+    options = {"sparsity": data.draw(st.floats(0, 0.999), label="sparsity"), "optimizer": data.draw(st.sampled_from(RULES), label="rule")}
+    run = run_of(params, scope=scope, mask_momentum=0.5, **options)
     for phase in data.draw(st.lists(st.sampled_from(PHASES), min_size=1, max_size=4), label="phases"):
         for p in params:
             p.grad = drawn(gradients, p.shape)
