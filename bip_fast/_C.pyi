@@ -21,6 +21,7 @@ class _Backend(Protocol):
         self,
         *,
         phase: int,
+        rule: int,
         tensors: int,
         num_tensors: int,
         tile_tensor: int,

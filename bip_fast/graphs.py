@@ -111,8 +111,8 @@ class GraphedIteration:
     and ``eval()``, frozen or replaced parameters and buffers. Other values that Python code reads (a drop rate, the number of calls so
     far) stay as they were at the capture; after such a change, or another one of the model's structure, make a new GraphedIteration.
 
-    With another optimizer than `FastBiP`, or while the optimizer has step hooks, which expect to see gradients, the graph holds forward,
-    loss and backward, and ``optimizer.step()`` follows it.
+    With another optimizer than `FastBiP`, or another one inside of it, or while the optimizer has step hooks, which expect to see
+    gradients, the graph holds forward, loss and backward, and ``optimizer.step()`` follows it.
 
     Args:
         model: called with the first tensor of a batch.
@@ -240,7 +240,7 @@ class GraphedIteration:
             torch_optimizer._global_optimizer_pre_hooks,
             torch_optimizer._global_optimizer_post_hooks,
         )
-        return isinstance(self.optimizer, FastBiP) and not any(hooks)
+        return isinstance(self.optimizer, FastBiP) and not self.optimizer.inner_optimizers and not any(hooks)
 
     def _look_around(self) -> None:
         """Find the parameters as they are now, and drop graphs that were made for other ones, elsewhere or in another mode."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +14,9 @@ from .engine.arena import Arena
 from .engine.checkpoint import EXTRA, extra, fitting
 from .engine.coverage import Seen, would_prune
 from .engine.engine import Engine
+from .engine.inner import INNER, InnerOptimizer
 from .engine.options import (
+    LOWER_KEYS,
     check_group,
     check_levels,
     check_lower_steps,
@@ -110,7 +112,7 @@ class FastBiP(torch.optim.Optimizer):
         sparsity: float | None = None,
         density: float | None = None,
         preset: str = "paper",
-        optimizer: str = "sgd",
+        optimizer: str | Callable[[list[dict[str, Any]]], Any] = "sgd",
         lr: float | None = None,
         mask_lr: float | None = None,
         mask_lr_per_lr: float | None = None,
@@ -135,9 +137,12 @@ class FastBiP(torch.optim.Optimizer):
     ) -> None:
         self._rule = rule_of(optimizer)
         given = {
-            "lr": lr, "mask_lr": mask_lr, "mask_lr_per_lr": mask_lr_per_lr, "gamma": gamma, "momentum": momentum, "betas": betas, "eps": eps,
-            "mask_momentum": mask_momentum, "weight_decay": weight_decay, "nesterov": nesterov, "score_start": score_start, "levels": levels,
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "mask_lr": mask_lr, "mask_lr_per_lr": mask_lr_per_lr, "gamma": gamma, "mask_momentum": mask_momentum,
+            "score_start": score_start, "levels": levels,
         }  # fmt: skip
+        if self._rule.gradient and (own := [name for name in LOWER_KEYS if given[name] is not None]):
+            raise ValueError(f"{own[0]} must be given to the optimizer that your function makes, got {own[0]}={given[own[0]]!r} beside it")
         chosen = preset_options(preset, self._rule, given)
         self._score_start = check_score_start(chosen.pop("score_start"))
         self._phases = Phases(check_levels(chosen.pop("levels")), check_lower_steps(lower_steps))
@@ -158,6 +163,11 @@ class FastBiP(torch.optim.Optimizer):
         resolve_pattern(defaults)
         check_group(defaults, self._rule)
         groups, self._seen = param_groups_of(params, exclude, overrides, coupled)
+        self._inner: InnerOptimizer | None = None
+        if callable(optimizer):
+            self._inner = InnerOptimizer(optimizer, groups)
+            self._rule = self._rule._replace(name=self._inner.name)
+            defaults |= self._inner.defaults
         self._reset()
         super().__init__(groups, defaults)
         self._ramp = SparsitySchedule(self, "cubic", steps=ramp) if ramp else None
@@ -188,12 +198,16 @@ class FastBiP(torch.optim.Optimizer):
         seen = seen_in_group(self._seen, group["params"], names)
         if self._phases.frozen and any(would_prune(seen.of(p), self.defaults | group) for p in group["params"]):
             raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
+        if self._inner is not None:
+            self._inner.add(group)
         super().add_param_group(group)
         before, self._seen = self._seen, seen
         try:
             self._build(self._running("add a parameter group").saved_state(), project=not self._phases.frozen)
         except BaseException:
             self.param_groups.pop()  # as it was: the new group is the last
+            if self._inner is not None:
+                self._inner.drop_last()
             self._seen = before
             raise
 
@@ -204,6 +218,8 @@ class FastBiP(torch.optim.Optimizer):
         if old is not None:
             engine.arena.num_nonfinite.copy_(old.arena.num_nonfinite)
         self._engine = engine
+        if self._inner is not None:
+            self._inner.bind(engine.arena)
         self.state.update(engine.state())
 
     def _running(self, what: str) -> Engine:
@@ -257,15 +273,25 @@ class FastBiP(torch.optim.Optimizer):
         engine, phase = self._running("step"), self._phases.check()
         engine.arena.check_untouched()
         # grad_scale and found_inf: set by torch.amp.GradScaler for the time of the step
-        launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        found_inf = getattr(self, "found_inf", None)
+        launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
         if engine.refresh(phase):
             self.state.update(engine.state())
         launch(engine.plan)
+        if self._inner is not None and phase != "upper" and not (found_inf is not None and bool(found_inf)):
+            self._inner.step(self.param_groups)
+            engine.write_masked()
         engine.arena.mark_written()
         self._phases.advance()
         if self._ramp is not None:
             self._ramp.step()
         return loss
+
+    @property
+    def inner_optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The optimizers that ``optimizer=`` made, if it is a function: their options are in `param_groups` here, their state is in
+        `state_dict`."""
+        return () if self._inner is None else tuple(self._inner.optimizers)
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
 
@@ -366,6 +392,8 @@ class FastBiP(torch.optim.Optimizer):
         state = super().state_dict()
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         state["state"] = {number[p]: saved for p, saved in engine.saved_state().items()}
+        for p, saved in self._inner.saved_state().items() if self._inner is not None else ():
+            state["state"][number[p]][INNER] = saved
         return state | {EXTRA: extra(engine.arena, self._phases, self._ramp)}
 
     @torch.no_grad()
@@ -383,9 +411,16 @@ class FastBiP(torch.optim.Optimizer):
             state_dict = dict(changed) if changed is not None else state_dict
         groups, states = fitting(engine.arena, self._phases, self._ramp, self.param_groups, state_dict)
         engine.arena.check_place()
+        inner: dict[Tensor, Any] = {
+            param.tensor: state[INNER] for param, state in zip(engine.arena.parameters, states, strict=True) if INNER in state
+        }
+        if self._inner is not None:
+            self._inner.check_state(inner)
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
         engine.load(states, state_dict[EXTRA]["num_nonfinite"])
+        if self._inner is not None:
+            self._inner.load(inner, self.param_groups)
         self._phases.load(state_dict[EXTRA])
         if self._ramp is not None:
             self._ramp.load_state_dict(state_dict[EXTRA]["ramp"])
@@ -398,7 +433,14 @@ class FastBiP(torch.optim.Optimizer):
         arena = self._arena_of("copy")
         arena.check_untouched()  # the copy makes its parameters from the state
         state = super().__getstate__() | {"state": self._running("copy").saved_state()}
-        own = {"_rule": self._rule, "_score_start": self._score_start, "_phases": self._phases, "_ramp": self._ramp, "_seen": self._seen}
+        own = {
+            "_rule": self._rule,
+            "_score_start": self._score_start,
+            "_phases": self._phases,
+            "_ramp": self._ramp,
+            "_seen": self._seen,
+            "_inner": self._inner,
+        }
         return state | own | {"num_nonfinite": arena.num_nonfinite}
 
     @torch.no_grad()

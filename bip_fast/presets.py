@@ -1,6 +1,6 @@
 """Presets: the values of the options that a user of `FastBiP` does not give. Everything given beside a preset wins.
 
-"paper" has the steps and the start of the paper. "joint" has what did best in the comparisons of this project (docs/paper.md, docs/text.md).
+"paper" has the steps and the start of the paper. "joint" has what did best in the comparisons of this project (docs/paper.md).
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ _ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8}
 _PAPER = {"levels": "alternating", "mask_lr": 0.1, "gamma": 1.0, "mask_momentum": 0.0, "score_start": "magnitude", "ramp": 0.0}
 _JOINT = {"levels": "joint", "gamma": math.inf, "mask_momentum": 0.0, "score_start": "square"}
 
-# preset, then rule of the lower level
+# preset, then rule of the lower level; an optimizer of the user's brings its own options, and then "joint" has no step size of the scores
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "sgd": {**_PAPER, **_SGD, "lr": 0.01, "weight_decay": 1e-4},
         "adamw": {**_PAPER, **_ADAMW, "lr": 1e-3, "weight_decay": 1e-2},
+        "given": _PAPER,
     },
     "joint": {
         "sgd": {**_JOINT, **_SGD, "lr": 0.2, "mask_lr_per_lr": 8.0, "weight_decay": 5e-4, "ramp": 0.5},
         "adamw": {**_JOINT, **_ADAMW, "lr": 1e-4, "mask_lr_per_lr": 1e4, "weight_decay": 1e-2, "ramp": 0.6},
+        "given": {**_JOINT, "ramp": 0.6},
     },
 }
 

@@ -72,8 +72,8 @@ PAPER = Variant()
 
 
 class State(NamedTuple):
-    """All of one selection group: flat tensors of one length. With AdamW below ``v`` is the running mean of ``m*g``, ``b`` that of its square,
-    and ``t`` the number of steps that theta has taken."""
+    """All of one selection group: flat tensors of one length. With AdamW below, ``v`` is the running mean of ``m*g`` and ``b`` that of its
+    square, and ``t`` counts the steps that theta has taken."""
 
     theta: Tensor
     v: Tensor
@@ -230,8 +230,8 @@ def upper_units(s: Tensor, u: Tensor, gradient: Tensor, h: Hyper) -> tuple[Tenso
 
 
 def start_values(theta: Tensor, score_start: str = "magnitude") -> Tensor:
-    """What a weight is worth at first: ``|theta|``, or with "square" ``theta^2 / 2``, what it adds to a loss of unit curvature. Both have the
-    order of the magnitudes."""
+    """What a weight is worth at first: ``|theta|``, or with "square" ``theta^2 / 2``, what its loss costs where the curvature is 1. Both have
+    the order of the magnitudes."""
     return theta.abs() if score_start == "magnitude" else theta * theta / 2
 
 
@@ -306,12 +306,11 @@ def _in_precision(x: float, like: Tensor) -> float:
 
 def _lower_adamw(state: State, g: Tensor, h: Hyper) -> tuple[Tensor, Tensor, Tensor]:
     """AdamW (Loshchilov and Hutter 2019) on ``theta`` under the mask: theta, and the running means of ``m*g`` and of its square."""
-    assert state.b is not None
     (beta1, beta2), t = h.betas, state.t + 1
     lr, weight_decay = (_in_precision(x, g) for x in (h.lr, h.weight_decay))
     d = masked(state.m, g)
     a = beta1 * state.v + (1 - beta1) * d
-    b = beta2 * state.b + (1 - beta2) * (d * d)
+    b = beta2 * (torch.zeros_like(d) if state.b is None else state.b) + (1 - beta2) * (d * d)
     size, root = lr / (1 - _power(beta1, t)), 1 / math.sqrt(1 - _power(beta2, t))
     theta = state.theta * (1 - lr * weight_decay) - size * (a / (_sqrt(b) * root + h.eps))
     return theta, a, b
@@ -321,7 +320,7 @@ def lower(state: State, g: Tensor, h: Hyper, optimizer: str = "sgd") -> State:
     """Lower step: retrain ``theta`` under the mask, by "sgd" or "adamw". Entries whose ``g`` is not finite stay."""
     if optimizer == "adamw":
         theta, v, b = _lower_adamw(state, g, h)
-        state = state._replace(b=_keep_if_nonfinite(g, b, state.b), t=state.t + 1)
+        state = state._replace(b=_keep_if_nonfinite(g, b, torch.zeros_like(b) if state.b is None else state.b), t=state.t + 1)
     else:
         theta, v = _lower_theta(state.theta, state.v, state.m, g, h)
     return state._replace(theta=_keep_if_nonfinite(g, theta, state.theta), v=_keep_if_nonfinite(g, v, state.v))

@@ -61,7 +61,7 @@ class Arena:
         self._number = {param.tensor: number for number, param in enumerate(self.parameters)}
         self.pruned = [self.place_of[param.tensor] for param in decided if param.pruned]
         self.num_scored = sum(param.scored for param in self.parameters)
-        self._moments = [torch.zeros(start, dtype=torch.float32, device=device) for _ in rule.moments]
+        self._moments = [torch.zeros(start, dtype=torch.float32, device=device) for _ in range(len(rule.moments) + rule.gradient)]
         self._steps = torch.zeros(len(self.parameters) if rule.counts else 0, dtype=torch.int64, device=device)
         self.theta = torch.zeros(theta_end, dtype=torch.float32, device=device)
         self.scores = torch.zeros(scored_end, dtype=torch.float32, device=device)
@@ -93,8 +93,12 @@ class Arena:
         """Mask words of a pruned parameter, int32."""
         return self.mask[param.start // 32 :][: -(-param.numel // 32)]
 
+    def theta_of(self, param: Parameter) -> Tensor:
+        """View of theta, shaped like the parameter: of its own, or the parameter itself where that is its theta."""
+        return self._view(self.theta, param) if param.has_theta else param.tensor.detach()
+
     def moments_of(self, param: Parameter) -> list[Tensor]:
-        """Views of the moments that the rule has."""
+        """Views of the moments that the rule has, or of the array for ``m*g``."""
         return [self._view(flat, param) for flat in self._moments]
 
     def steps_of(self, param: Parameter) -> Tensor | None:
@@ -104,7 +108,7 @@ class Arena:
     def state_of(self, param: Parameter) -> dict[str, Tensor]:
         """Views of the state, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, units have a
         score each, and ``step`` is a number."""
-        state = dict(zip(self.rule.moments, self.moments_of(param), strict=True))
+        state = dict(zip(self.rule.moments, self.moments_of(param), strict=False))
         steps = self.steps_of(param)
         if steps is not None:
             state["step"] = steps

@@ -12,6 +12,7 @@ from .. import reference
 from ..reference import Blocks
 from .arena import Arena, in_memory_order
 from .coverage import Parameter
+from .inner import INNER
 from .options import check_group
 from .patterns import NofM
 from .phases import Phases
@@ -32,7 +33,7 @@ def extra(arena: Arena, phases: Phases, ramp: Any) -> dict[str, Any]:
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in state.items() if name != _MAY_BE_MISSING}
+    return {name: tuple(x.shape) for name, x in state.items() if name not in (_MAY_BE_MISSING, INNER)}
 
 
 def fitting(
@@ -59,8 +60,8 @@ def _fitting(
     if state_dict[EXTRA]["optimizer"] != arena.rule.name:
         raise ValueError(f"state_dict must be of optimizer={arena.rule.name!r}, got one of {state_dict[EXTRA]['optimizer']!r}")
     if (ramp is None) != (state_dict[EXTRA]["ramp"] is None):
-        expected, given = ("without steps" if x is None else "with steps" for x in (ramp, state_dict[EXTRA]["ramp"]))
-        raise ValueError(f"state_dict must be of an optimizer that was made {expected}, got one that was made {given}")
+        made = {True: "without steps", False: "with steps"}
+        raise ValueError(f"state_dict must be of an optimizer that was made {made[ramp is None]}, got one {made[ramp is not None]}")
     if ramp is not None:
         ramp.check_state(state_dict[EXTRA]["ramp"])
     if torch.as_tensor(state_dict[EXTRA]["num_nonfinite"]).numel() != 1:
@@ -93,6 +94,8 @@ def _fitting(
 def _check_values(param: Parameter, state: dict[str, Tensor]) -> None:
     """ValueError for a tensor of another kind than was saved."""
     for name, x in state.items():
+        if name == INNER:
+            continue
         expected = _KINDS.get(name, "a floating-point type")
         kind = x.is_floating_point() if name not in _KINDS else str(x.dtype) == f"torch.{expected}"
         if not kind or x.layout != torch.strided or x.device.type == "meta":

@@ -16,7 +16,7 @@ from .options import check_group, group_keys, hyper_table
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
 from .report import Report, Row, Selection, UnitCount, layer_row
-from .rules import Rule
+from .rules import NONE, Rule
 
 __all__ = ["Engine"]
 
@@ -82,7 +82,7 @@ class Engine:
 
     def _project(self) -> None:
         """Masks from the scores as they are."""
-        self.plan.run("upper", no_gradients(self.arena), self.arena.num_nonfinite)
+        self.plan.run("upper", NONE, no_gradients(self.arena), self.arena.num_nonfinite)
         self.arena.mark_written()
 
     @torch.no_grad()
@@ -200,10 +200,14 @@ class Engine:
         scalars = [x.to(device=self.arena.device, dtype=torch.float32) if isinstance(x, Tensor) else None for x in (grad_scale, found_inf)]
 
         def launch(plan: StepPlan) -> None:
-            plan.run(phase, gradients, self.arena.num_nonfinite, *scalars)
+            plan.run(phase, self._rule.number, gradients, self.arena.num_nonfinite, *scalars)
             alive.clear()  # the kernels are launched; memory freed now is reused behind them on the stream
 
         return launch
+
+    def write_masked(self) -> None:
+        """z = m*theta, after an optimizer of the user's has moved theta."""
+        self.plan.run("lower", NONE, no_gradients(self.arena), self.arena.num_nonfinite)
 
     # --- what there is to see --------------------------------------------------------------------------------------------------------
 

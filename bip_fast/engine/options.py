@@ -17,7 +17,9 @@ from .rules import RULES, Rule
 __all__ = [
     "ALL_KEYS",
     "LEVELS",
+    "LOWER_KEYS",
     "SCORE_STARTS",
+    "SHARED_KEYS",
     "UPPER_KEYS",
     "SCOPES",
     "check_count",
@@ -37,8 +39,8 @@ SCORE_STARTS = ("magnitude", "square")
 SCOPES = ("global", "layer", "erk")
 UPPER_KEYS = ("mask_lr", "mask_lr_per_lr", "gamma", "mask_momentum")
 LOWER_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.options))
-_SHARED = (*UPPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")
-ALL_KEYS = (*LOWER_KEYS, *_SHARED)  # of any rule
+SHARED_KEYS = (*UPPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")  # under any rule
+ALL_KEYS = (*LOWER_KEYS, *SHARED_KEYS)  # of any rule
 _OF_THE_OPTIMIZER = ("preset", "optimizer", "score_start", "levels", "lower_steps", "exclude", "overrides", "coupled")
 
 
@@ -62,12 +64,13 @@ _RANGES = {
     "eps": _NOT_NEGATIVE,
     "beta": _Range("two numbers in [0, 1)", lambda x: 0 <= x < 1),
 }
+_MAY_BE_TENSORS = (*LOWER_KEYS, *UPPER_KEYS, "beta")  # what schedulers move
 _CHOICES = {"levels": LEVELS, "scope": SCOPES, "score_start": SCORE_STARTS}
 
 
 def _check_number(name: str, value: Any) -> None:
     """ValueError unless it is a number in range; what schedulers move may be a tensor with one number."""
-    number = isinstance(value, Real) or (name in _RANGES and isinstance(value, torch.Tensor) and value.numel() == 1)
+    number = isinstance(value, Real) or (name in _MAY_BE_TENSORS and isinstance(value, torch.Tensor) and value.numel() == 1)
     if number and isinstance(value, torch.Tensor) and (value.is_complex() or value.device.type == "meta"):
         number = False
     if not number or not _RANGES[name].contains(float(value)):
@@ -87,7 +90,7 @@ def _check_betas(betas: Any) -> None:
 
 def group_keys(rule: Rule) -> tuple[str, ...]:
     """Options that every parameter group has under a rule."""
-    return (*rule.options, *_SHARED)
+    return (*rule.options, *SHARED_KEYS)
 
 
 def _check_choice(name: str, value: Any) -> None:
@@ -184,8 +187,10 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
     if group.get("density") is not None:
         raise ValueError(f"density of a group that exists is its sparsity: set sparsity to 1 - density, got density={group['density']!r}")
     for name in LOWER_KEYS:
-        if name in group and name not in rule.options:
-            raise ValueError(f"{name} is not an option of optimizer={rule.name!r}, which has {', '.join(rule.options)}; got {group[name]!r}")
+        if name in group and name not in rule.options and not rule.gradient:
+            raise ValueError(
+                f"{name} is not an option of optimizer={rule.name!r}, which has {', '.join(rule.options)}; got {group[name]!r}"
+            )
     if (group["mask_lr"] is None) == (group["mask_lr_per_lr"] is None):
         given = f"mask_lr={group['mask_lr']!r} and mask_lr_per_lr={group['mask_lr_per_lr']!r}"
         raise ValueError(f"give one of mask_lr and mask_lr_per_lr, and None for the other, got {given}")
@@ -208,6 +213,8 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
 
 def _mask_lr(group: dict[str, Any]) -> float:
     follows = group["mask_lr"] is None
+    if follows and "lr" not in group:
+        raise ValueError("mask_lr must be given where the optimizer has no lr that it could follow, got mask_lr_per_lr alone")
     return float(group["mask_lr_per_lr"]) * float(group["lr"]) if follows else float(group["mask_lr"])
 
 

@@ -253,7 +253,6 @@ class StepPlan:
         tiles = _tiles(tensors)
         unit_rows = slice(arena.num_scored, arena.num_scored + len(units.sets))
         self.device = device = arena.device
-        self._rule = arena.rule.number
         self.backend = backend(device)
         self.num_tensors, self.num_groups, self.num_tiles = len(tensors), len(groups), int(tiles.sum())
         self.num_scored_tiles = int(tiles[: unit_rows.stop].sum())
@@ -308,6 +307,7 @@ class StepPlan:
     def run(
         self,
         phase: str,
+        rule: int,
         gradients: np.ndarray,
         num_nonfinite: Tensor,
         grad_scale: Tensor | None = None,
@@ -317,6 +317,7 @@ class StepPlan:
 
         Args:
             phase: "lower", "upper" or "joint".
+            rule: what moves theta in a lower or joint step (`rules`).
             gradients: one row of ``gradient_dtype`` per tensor.
             num_nonfinite: int64 scalar.
             grad_scale, found_inf: fp32 scalars on the device, as a GradScaler sets them.
@@ -324,7 +325,7 @@ class StepPlan:
         try:
             with launch_guard(self.device):
                 self.hold()
-                self._launch(phase, gradients, num_nonfinite, grad_scale, found_inf)
+                self._launch(phase, rule, gradients, num_nonfinite, grad_scale, found_inf)
         except BaseException:
             with suppress(RuntimeError):  # a step that was only launched in part must not be gone on with
                 self._workspace.zero_()
@@ -332,11 +333,11 @@ class StepPlan:
             raise
 
     def _launch(
-        self, phase: str, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+        self, phase: str, rule: int, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         self.backend.step(
             phase=PHASES[phase],
-            rule=self._rule,
+            rule=rule,
             tensors=self._tensors.address,
             num_tensors=self.num_tensors,
             tile_tensor=self._tile_tensor.address,

@@ -24,6 +24,7 @@ from bip_fast.engine import native
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # blocks of 256 threads on a multiprocessor with 64 K registers; the bytes in flight that follow are checked in update.cuh
 BLOCKS = {"step_lower": 3, "step_upper": 3, "step_joint": 2, "step_finish": 3}
+BLOCKS |= {"step_lower_adamw": 2, "step_joint_adamw": 2, "step_lower_gradient": 3, "step_joint_gradient": 2, "step_mask": 3}
 BLOCKS |= {"step_sums": 2, "step_scores": 3, "step_spread": 3}
 BLOCKS |= {"topk_mask": 3, "topk_few": 3}
 # KB of shared memory of a multiprocessor, of which every resident block takes 1 KB besides its own; and bytes of constant memory in front
@@ -74,7 +75,7 @@ def test_nothing_spills_and_the_blocks_fit(source):
         if max(int(stores), int(loads)) > max((room for name, room in allowed.items() if name in function), default=0)
     ]
     parts = list(text.split("Compiling entry function")[1:])
-    found = [re.match(r" '\S*?\d+((?:step|topk)_[a-z]+)_kernel", part) for part in parts]
+    found = [re.match(r" '\S*?\d+((?:step|topk)_[a-z_]+)_kernel", part) for part in parts]
     kernels = [
         (name.group(1), re.search(r"Used (\d+) registers", part).group(1), (re.search(r"(\d+) bytes smem", part) or [0, 0])[1])
         for name, part in zip(found, parts, strict=True)
@@ -106,7 +107,7 @@ def built() -> dict[str, dict[str, tuple[int, int, int]]]:
     text = subprocess.run([cuobjdump(), "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True).stdout
     found: dict[str, dict[str, tuple[int, int, int]]] = {}
     for part in re.split(r"^arch = sm_", text, flags=re.MULTILINE)[1:]:
-        usage = re.findall(r"Function \S*?\d+((?:step|topk)_[a-z]+)_kernel\S*:\s+REG:(\d+) .*?SHARED:(\d+) .*?CONSTANT\[0\]:(\d+)", part)
+        usage = re.findall(r"Function \S*?\d+((?:step|topk)_[a-z_]+)_kernel\S*:\s+REG:(\d+) .*?SHARED:(\d+) .*?CONSTANT\[0\]:(\d+)", part)
         architecture = re.match(r"\d+", part)[0]
         found.setdefault(architecture, {}).update({name: tuple(map(int, numbers)) for name, *numbers in usage})
     return {architecture: kernels for architecture, kernels in found.items() if architecture in PROCESSORS}

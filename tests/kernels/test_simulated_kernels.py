@@ -84,6 +84,8 @@ def test_topk_launches(module, n, k, launches):
 ALONE_TILES = 512  # kAloneTiles in workspace.cuh: up to so many, one launch does all
 F32, BF16, F16 = 0, 1, 2
 LOWER, UPPER, JOINT = 0, 1, 2
+NONE, SGD, ADAMW, GRADIENT = range(4)  # bip::Rule
+RULES = pytest.mark.parametrize("rule", [SGD, ADAMW, GRADIENT], ids=["sgd", "adamw", "gradient"])
 # dense and pruned, full and short tiles, two groups whose tensors alternate, empty tensors and groups
 MIXED = [(3000, 0, F32), (64, -1, F32), (9000, 1, BF16), (0, 0, F32), (33, -1, F16), (4097, 0, F16), (1024, 1, F32), (1, 1, F32)]
 MIXED.append((70, 2, F32))
@@ -110,19 +112,39 @@ def assert_equal_to_cpu(module, specs, kept, phases, seeds=(0,), grids=(4,), opt
                 assert given.kept() == sum(kept)
 
 
+@RULES
 @pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F16,), (F32, BF16, F16)], ids=str)
 @pytest.mark.parametrize("mask_momentum", [0.0, 0.8])
-def test_steps_of_every_kind(module, dtypes, mask_momentum):
+def test_steps_of_every_kind(module, dtypes, mask_momentum, rule):
     for options in ({"scale": 1024.0}, {"align": 1}, {"without": (0, 1, 2)}):
         assert_equal_to_cpu(
-            module, MIXED, [500, 9100, 0, 0], [UPPER, LOWER, JOINT, UPPER, JOINT], mask_momentum=mask_momentum,
+            module, MIXED, [500, 9100, 0, 0], [UPPER, LOWER, JOINT, UPPER, JOINT], mask_momentum=mask_momentum, rule=rule,
             options={"dtypes": dtypes} | options,
         )  # fmt: skip
 
 
+@RULES
 @pytest.mark.parametrize("seed", range(6))
-def test_steps_in_any_order_of_blocks_and_warps(module, seed):
-    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [JOINT, LOWER, UPPER, JOINT], [seed], grids=[1, 2, 5, 64], nesterov=1)
+def test_steps_in_any_order_of_blocks_and_warps(module, seed, rule):
+    phases = [JOINT, LOWER, UPPER, JOINT]
+    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], phases, [seed], grids=[1, 2, 5, 64], nesterov=1, rule=rule)
+
+
+def test_z_alone(module):
+    """A lower step in which theta stays gives z the values that theta and mask have, whoever wrote them."""
+    for seed in range(2):
+        networks = [Network(module, MIXED, [500, 9100, 3, 0], rule=NONE, seed=seed) for _ in range(2)]
+        for network, backend in zip(networks, (module.cpu, module.cuda), strict=True):
+            network.arrays["mask"][:] = np.random.default_rng(seed).integers(0, 2**32, len(network.arrays["mask"]), dtype=np.uint32)
+            before = network.arrays["theta"].copy()
+            network.step(backend, LOWER, without=range(len(MIXED)))
+            assert np.array_equal(network.arrays["theta"], before)
+            bits = np.unpackbits(network.arrays["mask"].view(np.uint8), bitorder="little")[:3000]
+            kept = (bits.reshape(-1)[: 3000 // 32 * 32].reshape(-1, 32).any(1).repeat(32), bits[: 3000 // 32 * 32] == 1)
+            z = network.arrays["param 0"][: 3000 // 32 * 32]
+            assert np.array_equal(z[kept[1]], before[: len(z)][kept[1]])
+            assert not z[kept[0] & ~kept[1]].any()
+        assert networks[0].state() == networks[1].state()
 
 
 ATOMS = {
@@ -155,9 +177,12 @@ def test_projection_without_gradients(module, k):
         assert torch.equal(torch.from_numpy(mask).bool(), reference.topk_mask(torch.from_numpy(scores), k))
 
 
-def test_more_tensors_than_kernel_parameters_hold(module):
+@RULES
+def test_more_tensors_than_kernel_parameters_hold(module, rule):
     specs = [(100 + i % 50, i % 3 - 1, i % 3) for i in range(850)]
-    assert_equal_to_cpu(module, specs, [9000, 17_000], [UPPER, LOWER, JOINT], options={"dtypes": (F32, F16), "without": (5, 405, 806)})
+    assert_equal_to_cpu(
+        module, specs, [9000, 17_000], [UPPER, LOWER, JOINT], options={"dtypes": (F32, F16), "without": (5, 405, 806)}, rule=rule
+    )
 
 
 def test_more_than_a_thousand_groups(module):
@@ -170,14 +195,16 @@ def test_groups_with_histograms_of_their_own(module):
     assert_equal_to_cpu(module, specs, [0, 1, 2000, 4000, 7000, 7536, 7538], [UPPER, LOWER, JOINT, UPPER], seeds=[0, 2], grids=[3, 30])
 
 
-def test_twenty_steps_on_one_workspace(module):
-    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [LOWER, UPPER] * 10)
-    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [JOINT] * 20)
+@RULES
+def test_twenty_steps_on_one_workspace(module, rule):
+    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [LOWER, UPPER] * 10, rule=rule)
+    assert_equal_to_cpu(module, MIXED, [500, 9100, 3, 0], [JOINT] * 20, rule=rule)
 
 
+@RULES
 @pytest.mark.parametrize("phase", [LOWER, UPPER, JOINT])
-def test_found_inf_skips_everything(module, phase):
-    network = Network(module, MIXED, [500, 9100, 3, 0])
+def test_found_inf_skips_everything(module, phase, rule):
+    network = Network(module, MIXED, [500, 9100, 3, 0], rule=rule)
     network.step(module.cuda, JOINT)
     before, workspace = network.state(), network.workspaces[module.cuda].tobytes()
     network.step(module.cuda, phase, seed=1, found_inf=1.0)
@@ -187,9 +214,10 @@ def test_found_inf_skips_everything(module, phase):
     assert network.state() != before
 
 
+@RULES
 @pytest.mark.parametrize(("tensors", "further"), [(1, 0), (400, 0), (401, 1), (800, 1), (801, 2)])
-def test_launches_of_a_step(module, tensors, further):
-    network = Network(module, [(40, 0, F32)] * tensors, [10])
+def test_launches_of_a_step(module, tensors, further, rule):
+    network = Network(module, [(40, 0, F32)] * tensors, [10], rule=rule)
     alone = tensors <= ALONE_TILES
     for phase, launches in ((LOWER, 1), (UPPER, 1 if alone else 2), (JOINT, 1 if alone else 2)):
         module.sim.launches()

@@ -211,7 +211,7 @@ def test_one_group_of_a_billion():
     counters, nonfinite = np.zeros(1, _C.counters_dtype), np.zeros(1, np.int64)
     for step in (1, 2):
         _C.cpu.step(
-            phase=UPPER, tensors=tensors.ctypes.data, num_tensors=1, tile_tensor=tiles.ctypes.data, num_tiles=len(tiles),
+            phase=UPPER, rule=0, tensors=tensors.ctypes.data, num_tensors=1, tile_tensor=tiles.ctypes.data, num_tiles=len(tiles),
             num_scored_tiles=len(tiles), groups=groups.ctypes.data, num_groups=1, unit_sets=0, num_unit_sets=0, unit_tile_begin=0,
             unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=hypers.ctypes.data, gradients=gradients, grad_scale=0, found_inf=0,
             num_nonfinite=nonfinite.ctypes.data, counters=counters.ctypes.data, workspace=workspace.data_ptr(), where=2,

@@ -9,21 +9,27 @@ import torch
 class Network:
     """The tables of bip.h for a list of (numel, group, dtype), between guard pages."""
 
-    def __init__(self, module, specs, kept, *, seed=0, scores=None, **hyper):
-        self.module, self.specs = module, specs
+    def __init__(self, module, specs, kept, *, seed=0, scores=None, rule=1, **hyper):
+        self.module, self.specs, self.rule = module, specs, rule
         guarded, random = module.sim.guarded, np.random.default_rng(seed)
         starts = np.cumsum([0] + [-(-numel // module.ALIGN) * module.ALIGN for numel, _, _ in specs])
         total = max(int(starts[-1]), 1)
-        self.arrays = {name: guarded(total) for name in ("theta", "momentum", "scores", "score_momentum")}
+        self.arrays = {name: guarded(total) for name in ("theta", "momentum", "square", "scores", "score_momentum")}
+        self.arrays["steps"] = guarded(max(len(specs), 1), np.int64)
         self.arrays["mask"] = guarded(-(-total // 32), np.uint32)
         for name in ("theta", "momentum", "score_momentum"):
             self.arrays[name][:] = random.standard_normal(total)
+        self.arrays["square"][:] = random.random(total)
+        self.arrays["steps"][:] = random.integers(0, 9, len(self.arrays["steps"]))
         self.arrays["scores"][:] = random.random(total) if scores is None else scores(total)
         self.tensors = np.zeros(len(specs), module.tensor_dtype)
         self.groups = np.zeros(len(kept), module.group_dtype)
         self.groups["kept"] = kept
         self.hypers = np.zeros(1, module.hyper_dtype)
-        for name, value in ({"lr": 0.05, "mask_lr": 0.3, "inv_gamma": 0.7, "momentum": 0.9, "weight_decay": 0.01} | hyper).items():
+        for name, value in (
+            {"lr": 0.05, "mask_lr": 0.3, "inv_gamma": 0.7, "momentum": 0.9, "weight_decay": 0.01, "eps": 1e-6, "beta1": 0.8, "beta2": 0.95}
+            | hyper
+        ).items():
             self.hypers[name] = value
         tiles = []
         for i, (numel, group, dtype) in enumerate(specs):
@@ -32,6 +38,8 @@ class Network:
             row["param"], row["numel"], row["group"], row["dtype"] = param.ctypes.data, numel, group, dtype
             for name in ("theta", "momentum"):
                 row[name] = self.arrays[name][start:].ctypes.data
+            if rule == 2:
+                row["square"], row["steps"] = self.arrays["square"][start:].ctypes.data, self.arrays["steps"][i:].ctypes.data
             if group >= 0:
                 for name in ("scores", "score_momentum"):
                     row[name] = self.arrays[name][start:].ctypes.data
@@ -56,7 +64,7 @@ class Network:
             size = 4 if row["dtype"] == 0 else 2
             for name, bytes_before in {"param": entry * size, "mask": entry // 8}.items():
                 row[name] -= np.uint64(bytes_before)
-            for name in ("theta", "momentum", "scores", "score_momentum"):
+            for name in ("theta", "momentum", "scores", "score_momentum", *(("square",) if self.rule == 2 else ())):
                 row[name] -= np.uint64(4 * entry)
             row["numel"] += entry
             row["index"] -= entry
@@ -83,7 +91,7 @@ class Network:
         scalars = [None if x is None else np.array([x], np.float32) for x in (scale, found_inf)]
         address = [0 if x is None else x.ctypes.data for x in scalars]
         backend.step(
-            phase=phase, tensors=self.tensors.ctypes.data, num_tensors=counts[0], tile_tensor=self.tiles.ctypes.data, num_tiles=counts[2],
+            phase=phase, rule=self.rule, tensors=self.tensors.ctypes.data, num_tensors=counts[0], tile_tensor=self.tiles.ctypes.data, num_tiles=counts[2],
             num_scored_tiles=counts[2], groups=self.groups.ctypes.data, num_groups=counts[1], unit_sets=0, num_unit_sets=0,
             unit_tile_begin=0, unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=self.hypers.ctypes.data, gradients=gradients,
             grad_scale=address[0], found_inf=address[1], num_nonfinite=self.nonfinite.ctypes.data,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_bits, assert_same_snapshot, batch, fill_gradients, make_model, make_params, pruned_of, snapshot, train_step
-from lockstep import HYPER_KEYS, MOVING, Lockstep, run_of
+from lockstep import LOWER_KEYS, MOVING, UPPER_KEYS, Lockstep, run_of
 
 from bip_fast import FastBiP
 
@@ -94,7 +94,7 @@ def test_state_dict_has_the_standard_shape(backend):
     numbers = [i for group in state["param_groups"] for i in group["params"]]
     assert numbers == list(range(len(numbers)))
     assert set(state["state"]) <= set(numbers)
-    assert {*HYPER_KEYS, "sparsity", "prune", "scope"} <= state["param_groups"][0].keys()
+    assert {*LOWER_KEYS["sgd"], *UPPER_KEYS, "sparsity", "prune", "scope"} <= state["param_groups"][0].keys()
 
 
 def test_a_saved_state_is_a_copy_in_time(backend):

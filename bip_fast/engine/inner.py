@@ -1,0 +1,159 @@
+"""A lower level of the user's own: torch optimizers that make the step of theta.
+
+Their parameters are tensors of theta, fp32 and shaped like the model's; their gradients are ``m*g``, which the kernels write where other
+rules have a momentum. After their step the kernels write ``z = m*theta``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arena import Arena
+from .options import SHARED_KEYS
+
+__all__ = ["INNER", "InnerOptimizer"]
+
+INNER = "optimizer"  # the key of a parameter's saved state for what the inner optimizer keeps of it
+
+Groups = Sequence[dict[str, Any]]
+
+
+class InnerOptimizer:
+    """The optimizers that a user's function made, over a theta for every parameter.
+
+    Args:
+        make: takes a list of parameter groups of theta and returns a torch optimizer over all of it, or several. A group has the keys that
+            the user gave it, besides those of `FastBiP`.
+        param_groups: of `FastBiP`, one for each of the inner ones. Options that the optimizers have are added to them.
+
+    Raises:
+        TypeError: ``make`` returns something else.
+        ValueError: a step needs a closure, or the groups are not those that ``make`` was given.
+    """
+
+    def __init__(self, make: Callable[[list[dict[str, Any]]], Any], param_groups: Groups) -> None:
+        self._thetas: dict[Tensor, nn.Parameter] = {}
+        self._gradients: dict[Tensor, Tensor] = {}
+        made = make([self._twin(group) for group in param_groups])
+        self.optimizers: list[torch.optim.Optimizer] = list(made) if isinstance(made, (list, tuple)) else [made]
+        for inner in self.optimizers:
+            if not isinstance(inner, torch.optim.Optimizer):
+                raise TypeError(f"optimizer must return a torch optimizer or a list of some, got {type(inner).__name__}")
+            closure = inspect.signature(inner.step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"optimizer must take steps without a closure, got {type(inner).__name__}, which evaluates the model several times in "
+                    "a step: the masks would move between"
+                )
+        self._match(param_groups)
+        self.pull(param_groups)
+
+    @property
+    def name(self) -> str:
+        return " and ".join(type(inner).__name__ for inner in self.optimizers)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What schedulers look for among the defaults of an optimizer."""
+        return {key: value for inner in self.optimizers for key, value in inner.defaults.items() if key not in SHARED_KEYS}
+
+    def _twin(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group of theta for a group of parameters."""
+        for p in group["params"]:
+            self._thetas.setdefault(p, nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True))
+        own = {key: value for key, value in group.items() if key not in (*SHARED_KEYS, "density", "params")}
+        return own | {"params": [self._thetas[p] for p in group["params"]]}
+
+    def _match(self, param_groups: Groups) -> None:
+        """Find the inner group of every group."""
+        inner_groups = {tuple(map(id, group["params"])): group for inner in self.optimizers for group in inner.param_groups}
+        self._groups = []
+        for number, group in enumerate(param_groups):
+            found = inner_groups.get(tuple(id(self._thetas[p]) for p in group["params"]))
+            if found is None:
+                raise ValueError(
+                    f"optimizer must take every parameter group that it is given as it is, got {self.name} without group {number} of "
+                    f"{len(group['params'])} parameters; a list of optimizers can have groups that differ"
+                )
+            taken = [key for key in found if key in SHARED_KEYS]
+            if taken:
+                raise ValueError(f"optimizer must have no option that FastBiP has too, got {self.name} with {', '.join(taken)}")
+            self._groups.append(found)
+        if len(inner_groups) != len(self._groups):
+            raise ValueError(f"optimizer must have the {len(self._groups)} parameter groups that it is given, got {len(inner_groups)}")
+
+    # --- options, which schedulers move in the groups of FastBiP -----------------------------------------------------------------------
+
+    def pull(self, param_groups: Groups) -> None:
+        """Take the options of the inner groups, which a step may change, into the groups."""
+        for group, inner in zip(param_groups, self._groups, strict=True):
+            group |= {key: value for key, value in inner.items() if key != "params"}
+
+    def push(self, param_groups: Groups) -> None:
+        """Give the inner groups their options as they are in the groups."""
+        for group, inner in zip(param_groups, self._groups, strict=True):
+            inner |= {key: group[key] for key in inner if key != "params" and key in group}
+
+    # --- steps -------------------------------------------------------------------------------------------------------------------------
+
+    def bind(self, arena: Arena) -> None:
+        """Let the thetas be those of ``arena``, and remember where it has their gradients."""
+        self._gradients = {}
+        for p, theta in self._thetas.items():
+            param = arena.place_of[p]
+            theta.data = arena.theta_of(param)
+            self._gradients[p] = arena.moments_of(param)[0]
+
+    def step(self, param_groups: Groups) -> None:
+        """One step of theta by the gradients ``m*g`` of the parameters that have one."""
+        self.push(param_groups)
+        for p, theta in self._thetas.items():
+            theta.grad = None if p.grad is None else self._gradients[p]
+        for inner in self.optimizers:
+            inner.step()
+        for theta in self._thetas.values():
+            theta.grad = None
+        self.pull(param_groups)
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Take one more group; `drop_last` undoes it."""
+        if len(self.optimizers) != 1:
+            raise ValueError(f"a parameter group can be added to one inner optimizer, got {self.name}")
+        inner = self.optimizers[0]
+        inner.add_param_group(self._twin(group))
+        self._groups.append(inner.param_groups[-1])
+        self.pull([*[{} for _ in self._groups[:-1]], group])
+
+    def drop_last(self) -> None:
+        dropped = self.optimizers[0].param_groups.pop()
+        self._groups.pop()
+        lost = set(map(id, dropped["params"]))
+        self._thetas = {p: theta for p, theta in self._thetas.items() if id(theta) not in lost}
+
+    # --- saving and loading ------------------------------------------------------------------------------------------------------------
+
+    def saved_state(self) -> dict[Tensor, dict[str, Any]]:
+        """What the optimizers keep of every parameter that has taken a step."""
+        of_theta: dict[Tensor, Tensor] = {theta: p for p, theta in self._thetas.items()}
+        return {of_theta[theta]: dict(own) for inner in self.optimizers for theta, own in inner.state.items() if theta in of_theta}
+
+    def check_state(self, states: Mapping[Tensor, Any]) -> None:
+        """ValueError unless every state is a dict of named values."""
+        for p, own in states.items():
+            if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
+                raise ValueError(f"state_dict must hold a dict of {self.name} for a parameter of shape {tuple(p.shape)}, got {own!r:.80}")
+
+    def load(self, states: Mapping[Tensor, dict[str, Any]], param_groups: Groups) -> None:
+        """Continue with saved states and with the options of the groups."""
+        self.push(param_groups)
+        of_theta = {theta: p for p, theta in self._thetas.items()}
+        for inner in self.optimizers:
+            thetas = [theta for group in inner.param_groups for theta in group["params"]]
+            own = {number: states[of_theta[theta]] for number, theta in enumerate(thetas) if of_theta[theta] in states}
+            inner.load_state_dict({"state": own, "param_groups": inner.state_dict()["param_groups"]})
+        self._match(param_groups)  # torch has made new groups
