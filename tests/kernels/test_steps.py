@@ -187,7 +187,7 @@ def test_parameters_that_start_anywhere(backend, dtype):
 
 @pytest.mark.parametrize(("scope", "rule"), [("global", "sgd"), ("layer", "sgd"), ("layer", "adamw")])
 def test_many_small_tensors(backend, scope, rule):
-    """More tensors than a launch takes gradient pointers for by value (400); most tiles nearly empty. Those without a gradient count no step."""
+    """More tensors than a launch takes gradient pointers for by value (400), most tiles nearly empty; some without a gradient."""
     params = make_params([1 + i % 5 for i in range(420)], device=backend.device)
     run = run_of(params, scope=scope, optimizer=rule)
     run.random_steps(4)
