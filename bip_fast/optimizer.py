@@ -46,8 +46,9 @@ class FastBiP(torch.optim.Optimizer):
         upper step (A4, A5)  s = clip(s - mask_lr*(theta - m*g/gamma)*g, 0, 1);   m = top-k(s)
 
     Making the optimizer prunes the model (``s = min(abs(theta), 1)``: magnitude pruning; a NaN is the smallest weight); after every `step`
-    each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. Parameters that are not pruned take plain SGD in lower and joint
-    steps. Entries whose gradient is not finite stay as they are and are counted in `num_nonfinite`.
+    each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. The lower step may be AdamW's or that of any torch optimizer
+    instead. Parameters that are not pruned take plain steps of the same kind in lower and joint steps. Entries whose gradient is not finite
+    stay as they are and are counted in `num_nonfinite`; another optimizer sees 0 for them.
 
     Args:
         params: a Module (its Conv and Linear weights are pruned, all its other trainable parameters learn), or ``parameters()``,
@@ -59,13 +60,24 @@ class FastBiP(torch.optim.Optimizer):
             the fraction of these units that is pruned, where coupled units count once; the fraction of zeros among the weights is another
             when units differ in size. `report` shows both.
         density: ``1 - sparsity``, instead of it.
+        preset: where the options that are not given come from (`bip_fast.presets`). "paper": the steps and the start of the paper, with lr
+            0.01, mask_lr 0.1, gamma 1, momentum 0.9 and weight_decay 1e-4. "joint": what did best in our own comparisons.
+        optimizer: of the lower level. "sgd", as `torch.optim.SGD`; "adamw", as `torch.optim.AdamW`; or a function that takes a list of
+            parameter groups of theta (fp32, shaped like the parameters) and returns a torch optimizer over them, or several:
+            ``lambda groups: torch.optim.Adagrad(groups, lr=0.01)``. Its options appear in the parameter groups here, where schedulers
+            move them, its state in `state_dict`; it steps once for every lower or joint step, and never under found_inf.
         lr: step size of theta.
         mask_lr: step size of the scores.
+        mask_lr_per_lr: instead of it: the step size of the scores is so many times lr, and follows its schedule.
         gamma: weight of the proximal term of the lower level; a larger one weakens the implicit gradient, ``inf`` switches it off.
-        momentum: of theta, as in `torch.optim.SGD`.
+        momentum: of theta under "sgd".
+        betas, eps: of theta under "adamw".
         mask_momentum: of the scores; 0, as in the paper, needs no memory.
-        weight_decay: L2 penalty of theta.
-        nesterov: Nesterov momentum for theta.
+        weight_decay: of theta; an L2 penalty under "sgd", decoupled under "adamw".
+        nesterov: Nesterov momentum for theta under "sgd".
+        score_start: what scores are at first: "magnitude", ``min(abs(theta), 1)``, or "square", ``min(theta^2 / 2, 1)``.
+        steps: how many steps the run will have, for a preset whose sparsity grows: from 0 along the cubic curve of `SparsitySchedule`, to
+            what each group has, in the first part of them. It then sets the sparsity of the groups itself, up to that point.
         pattern: what is kept or dropped as one: "unstructured", single weights; "filter", output channels, with the bias of a layer;
             "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`engine.patterns`). A unit of
             several weights has one score. It starts as the mean of abs(theta) and moves by the sum of its weights' gradients. A weight that
@@ -85,9 +97,9 @@ class FastBiP(torch.optim.Optimizer):
             filters that the model returns, which are never pruned; where there is such a list, the last layer is no longer taken for the
             outputs. `bip_fast.export.coupling` finds them all.
 
-    All but the last five are keys of parameter groups too. A group with ``prune=False`` stays dense, and so do frozen parameters.
-    Hyper-parameters may change at any time, by schedulers or by hand. A new sparsity or scope counts from the next upper or joint step; a
-    density is turned into a sparsity once.
+    What is about weights is a key of parameter groups too: the options of the lower and upper step, ``sparsity``, ``pattern``, ``scope``,
+    ``min_kept``. A group with ``prune=False`` stays dense, and so do frozen parameters. Hyper-parameters may change at any time, by
+    schedulers or by hand. A new sparsity or scope counts from the next upper or joint step; a density is turned into a sparsity once.
 
     Raises:
         ValueError: an argument is out of range, or nothing is there to prune.
@@ -385,8 +397,10 @@ class FastBiP(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer; tensors are views of the state, so save or copy them before the next step.
 
-        Per pruned parameter: ``theta``, ``scores``, ``momentum`` (fp32, shaped like it), ``mask`` (int32 words: bit i%32 of word i/32 is
-        entry i of the flattened parameter) and ``score_momentum`` if one is used. The key "bip" holds the phase.
+        Per pruned parameter: ``theta``, ``scores`` and the moments of the lower level (fp32, shaped like it; ``momentum``, or ``exp_avg``
+        and ``exp_avg_sq`` with the number of steps in ``step``, or under ``optimizer`` what another optimizer keeps), ``mask`` (int32
+        words: bit i%32 of word i/32 is entry i of the flattened parameter) and ``score_momentum`` if one is used. The key "bip" holds
+        the phase.
         """
         engine = self._running("save")
         state = super().state_dict()

@@ -12,7 +12,7 @@ from typing import Any
 from .engine.options import check_count
 from .engine.rules import Rule
 
-__all__ = ["PRESETS", "preset_options", "ramp_steps"]
+__all__ = ["PRESETS", "preset_options", "preset_rows", "ramp_steps"]
 
 _EITHER = ("mask_lr", "mask_lr_per_lr")
 _SGD = {"momentum": 0.9, "nesterov": False}
@@ -33,6 +33,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "given": {**_JOINT, "ramp": 0.6},
     },
 }
+
+
+def preset_rows() -> list[tuple[str, str]]:
+    """(preset and rule, its values) of every preset, for people to read."""
+
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return [
+        (f"{preset}, {rule}", ", ".join(f"{key} {text(value)}" for key, value in options.items()))
+        for preset, rules in PRESETS.items()
+        for rule, options in rules.items()
+    ]
 
 
 def preset_options(preset: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,8 +230,8 @@ def upper_units(s: Tensor, u: Tensor, gradient: Tensor, h: Hyper) -> tuple[Tenso
 
 
 def start_values(theta: Tensor, score_start: str = "magnitude") -> Tensor:
-    """What a weight is worth at first: ``|theta|``, or with "square" ``theta^2 / 2``, what losing it costs where the curvature is 1. Both have
-    the order of the magnitudes."""
+    """What a weight is worth at first: ``|theta|``; with "square" ``theta^2 / 2``, what losing it costs where the curvature is 1. The order
+    is that of the magnitudes in both."""
     return theta.abs() if score_start == "magnitude" else theta * theta / 2
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ..engine import native
 from ..errors import one_line
+from ..presets import preset_rows
 from .environment import EXTRAS, INSTALL, missing_extras
 
 __all__ = ["add_options", "run"]
@@ -123,6 +124,7 @@ def run(options: dict[str, Any]) -> int:
         "versions": rows,
         "build": [(name, _text(value)) for name, value in build.items()] or [("kernels", f"missing: {error}")],
         "devices": _devices(error is None, failures),
+        "presets": preset_rows(),
         "missing": _needs(build, error, missing, failures) or [("nothing", "")],
     }
     for title, lines in sections.items():

@@ -92,7 +92,8 @@ class Network:
         address = [0 if x is None else x.ctypes.data for x in scalars]
         backend.step(
             phase=phase, rule=self.rule, tensors=self.tensors.ctypes.data, num_tensors=counts[0],
-            tile_tensor=self.tiles.ctypes.data, num_tiles=counts[2], num_scored_tiles=counts[2], groups=self.groups.ctypes.data, num_groups=counts[1], unit_sets=0, num_unit_sets=0,
+            tile_tensor=self.tiles.ctypes.data, num_tiles=counts[2], num_scored_tiles=counts[2], groups=self.groups.ctypes.data,
+            num_groups=counts[1], unit_sets=0, num_unit_sets=0,
             unit_tile_begin=0, unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=self.hypers.ctypes.data, gradients=gradients,
             grad_scale=address[0], found_inf=address[1], num_nonfinite=self.nonfinite.ctypes.data,
             counters=self.counters[backend].ctypes.data, workspace=self.workspaces[backend].ctypes.data, where=1,
