@@ -75,11 +75,11 @@ def counters(opts: list[FastBiP]) -> dict[str, int]:
 
 
 def fastbip(work: Workload, case: Case) -> Row:
-    mask_lr = 0.0 if case.state == "all equal" else MASK_LR
+    options = {"lr": LR, "mask_lr": 0.0 if case.state == "all equal" else MASK_LR, "weight_decay": WEIGHT_DECAY, "optimizer": case.rule}
     opts, steps, params = [], [], []
     for _ in range(work.instances):
         mine = [torch.nn.Parameter(weight.to(case.dtype, copy=True)) for weight in work.weights]
-        opt = FastBiP(mine, density=case.density, scope=case.scope, lr=LR, mask_lr=mask_lr, weight_decay=WEIGHT_DECAY)
+        opt = FastBiP(mine, density=case.density, scope=case.scope, **options)
         phase = getattr(opt, case.step)
 
         def step(gradients: list[Tensor], opt: FastBiP = opt, mine: list[Any] = mine, phase: Any = phase) -> None:
@@ -198,14 +198,15 @@ def compiled(work: Workload, case: Case) -> Row:
     return with_plain_state(step, work, case, graph=work.weights[0].is_cuda)
 
 
-def sgd(work: Workload, case: Case, kind: str) -> Row:
-    """torch.optim.SGD with momentum and weight decay: the price of training without pruning."""
+def dense(work: Workload, case: Case, kind: str) -> Row:
+    """torch.optim.SGD with momentum, or AdamW, and weight decay: the price of training without pruning."""
     steps = []
     for _ in range(work.instances):
         mine = [torch.nn.Parameter(weight.to(case.dtype, copy=True)) for weight in work.weights]
-        opt = torch.optim.SGD(mine, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **{kind: True})
+        options: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY, kind: True}
+        opt = torch.optim.AdamW(mine, **options) if case.rule == "adamw" else torch.optim.SGD(mine, momentum=MOMENTUM, **options)
 
-        def step(gradients: list[Tensor], opt: torch.optim.SGD = opt, mine: list[Any] = mine) -> None:
+        def step(gradients: list[Tensor], opt: torch.optim.Optimizer = opt, mine: list[Any] = mine) -> None:
             for p, g in zip(mine, gradients, strict=True):
                 p.grad = g
             opt.step()
@@ -217,16 +218,23 @@ def sgd(work: Workload, case: Case, kind: str) -> Row:
 # Who is timed where: a name, a maker of the row, and the cases that it is for.
 PEERS: dict[str, tuple[Callable[[Workload, Case], Row], Callable[[Case], bool]]] = {
     "bip_fast": (fastbip, lambda case: True),
-    "plain torch": (plain, lambda case: case.state == "warm"),
+    "plain torch": (plain, lambda case: case.state == "warm" and case.rule == "sgd"),
     "plain torch, topk(sorted=False)": (
         partial(plain, sorted=False),
-        lambda case: case.step != "lower" and case._replace(layout="flat").plain,
+        lambda case: case.step != "lower" and case.rule == "sgd" and case._replace(layout="flat").plain,
     ),
     "foreach": (foreach, lambda case: case.layout == "resnet18" and case.scope == "global"),
-    "torch.compile": (compiled, lambda case: case.plain and case.n >= 1e7 and (case.step == "upper" or case.n <= 30e6)),
-    "SGD(fused=True), no pruning": (partial(sgd, kind="fused"), lambda case: case.step == "lower" and case._replace(layout="flat").plain),
+    "torch.compile": (
+        compiled,
+        lambda case: case.plain and case.rule == "sgd" and case.n >= 1e7 and (case.step == "upper" or case.n <= 30e6),
+    ),
+    "SGD(fused=True), no pruning": (
+        partial(dense, kind="fused"),
+        lambda case: case.step == "lower" and case.rule == "sgd" and case._replace(layout="flat").plain,
+    ),
+    "AdamW(fused=True), no pruning": (partial(dense, kind="fused"), lambda case: case.step == "lower" and case.rule == "adamw"),
     "SGD(foreach=True), no pruning": (
-        partial(sgd, kind="foreach"),
+        partial(dense, kind="foreach"),
         lambda case: case.step == "lower" and case.layout == "resnet18",
     ),
 }

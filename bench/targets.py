@@ -20,12 +20,13 @@ class Rows:
     def __init__(self, *results: dict[str, Any] | None) -> None:
         self.rows = [row for found in results if found for row in found["rows"]]
 
-    def of(self, step: str, state: str, implementation: str, layout: str = "", usual: bool = True) -> dict[int, Row]:
+    def of(self, step: str, state: str, implementation: str, layout: str = "", usual: bool = True, rule: str = "sgd") -> dict[int, Row]:
         """Rows by n, at the usual density and dtype."""
         return {
             row["n"]: row
             for row in self.rows
             if row.get("step") == step
+            and row.get("rule", "sgd") == rule
             and row.get("state") == state
             and row["implementation"] == implementation
             and layout in row["group"]
@@ -62,6 +63,29 @@ def missed_windows(warm: dict[int, Row], least: int) -> Iterator[Line]:
             yield "upper step, share of the warm steps that missed", size_name(n), row.get("slow_steps"), 0.05, False
 
 
+def adamw_lines(rows: Rows, least: int) -> Iterator[Line]:
+    """An alternating iteration is a lower and an upper step."""
+    dense = rows.of("lower", "warm", "AdamW(fused=True), no pruning", "flat", rule="adamw")
+    lower = rows.of("lower", "warm", "bip_fast", "flat", rule="adamw")
+    yield from ratio("lower step with AdamW, times torch's fused AdamW", lower, dense, 1.3, least, more=False)
+    yield from ratio(
+        "lower step with SGD, times torch's fused SGD",
+        rows.of("lower", "warm", "bip_fast", "flat"),
+        rows.of("lower", "warm", "SGD(fused=True), no pruning", "flat"),
+        1.3,
+        least,
+        more=False,
+    )
+    for what, where, percent, _, _ in bandwidth(
+        "joint step with AdamW, times a copy", rows.of("joint", "warm", "bip_fast", "flat", rule="adamw"), 0, least
+    ):
+        yield what, where, 100 / percent if percent else None, 1.25, False
+    upper = rows.of("upper", "warm", "bip_fast", "flat")
+    both = {n: {"median_seconds": lower[n]["median_seconds"] + upper[n]["median_seconds"]} for n in lower if n in upper}
+    twice = {n: {"median_seconds": 2 * row["median_seconds"]} for n, row in dense.items()}
+    yield from ratio("lower step with AdamW and upper step, times two fused steps of AdamW", both, twice, 1.0, least, more=False)
+
+
 def gpu_lines(rows: Rows) -> Iterator[Line]:
     big = 25_000_000
     warm = rows.of("upper", "warm", "bip_fast", "flat")
@@ -69,6 +93,7 @@ def gpu_lines(rows: Rows) -> Iterator[Line]:
     yield from missed_windows(warm, big)
     for step in ("lower", "joint"):
         yield from bandwidth(f"{step} step, % of copy bandwidth", rows.of(step, "warm", "bip_fast", "flat"), 85, big)
+    yield from adamw_lines(rows, big)
     yield from ratio("upper step, times faster than plain torch", warm, rows.of("upper", "warm", "plain torch", "flat"), 20, big)
     yield from ratio("upper step, times faster than torch.compile", warm, rows.of("upper", "warm", "torch.compile", "flat"), 5, big)
     for peer in ("torch.topk, bare", "torch.topk(sorted=False), bare", "CUB DeviceTopK, bare"):
@@ -92,6 +117,7 @@ def cpu_lines(rows: Rows) -> Iterator[Line]:
     for what, where, percent, _, _ in bandwidth("upper step, times a copy", warm, 0, at):
         yield what, where, 100 / percent if percent else None, 1.6, False
     yield from ratio("upper step, times faster than plain torch", warm, rows.of("upper", "warm", "plain torch", "flat"), 30, at)
+    yield from adamw_lines(rows, at)
 
 
 def table(steps: dict[str, Any] | None, iterations: dict[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from bench import gpu_clock
 from bench.conftest import sizes_of
 from bench.peers import PEERS, Row
-from bench.workload import SGD_BYTES, Case, forget_workloads, size_name, step_cases, workload_of
+from bench.workload import DENSE_BYTES, Case, forget_workloads, size_name, step_cases, workload_of
 from bip_fast.timing.clock import too_large
 
 
@@ -50,9 +50,10 @@ def test_step(case: Case, implementation: str, measure: Callable[..., None], dev
         group=case.group,
         implementation=implementation,
         n=case.n,
-        bytes_per_weight=SGD_BYTES if implementation.startswith("SGD") else case.bytes_per_weight,
+        bytes_per_weight=DENSE_BYTES[case.rule] if implementation.endswith("no pruning") else case.bytes_per_weight,
         density=case.density,
         step=case.step,
+        rule=case.rule,
         state=case.state,
     )
     benchmark.extra_info.update(row.after())

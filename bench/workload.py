@@ -27,7 +27,7 @@ RESNET18 = 11_164_352  # Conv and Linear weights of ResNet-18 in its CIFAR form
 SIZES = (270_000, RESNET18, 25_600_000, 138_000_000, 1_000_000_000)  # ResNet-20, ResNet-18, ResNet-50, VGG-16, a language model
 DEFAULT_SIZES = {"cpu": SIZES[:2], "cuda": SIZES}
 AXES_AT = {"cpu": (RESNET18,), "cuda": (25_600_000, 138_000_000)}  # where states are looked at; density and dtype at the first
-SGD_BYTES = 20.0  # read gradient, weight, momentum; write weight, momentum
+DENSE_BYTES = {"sgd": 20.0, "adamw": 28.0}  # of torch's: read the gradient, read and write the weight and its moments
 STATES = {"warm": "", "no window": ", no window", "all equal": ", all equal"}
 DISTRIBUTIONS = ("trained-like", "uniform", "atoms 0 and 1", "all equal", "neighbouring bits")
 
@@ -46,19 +46,20 @@ class Case(NamedTuple):
     density: float = DENSITY
     dtype: torch.dtype = torch.float32
     state: str = "warm"
+    rule: str = "sgd"
 
     @property
     def group(self) -> str:
         """The name of what is compared, in results and tables."""
-        what = f"{self.step}, {self.layout} {size_name(self.n)}, {self.scope}"
+        what = self.step + (" adamw" if self.rule == "adamw" else "") + f", {self.layout} {size_name(self.n)}, {self.scope}"
         if self.density != DENSITY:
             what += f", density {100 * self.density:g} %"
         return what + (", bf16" if self.dtype == torch.bfloat16 else "") + STATES[self.state]
 
     @property
     def plain(self) -> bool:
-        """At the default of every axis but the step and the size."""
-        return self[2:] == Case("", 0)[2:]
+        """At the default of every axis but the step, its rule and the size."""
+        return self[2:-1] == Case("", 0)[2:-1]
 
     @property
     def kept(self) -> int:
@@ -66,7 +67,7 @@ class Case(NamedTuple):
 
     @property
     def bytes_per_weight(self) -> float:
-        return step_bytes(self.step, self.density, self.dtype.itemsize)
+        return step_bytes(self.step, self.density, self.dtype.itemsize, self.rule)
 
     def __str__(self) -> str:
         return self.group.replace(", ", "-").replace(" ", "")
@@ -75,6 +76,7 @@ class Case(NamedTuple):
 def step_cases(kind: str, sizes: tuple[int, ...]) -> list[Case]:
     """Boundary lists and not a product: every size at the default of the other axes, every other axis at one or two sizes."""
     cases = [Case(step, n) for n in sizes for step in ("lower", "upper", "joint")]
+    cases += [Case(step, n, rule="adamw") for n in sizes for step in ("lower", "joint")]
     axes = [n for n in AXES_AT[kind] if n in sizes] or [sizes[-1]]
     for n in axes:
         cases += [Case("upper", n, state=state) for state in ("no window", "all equal")]

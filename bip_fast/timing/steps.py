@@ -21,14 +21,14 @@ TOPK_BYTES = 5.0  # read a score, write a mask byte
 LINE = 128  # bytes of a cache line on a GPU
 
 
-def step_bytes(phase: str, density: float, itemsize: int = 4) -> float:
-    """Compulsory traffic of a step in bytes per weight, with parameters and gradients of ``itemsize`` bytes.
+def step_bytes(phase: str, density: float, itemsize: int = 4, rule: str = "sgd") -> float:
+    """Compulsory traffic of a step in bytes per weight, with parameters and gradients of ``itemsize`` bytes. AdamW has a second moment.
 
     A line of z is written when it holds a kept weight: at 10 % density nearly all are. 0.15 bytes are what flips cost.
     """
     g, theta, v, s, mask, flips = itemsize, 8, 8, 8, 1 / 8, 0.15  # theta, v and s: read and write
     z = itemsize * (1 - (1 - density) ** (LINE / itemsize))
-    lower = g + theta + v + mask + z
+    lower = g + theta + v * (2 if rule == "adamw" else 1) + mask + z
     return {"lower": lower, "upper": g + s + theta / 2 + mask + flips, "joint": lower + s + flips}[phase]
 
 
