@@ -54,6 +54,7 @@ class Case:
     sparsity: float = 0.9
     misaligned: bool = False  # gradients begin one entry after an address that vectors need
     mask_momentum: float = 0.0
+    rule: str = "sgd"
     script: str = "whole"  # whole | short | graph | topk
     seconds: int = 90
 
@@ -80,6 +81,9 @@ CASES = [
     Case("5M, mask momentum", 5_000_000, 3, mask_momentum=0.5),
     Case("5M, bf16, misaligned", 5_000_000, 54, dtype=torch.bfloat16, misaligned=True),
     Case("5M, misaligned", 5_000_000, 54, misaligned=True),
+    Case("5M, 450 tensors, AdamW", 5_000_000, 450, rule="adamw"),
+    Case("5M, bf16, misaligned, AdamW", 5_000_000, 54, dtype=torch.bfloat16, misaligned=True, rule="adamw"),
+    Case("25.6M, AdamW", 25_600_000, rule="adamw"),
     Case("25.6M", 25_600_000),
     Case("25.6M, 54 tensors, bf16", 25_600_000, 54, dtype=torch.bfloat16),
     Case("25.6M, half kept", 25_600_000, 54, sparsity=0.5),
@@ -91,6 +95,7 @@ CASES = [
     Case("20M, block:1x4", 20_000_000, 8, pattern="block:1x4", sparsity=0.8),
     Case("1M, graph", 1_000_000, 5, script="graph"),
     Case("5M, 450 tensors, two graphs", 5_000_000, 450, script="graph"),
+    Case("1M, graph, AdamW", 1_000_000, 5, script="graph", rule="adamw"),
     Case("top-k, 1M", 1_000_000, script="topk"),
     Case("top-k, 25.6M", 25_600_000, script="topk"),
     Case("top-k, 138M", 138_000_000, script="topk", seconds=120),
@@ -132,6 +137,7 @@ class Pair:
         self.case = case
         self.weights = [torch.randn(shape, generator=generator).mul_(0.3).to(case.dtype) for shape in case.shapes(shrink)]
         options: dict[str, Any] = {**RATES, "scope": case.scope, "pattern": case.pattern, "mask_momentum": case.mask_momentum}
+        options["optimizer"] = case.rule
         if ":" not in case.pattern or case.pattern.startswith("block"):
             options["sparsity"] = case.sparsity
         self.cpu = FastBiP([nn.Parameter(w.clone()) for w in self.weights], **options)
@@ -146,7 +152,8 @@ class Pair:
 
     def arrays(self, opt: FastBiP) -> dict[str, Tensor]:
         arena = opt._running("step").arena
-        found = {name: getattr(arena, name) for name in ("theta", "momentum", "scores", "mask", "score_momentum", "num_nonfinite")}
+        found = {name: getattr(arena, name) for name in ("theta", "scores", "mask", "score_momentum", "num_nonfinite")}
+        found |= dict(zip(arena.rule.moments, arena._moments, strict=True)) | {"steps": arena._steps}
         found |= {f"parameter {i}": p for i, p in enumerate(opt.param_groups[0]["params"])}
         for number in range(len(arena.units.sets)):
             found |= {f"{name} of units {number}": x for name, x in arena.units.state_of(number).items()}
@@ -292,7 +299,7 @@ def graph(case: Case, device: str, shrink: int) -> Counter[str]:
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(shape, generator=generator).mul_(0.3) for shape in case.shapes(shrink)]
     n = sum(w.numel() for w in weights)
-    options = {**RATES, "sparsity": case.sparsity, "scope": case.scope}
+    options = {**RATES, "sparsity": case.sparsity, "scope": case.scope, "optimizer": case.rule}
     levels = ("alternating", "joint")
     cpu = [FastBiP(Linears(weights).parameters(), levels=level, **options) for level in levels]
     with kernels_of(device) as where:
