@@ -67,14 +67,18 @@ def test_what_the_loss_function_returns_comes_back(double):
 # --- when to record and when to replay ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("levels", LEVELS)
-def test_a_whole_run(double, levels):
+def test_a_whole_run(double, levels, rule):
     made = double()
-    pair = Pair(levels=levels)
+    pair = Pair(levels=levels, optimizer=rule)
     whole_run(pair)
     assert pair.iteration.reason is None
     assert [recorder.records for recorder in made] == [2]  # of joint levels: joint, and lower after freezing
     assert made[0].replays >= 12
+    steps = [{int(state["step"]) for state in opt.state.values() if "step" in state} for opt in pair.opts]
+    assert steps[0] == steps[1]  # a replay counts as a step does
+    assert len(steps[0]) == (rule == "adamw")
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -252,6 +256,17 @@ def test_step_hooks_see_gradients(double):
     pair.each(lambda model, opt: opt.register_step_pre_hook(clip))
     pair.steps(6, 4)
     assert (made[0].records, made[0].replays) == (4, 6)
+    pair.check()
+
+
+def test_another_optimizer_inside(double):
+    """Its step follows the graph, which holds forward and backward."""
+    made = double()
+    pair = Pair(
+        optimizer=lambda groups: torch.optim.RMSprop(groups, lr=0.01), levels="joint", iteration={"warmup": 1}, lr=None, weight_decay=None
+    )
+    pair.steps(8)
+    assert (made[0].records, made[0].replays) == (1, 7)
     pair.check()
 
 

@@ -19,9 +19,10 @@ def cuda(monkeypatch):
     return use_backend("cuda", monkeypatch)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("levels", LEVELS)
-def test_a_whole_run(cuda, levels):
-    pair = Pair(device=cuda.device, levels=levels)
+def test_a_whole_run(cuda, levels, rule):
+    pair = Pair(device=cuda.device, levels=levels, optimizer=rule)
     whole_run(pair)
     assert pair.iteration.reason is None
     assert len(pair.iteration._graphs) == 2
