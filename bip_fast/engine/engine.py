@@ -57,7 +57,7 @@ class Engine:
         if not any(param.pruned for param in decided):
             why = "; ".join(f"{row.name}: {row.reason}" for row in self.decisions[:5])
             raise ValueError(
-                "nothing to prune: params must hold Conv or Linear weights, or parameters of two or more dimensions" + (why and f" ({why})")
+                "nothing to prune: params must hold matrices of layers, or parameters of two or more dimensions" + (why and f" ({why})")
             )
         self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
         self._need_sparsity = [param for param in decided if param.pruned and not isinstance(param.division, NofM)]

@@ -1,39 +1,229 @@
-"""Layers whose weights can be pruned: the one place that says which modules these are."""
+"""Layers whose weights can be pruned: the one table that says which parameters of which modules are matrices, and of what kind.
+
+`PRUNABLE` has a rule for each kind of parameter, `register_layer` adds more. A rule is found along the classes of a module, the most
+derived first, and of two rules for one class the later counts. Classes of other packages are known by their full names, so that nothing is
+imported. A parameter that no rule names stays dense, and so does what a rule with a reason names: embeddings, and what chooses experts.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
-__all__ = ["PRUNABLE", "Layer", "layer_of", "prunable_layers", "weights"]
-
-PRUNABLE = (_ConvNd, nn.Linear)  # the weight of each is pruned, everything else stays dense
+__all__ = ["PRUNABLE", "Layer", "Rule", "Use", "conv_and_linear", "plain_name", "register_layer", "uses", "weights"]
 
 
 class Layer(NamedTuple):
-    """What a pattern asks about the layer of a weight: which dimension holds the outputs, and in how many groups inputs fall."""
+    """What a pattern asks about the layer of a weight.
+
+    Args:
+        transposed: its outputs are dimension 1 of a matrix, and not 0.
+        groups: in how many groups inputs fall (convolutions).
+        matrices: how many matrices lie behind each other along dimension 0 of the parameter.
+        experts: dimension 0 counts the matrices, and is none of theirs.
+    """
 
     transposed: bool = False
     groups: int = 1
+    matrices: int = 1
+    experts: bool = False
 
 
-def layer_of(module: nn.Module) -> Layer:
-    return Layer(bool(getattr(module, "transposed", False)), int(getattr(module, "groups", 1)))
+class Rule(NamedTuple):
+    """One row of the table; see `register_layer`."""
+
+    module: type[nn.Module] | str
+    parameter: str
+    matrices: int | str = 1
+    experts: bool = False
+    transposed: bool | str = False
+    bias: str | None = None
+    dense: str | None = None
+
+    def names(self, cls: type) -> bool:
+        return cls is self.module if isinstance(self.module, type) else fnmatchcase(f"{cls.__module__}.{cls.__qualname__}", self.module)
+
+    def layer(self, module: nn.Module, p: Tensor) -> Layer:
+        """What a pattern asks, of the parameter ``p`` of ``module``."""
+        transposed = getattr(module, self.transposed, False) if isinstance(self.transposed, str) else self.transposed
+        matrices = getattr(module, self.matrices, None) if isinstance(self.matrices, str) else self.matrices
+        if not isinstance(matrices, int) or matrices < 1:
+            raise ValueError(f"matrices must be an attribute of {type(module).__name__} that is a number, got {self.matrices!r}: {matrices!r}")
+        groups = module.groups if isinstance(module, _ConvNd) else 1
+        return Layer(bool(transposed), groups, p.shape[0] if self.experts else matrices, self.experts)
 
 
-def prunable_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and modules, in the order in which the model made them."""
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, PRUNABLE))
+EMBEDDING = "it is an embedding"
+ROUTER = "it chooses among experts"
+
+PRUNABLE = [
+    Rule(_ConvNd, "weight", transposed="transposed", bias="bias"),
+    Rule(nn.Linear, "weight", bias="bias"),
+    Rule("transformers.pytorch_utils.Conv1D", "weight", transposed=True, bias="bias"),
+    Rule(nn.MultiheadAttention, "in_proj_weight", matrices=3, bias="in_proj_bias"),  # queries, keys, values
+    Rule(nn.MultiheadAttention, "[qkv]_proj_weight"),  # where their inputs differ in size
+    # A gate adds what two matrices make, of the input and of the state, so that no bias goes with the filters of one.
+    *(Rule(cls, "weight_[ih]h*", matrices=4) for cls in (nn.LSTM, nn.LSTMCell)),
+    *(Rule(cls, "weight_[ih]h*", matrices=3) for cls in (nn.GRU, nn.GRUCell)),
+    *(Rule(cls, "weight_[ih]h*") for cls in (nn.RNN, nn.RNNCell)),
+    Rule(nn.LSTM, "weight_hr*"),  # projections of the state
+    Rule("transformers.models.*Experts", "*", experts=True, transposed="is_transposed"),
+    *(Rule(f"transformers.models.*{name}Experts", "*", experts=True, transposed=True) for name in ("Llama4Text", "GptOss")),
+    Rule("transformers.models.*DbrxExpertGLU", "[vw]1", matrices="moe_num_experts"),
+    Rule("transformers.models.*DbrxExpertGLU", "w2", matrices="moe_num_experts", transposed=True),
+    *(Rule(cls, "weight", dense=EMBEDDING) for cls in (nn.Embedding, nn.EmbeddingBag)),
+    *(Rule(f"transformers.models.*{name}", "*", dense=ROUTER) for name in ("Router", "TopKGating")),
+]
+GATES = ("gate", "router", "wg", "*_gate")  # names of modules that choose, beside "experts" or a module with stacked ones
+
+
+def register_layer(
+    module: type[nn.Module] | str,
+    parameter: str = "weight",
+    *,
+    matrices: int | str = 1,
+    experts: bool = False,
+    transposed: bool | str = False,
+    bias: str | None = None,
+    dense: str | None = None,
+) -> None:
+    """Say which parameters of a class of modules `FastBiP(model)` prunes from now on, or why they stay dense.
+
+    Counts for the class and those derived from it; a later call for the same class and parameter replaces an earlier one.
+
+    Args:
+        module: the class, or its full name, such as "my_package.layers.Experts", as a pattern of `fnmatch`.
+        parameter: the parameter's name in the module, as a pattern of `fnmatch`. Each has dimensions (outputs, inputs, ...).
+        matrices: how many matrices lie behind each other along dimension 0, in equal parts (such as queries, keys and values), or the name
+            of the module's attribute that says so. Each has a budget of its own where budgets are by layer, and no unit crosses two.
+        experts: the parameter has three dimensions, of which the first counts matrices, one for each expert.
+        transposed: matrices have dimensions (inputs, outputs), or the name of the module's attribute that says so.
+        bias: name of the module's vector with one entry for every output; it goes with filters.
+        dense: the reason why they stay dense, for reports. With "*" as ``parameter`` everything inside of the module stays dense too.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: ``matrices`` is less than 1 or given together with ``experts``, or ``dense`` together with what it makes void.
+
+    Example:
+        >>> bip_fast.register_layer(MyExperts, "w[12]", experts=True)
+        >>> bip_fast.register_layer("my_package.moe.Router", "*", dense="it chooses among experts")
+    """
+    if not isinstance(module, str) and not (isinstance(module, type) and issubclass(module, nn.Module)):
+        raise TypeError(f"module must be a class of modules or a full name, got {module!r}")
+    strings = {"parameter": parameter} | {key: value for key, value in (("bias", bias), ("dense", dense)) if value is not None}
+    for key, value in strings.items():
+        if not isinstance(value, str) or not value:
+            raise TypeError(f"{key} must be a string that is not empty, got {value!r}")
+    if not isinstance(matrices, (int, str)) or isinstance(matrices, bool):
+        raise TypeError(f"matrices must be a number or the name of an attribute, got {matrices!r}")
+    if not isinstance(experts, bool) or not isinstance(transposed, (bool, str)):
+        raise TypeError(f"experts must be True or False, and transposed that or the name of an attribute, got {experts!r}, {transposed!r}")
+    if isinstance(matrices, int) and matrices < 1:
+        raise ValueError(f"matrices must be at least 1, got {matrices}")
+    if experts and matrices != 1:
+        raise ValueError(f"matrices must be left out with experts=True, where dimension 0 counts them, got {matrices!r}")
+    if dense is not None and (matrices, experts, transposed, bias) != (1, False, False, None):
+        raise ValueError("dense must come alone: what is not pruned has no matrices, experts, transposed or bias")
+    PRUNABLE.append(Rule(module, parameter, matrices, experts, transposed, bias, dense))
+
+
+# --- a model against the table -------------------------------------------------------------------------------------------------------
+
+
+class Use(NamedTuple):
+    """A parameter as one module has it. ``dense`` is the reason of a rule against pruning; without one there is a ``layer``."""
+
+    name: str  # of the module
+    module: nn.Module
+    parameter: Tensor
+    layer: Layer = Layer()
+    bias: Tensor | None = None
+    dense: str | None = None
+
+
+def _rule(module: nn.Module, key: str, dims: int | None) -> Rule | None:
+    """The rule for a parameter of a module; ``dims`` is None where nobody knows them yet."""
+    for cls in type(module).__mro__:
+        for rule in reversed(PRUNABLE):
+            if fnmatchcase(key, rule.parameter) and rule.names(cls) and (dims is None or dims > 1) and (dims == 3 or not rule.experts):
+                return rule
+    return None
+
+
+def _dims(p: Tensor) -> int | None:
+    return None if is_lazy(p) else p.dim()
+
+
+def _has_experts(module: nn.Module) -> bool:
+    rules = (_rule(module, key, _dims(p)) for key, p in module._parameters.items() if p is not None)
+    return any(rule is not None and rule.experts for rule in rules)
+
+
+def _dense_inside(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules of which everything stays dense: those that a rule for "*" names, what chooses among experts, and what they contain."""
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        rule = _rule(module, "*", 2)
+        if rule is not None and rule.dense is not None and rule.parameter == "*":
+            reasons |= dict.fromkeys(module.modules(), rule.dense)
+        children = dict(module.named_children())
+        if "experts" in children or any(map(_has_experts, children.values())):
+            for name, child in children.items():
+                if any(fnmatchcase(name, gate) for gate in GATES):
+                    reasons |= dict.fromkeys(child.modules(), ROUTER)
+    return reasons
+
+
+def uses(model: nn.Module) -> Iterator[Use]:
+    """Every use of a parameter that the table names, in the order in which the model made its modules."""
+    dense_inside = _dense_inside(model)
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is None:
+                continue
+            rule = _rule(module, key, _dims(p))
+            why = dense_inside.get(module, rule.dense if rule is not None else None)
+            if why is not None:
+                yield Use(name, module, p, dense=why)
+            elif rule is not None:
+                bias = module._parameters.get(rule.bias) if rule.bias else None
+                yield Use(name, module, p, rule.layer(module, p) if not is_lazy(p) else Layer(), bias)
+
+
+def joined(found: list[Use]) -> dict[Tensor, Use]:
+    """One use of every parameter: the last, or where one of them is dense that one, whose reason names the others."""
+    by_parameter: dict[Tensor, list[Use]] = {}
+    for use in found:
+        by_parameter.setdefault(use.parameter, []).append(use)
+    one = {}
+    for p, own in by_parameter.items():
+        dense = next((use for use in own if use.dense), None)
+        others = [use.name for use in own if not use.dense]
+        if dense is not None and others:
+            dense = dense._replace(dense=f"{dense.dense}, which {' and '.join(others)} shares")
+        one[p] = dense or own[-1]
+    return one
+
+
+def conv_and_linear(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules of convolutions and Linear layers, in the order in which the model made them."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, (_ConvNd, nn.Linear)))
 
 
 def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Names and tensors that a report counts. A weight that several layers share appears once, under its first name."""
+    """Names and tensors that a report counts: of a Module what `FastBiP(model)` would prune, trainable or not; of a state dict, which knows
+    no layers, what has two or more dimensions. A weight that several layers share appears once, under its first name."""
     if isinstance(source, nn.Module):
-        found = [(f"{name}.weight".lstrip("."), layer.weight) for name, layer in prunable_layers(source)]
+        pruned = {p for p, use in joined(list(uses(source))).items() if use.dense is None}
+        found = [(plain_name(source, name), p) for name, p in source.named_parameters() if p in pruned]
     else:
         found = [(name, x) for name, x in source.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
     first: dict[Any, tuple[str, Tensor]] = {}
@@ -45,3 +235,19 @@ def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         )
         first.setdefault(storage, (name, x))
     return list(first.values())
+
+
+# --- names ---------------------------------------------------------------------------------------------------------------------------
+
+COMPILED = "_orig_mod"  # what torch.compile calls the module that it wraps
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter or module of ``model`` has without the wrappers of torch.compile and data parallelism."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model, name = model.module, name.removeprefix("module.")
+        elif (inner := model._modules.get(COMPILED)) is not None:
+            model, name = inner, name.removeprefix(COMPILED + ".")
+        else:
+            return re.sub(rf"(^|\.){COMPILED}\.", r"\1", name)

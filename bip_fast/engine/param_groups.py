@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .coverage import Parameter, Seen, frozen
-from .layers import Layer, layer_of, prunable_layers
+from .layers import Layer, conv_and_linear, joined, plain_name, uses
 from .options import ALL_KEYS
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
 
 OUTPUTS = "<outputs>"  # in a list of coupled filters: the model returns them
-NO_LAYER = "it is not the weight of a Conv or Linear layer"
+NO_LAYER = "it is not a matrix of a layer that is pruned; bip_fast.register_layer adds layers"
 
 Groups = list[dict[str, Any]]
 Names = list[tuple[str, Tensor]]  # tied parameters are in it under each of their names
@@ -42,29 +42,36 @@ def _is_matrix(p: Tensor) -> bool:
 
 
 def _module_groups(model: nn.Module) -> tuple[Groups, Seen]:
-    """Conv and Linear weights, and a second group of all other parameters; parameters that are frozen are in neither."""
-    modules = list(prunable_layers(model))
-    weights = {layer.weight: layer for _, layer in modules if layer._parameters.get("weight") is not None}
+    """What the table of layers says is pruned, and a second group of all other parameters; parameters that are frozen are in neither."""
+    found = list(uses(model))
+    use_of = joined(found)
     learning = [p for p in model.parameters() if p.requires_grad]
-    pruned = [p for p in learning if p in weights]
-    dense = [p for p in learning if p not in weights]
-    computed = [name for name, layer in modules if "weight" not in layer._parameters]  # by a parametrization
+    pruned = [p for p in learning if p in use_of and use_of[p].dense is None]
+    dense = [p for p in learning if p not in use_of or use_of[p].dense is not None]
+    computed = [name for name, layer in conv_and_linear(model) if "weight" not in layer._parameters]  # by a parametrization
     if computed and not pruned:
         raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
     if computed:
         warnings.warn(f"a parametrization computes the weights of {', '.join(computed[:5])}: they are not pruned", stacklevel=4)
-    first, last = set(list(weights)[:1]), set(list(weights)[-1:])
     seen: dict[Tensor, Parameter] = {}
     left_out = []
-    for name, p in model.named_parameters():
+    # Embeddings count as layers: behind one, no layer reads the inputs of the model, and where one makes the outputs, no layer does.
+    first, last = ({use.parameter for use in found if use.module is found[end].module} if found else set() for end in (0, -1))
+    for raw, p in model.named_parameters():
+        name = plain_name(model, raw)
         if not p.requires_grad and _is_matrix(p):
             left_out.append(Decision(name, tuple(p.shape), None, "it is frozen"))
         elif p.requires_grad or not is_lazy(p):  # vectors that are frozen have a name too: a layer's filters may be theirs
+            use = use_of.get(p)
+            reason = NO_LAYER if use is None and _is_matrix(p) else use.dense if use is not None else None
             ends = {"channel": "it is the first layer of the model"} if p in first else {}
             ends |= {"filter": "it is the last layer of the model"} if p in last else {}
-            layer = layer_of(weights[p]) if p in weights else Layer()
-            seen[p] = Parameter(p, name, layer, NO_LAYER if p not in weights and _is_matrix(p) else None, ends)
-    biases = [(p, layer.bias) for p, layer in weights.items() if p in seen and p.requires_grad and layer.bias in seen]
+            seen[p] = Parameter(p, name, use.layer if use is not None else Layer(), reason, ends)
+    biases = [
+        (p, use.bias)
+        for p, use in use_of.items()
+        if p in seen and p.requires_grad and use.dense is None and use.bias is not None and use.bias in seen
+    ]
     groups: Groups = [{"params": pruned, "prune": True}, {"params": dense, "prune": False}]
     return [group for group in groups if group["params"]], Seen(seen, biases=biases, left_out=left_out)
 
@@ -190,7 +197,7 @@ def param_groups_of(
     """Parameter groups, and what is known of the parameters besides.
 
     Args:
-        params: Module (its Conv and Linear weights are pruned), parameters, ``(name, parameter)`` pairs, or groups of either.
+        params: Module (the matrices of its layers are pruned, see `layers`), parameters, ``(name, parameter)`` pairs, or groups of either.
         exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
         overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
         coupled: lists of names of parameters whose filters are kept or dropped together; with `OUTPUTS` in a list its filters stay.
@@ -201,7 +208,8 @@ def param_groups_of(
     """
     if isinstance(params, nn.Module):
         groups, seen = _module_groups(params)
-        names: Names = list(params.named_parameters(remove_duplicate=False))
+        raw: Names = list(params.named_parameters(remove_duplicate=False))
+        names = [*((plain_name(params, name), p) for name, p in raw), *raw]
     else:
         groups, seen = _list_groups(params)
         names = [(param.name, p) for p, param in seen.parameters.items() if param.name]

@@ -8,7 +8,8 @@
 "N:M"                 every weight is a unit, and of every M that follow each other in a row of that matrix N are kept
 ====================  ==============================================================================================================
 
-Rows and columns are those of the memory: in ``channels_last`` the columns run over the input channels of one kernel position first, which
+Each stacked matrix (`layers`) is divided on its own. Where a matrix is stored as inputs by outputs, R still counts outputs and C inputs, and
+N:M does not fit. Rows and columns are else those of the memory: in ``channels_last`` the columns run over the input channels of one kernel position first, which
 is the order that sparse kernels for that layout read.
 """
 
@@ -82,9 +83,10 @@ class Pattern(NamedTuple):
             raise Refused("its first dimension is not the outermost in memory")
         rows, cols = shape[0], math.prod(shape[1:])
         if self.kind == "block":
-            return Blocks(rows, cols, min(self.sizes[0], rows), min(self.sizes[1], cols))
+            high, wide = reversed(self.sizes) if layer.transposed and len(shape) == 2 else self.sizes
+            return Blocks(rows, cols, min(high, rows), min(wide, cols))
         if layer.transposed:
-            raise Refused(f"{self.name} runs along the inputs, which are not neighbours in memory in a transposed convolution")
+            raise Refused(f"{self.name} runs along the inputs, which are not neighbours in memory in a transposed weight")
         if cols % self.sizes[1]:
             raise Refused(f"its {cols} inputs per output are not a multiple of {self.sizes[1]}")
         return NofM(*self.sizes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..engine.layers import prunable_layers
+from ..engine.layers import conv_and_linear
 from ..engine.param_groups import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
 
@@ -52,7 +52,7 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
 
 def _last_layers(twin: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
     """Names of the layers that are the last Conv or Linear on some path to a tensor that the model returns."""
-    name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in prunable_layers(twin)}
+    name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in conv_and_linear(twin)}
     for weight in twin.parameters():
         weight.requires_grad_(weight.is_floating_point())
     with torch.enable_grad():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..atomic import write_beside
-from ..engine.layers import prunable_layers, weights
+from ..engine.layers import conv_and_linear, weights
 from ..errors import one_line
 from ..optimizer import FastBiP
 from .channels import zero_outputs
@@ -80,7 +80,7 @@ def _looked_at(name: str, x: Tensor) -> bool:
 def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
     """Masks of the vectors that belong to zero filters. A model does not say which batch-norm follows which layer, and the last one of a
     residual block may start at 0. So a batch-norm counts only if its zeros are exactly those of a layer."""
-    layers = [layer for _, layer in prunable_layers(model) if layer.weight.numel()]
+    layers = [layer for _, layer in conv_and_linear(model) if layer.weight.numel()]
     filters = [(layer, zero) for layer in layers if bool((zero := zero_outputs(layer)).any())]
     dead = {layer.bias: zero & (layer.bias.detach() == 0) for layer, zero in filters if layer.bias is not None}
     for norm in model.modules():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from ..engine.layers import prunable_layers
+from ..engine.layers import conv_and_linear
 from ..engine.native import is_ordinary
 from ..errors import one_line
 from ..tables import aligned
@@ -144,7 +144,7 @@ def to_semi_structured(model: nn.Module) -> Converted:
     fused = {child for module in new.modules() if isinstance(module, FUSED) for child in module.children()}
     done: dict[Tensor, tuple[nn.Parameter | None, str]] = {}
     rows = []
-    for name, layer in prunable_layers(new):
+    for name, layer in conv_and_linear(new):
         weight = layer._parameters.get("weight")
         if weight is None or is_lazy(weight) or not is_ordinary(weight):
             rows.append(Conversion(name, (), _unusual(weight)))
