@@ -323,7 +323,7 @@ class FastBiP(torch.optim.Optimizer):
     def weight_of(self, p: Tensor) -> Tensor:
         """Copy of the weights ``theta`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
         arena = self._arena_of("look at a weight")
-        return arena.state_of(arena.masked(p))["theta"].clone()
+        return arena.weight_of(arena.masked(p))
 
     def scores_of(self, p: Tensor) -> Tensor:
         """Copy of the scores ``s`` of a pruned parameter, at every weight that of its unit: float32, shape and strides of ``p``.

@@ -3,8 +3,9 @@
 theta, moments, scores and mask of all parameters lie in one array each. A parameter has the same offset in all of them, a multiple of
 `ALIGN` entries; parameters with a score for every entry come first, then those with a mask only (their scores are those of units,
 `units`), then dense ones that need an fp32 theta, then dense fp32 ones, whose theta is the parameter itself. So each array is as long as
-its last user needs. Parameters stay in their own storage, so files of the model keep their size, and entry i of a place is entry i of the
-parameter's memory, whatever its layout.
+its last user needs. Each matrix of a parameter that has several (`layers`) begins at a multiple of `ALIGN` too. Parameters stay in their
+own storage, so files of the model keep their size, and entry i of a place is entry i of the parameter's (or matrix's) memory, whatever its
+layout.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def in_memory_order(p: Tensor) -> Tensor:
     return p.detach().as_strided((p.numel(),), (1,), p.storage_offset())
 
 
+def _laid_out_like(p: Tensor, x: Tensor) -> Tensor:
+    """``x``, which has the shape of ``p``, with its strides and on its device."""
+    return x if (x.stride(), x.device) == (p.stride(), p.device) else torch.empty_like(p, dtype=torch.float32).copy_(x)
+
+
 class Arena:
     """State of all parameters of one optimizer, on one device.
 
@@ -41,36 +47,40 @@ class Arena:
 
     Attributes:
         parameters: the records with their places, in the order of the places.
-        rivals: what competes for places in the mask, in the order that ties follow: parameters whose entries compete, then sets of units.
+        rivals: what competes for places in the mask, in the order that ties follow: matrices whose entries compete, then sets of units.
+        num_rows: of the kernels' table of tensors: matrices and sets of units.
     """
 
     def __init__(self, decided: Sequence[Parameter], device: torch.device, rule: Rule) -> None:
-        align = kernels().ALIGN
-        num_sets = 1 + max((param.unit_set for param in decided), default=-1)
+        num_sets = max((param.unit_set + param.matrices for param in decided if param.unit_set >= 0), default=0)
         self.device, self.rule = device, rule
         self.parameters: list[Parameter] = []
-        start = scored_end = masked_end = theta_end = 0
+        start = scored_end = masked_end = theta_end = self.num_rows = self.num_scored = 0
         for param in sorted(decided, key=lambda param: 0 if param.scored else 1 if param.masked else 2 if param.has_theta else 3):
-            row = len(self.parameters) + (0 if param.scored else num_sets)  # the rows of unit sets stand between
+            row = self.num_rows + (0 if param.scored else num_sets)  # the rows of unit sets stand between
             self.parameters.append(replace(param, start=start, row=row))
-            start += -(-param.numel // align) * align
+            self.num_rows += param.matrices
+            self.num_scored += param.matrices if param.scored else 0
+            start += param.matrices * param.pitch
             scored_end = start if param.scored else scored_end
             masked_end = start if param.masked else masked_end
             theta_end = start if param.has_theta else theta_end
         self.place_of = {param.tensor: param for param in self.parameters}
-        self._number = {param.tensor: number for number, param in enumerate(self.parameters)}
         self.pruned = [self.place_of[param.tensor] for param in decided if param.pruned]
-        self.num_scored = sum(param.scored for param in self.parameters)
+        self.num_rows += num_sets
         self._moments = [torch.zeros(start, dtype=torch.float32, device=device) for _ in range(len(rule.moments) + rule.gradient)]
-        self._steps = torch.zeros(len(self.parameters) if rule.counts else 0, dtype=torch.int64, device=device)
+        self._steps = torch.zeros(self.num_rows if rule.counts else 0, dtype=torch.int64, device=device)  # by row
         self.theta = torch.zeros(theta_end, dtype=torch.float32, device=device)
         self.scores = torch.zeros(scored_end, dtype=torch.float32, device=device)
         self.mask = torch.zeros(masked_end // 32, dtype=torch.int32, device=device)
         self.score_momentum: Tensor | None = None  # made when a mask_momentum asks for it
         self.num_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-        sets = [[param for param in self.parameters if param.unit_set == number] for number in range(num_sets)]
+        sets: list[list[Parameter]] = [[] for _ in range(num_sets)]
+        for part in (part for param in self.parameters if param.unit_set >= 0 for part in param.parts):
+            sets[part.unit_set].append(part)
         self.units = UnitScores(sets, self.num_scored, device)
-        singles = [param for param in self.parameters if param.scored and param.division is None]  # N:M entries compete in place
+        # N:M entries compete in place.
+        singles = [part for param in self.parameters if param.scored and param.division is None for part in param.parts]
         self.rivals: list[Parameter | UnitSet] = [*singles, *self.units.sets]
         self.record()
 
@@ -87,14 +97,19 @@ class Arena:
     # --- views -----------------------------------------------------------------------------------------------------------------------
 
     def _view(self, flat: Tensor, param: Parameter) -> Tensor:
-        return flat.as_strided(param.shape, param.stride, param.start)
+        return flat.as_strided(*param.place, param.start)
+
+    def _gathered(self, flat: Tensor, param: Parameter) -> Tensor:
+        """A copy of what a flat array has for a parameter, shaped like it, with its strides."""
+        own = torch.cat([flat[part.start :][: part.numel] for part in param.parts])
+        return own.as_strided(param.shape, param.stride)
 
     def words(self, param: Parameter) -> Tensor:
-        """Mask words of a pruned parameter, int32."""
+        """Mask words of a pruned parameter of one matrix, int32."""
         return self.mask[param.start // 32 :][: -(-param.numel // 32)]
 
     def theta_of(self, param: Parameter) -> Tensor:
-        """View of theta, shaped like the parameter: of its own, or the parameter itself where that is its theta."""
+        """View of theta, as those of `state_of`: of its own, or the parameter itself where that is its theta."""
         return self._view(self.theta, param) if param.has_theta else param.tensor.detach()
 
     def moments_of(self, param: Parameter) -> list[Tensor]:
@@ -102,12 +117,13 @@ class Arena:
         return [self._view(flat, param) for flat in self._moments]
 
     def steps_of(self, param: Parameter) -> Tensor | None:
-        """Number of steps that the parameter has taken, int64 [], where the rule counts them."""
-        return self._steps[self._number[param.tensor]] if self.rule.counts else None
+        """Number of steps that the parameter has taken, int64 [], where the rule counts them: each matrix counts its own, all alike."""
+        return self._steps[param.row] if self.rule.counts else None
 
     def state_of(self, param: Parameter) -> dict[str, Tensor]:
-        """Views of the state, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, units have a
-        score each, and ``step`` is a number."""
+        """Views of the state, shaped like the parameter and with its strides; but ``mask`` is the words in memory order, of each matrix
+        from a word of its own, units have a score each, and ``step`` is a number. Of stacked matrices between which the flat arrays have
+        room, as their size is no multiple of `ALIGN`, the shape is (matrices, rows, columns); units of several have (matrices, units)."""
         state = dict(zip(self.rule.moments, self.moments_of(param), strict=False))
         steps = self.steps_of(param)
         if steps is not None:
@@ -115,29 +131,42 @@ class Arena:
         if param.has_theta:
             state["theta"] = self._view(self.theta, param)
         if param.masked:
-            state["mask"] = self.words(param)
+            state["mask"] = self.mask[param.start // 32 :][: (param.matrices - 1) * param.pitch // 32 + -(-param.parts[0].numel // 32)]
         if param.scored:
             state["scores"] = self._view(self.scores, param)
             if self.score_momentum is not None:
                 state["score_momentum"] = self._view(self.score_momentum, param)
         elif param.pruned:
-            state = self.units.state_of(param.unit_set) | state
+            state = self.units.state_of(param.unit_set, param.matrices) | state
         return state
 
     def mask_of(self, param: Parameter) -> Tensor:
         """A new bool tensor shaped like the parameter, with its strides."""
-        return unpack_mask(self.words(param), param.numel).as_strided(param.shape, param.stride)
+        own = torch.cat([unpack_mask(self.words(part), part.numel) for part in param.parts])
+        return own.as_strided(param.shape, param.stride)
+
+    def weight_of(self, param: Parameter) -> Tensor:
+        """A new tensor shaped like the parameter, with its strides."""
+        return self._gathered(self.theta, param)
 
     def scores_of(self, param: Parameter) -> Tensor:
         """A new tensor shaped like the parameter, with its strides: the score of every entry, or of its unit."""
         if isinstance(param.division, Blocks):
-            scores = self.units.state_of(param.unit_set)["scores"]
-            return reference.expand(scores, param.division).as_strided(param.shape, param.stride)
-        return self.state_of(param)["scores"].clone()
+            scores = [self.units.state_of(part.unit_set)["scores"] for part in param.parts]
+            own = torch.cat([reference.expand(x, param.division) for x in scores])
+            return own.as_strided(param.shape, param.stride)
+        return self._gathered(self.scores, param)
+
+    def saved_shapes(self, param: Parameter) -> dict[str, tuple[int, ...]]:
+        """Of `saved_state_of`."""
+        words = {"mask": (-(-param.numel // 32),)} if param.masked else {}
+        shaped = {name: param.shape if x.shape == param.place[0] else x.shape for name, x in self.state_of(param).items()}
+        return {name: tuple(shape) for name, shape in (shaped | words).items()}
 
     def saved_state_of(self, param: Parameter) -> dict[str, Tensor]:
-        """`state_of`, with the mask words in index order (row-major), so that they do not depend on the memory layout."""
-        state = self.state_of(param)
+        """`state_of`, with the mask words in index order (row-major), so that they do not depend on the memory layout, and what has the
+        entries of the parameter in its shape."""
+        state = {name: x.reshape(param.shape) if x.shape == param.place[0] else x for name, x in self.state_of(param).items()}
         return state | {"mask": pack_mask(self.mask_of(param).flatten())} if param.masked else state
 
     def kept(self) -> Tensor:
@@ -155,11 +184,12 @@ class Arena:
     def start(self, param: Parameter, score_start: str) -> None:
         """Start of BiP: theta is the parameter, momenta are 0, scores are `reference.start_scores`; those of units are made by
         `start_units`. The first projection makes the mask."""
-        theta = in_memory_order(param.tensor).float()
-        if param.has_theta:
-            self.theta[param.start :][: param.numel] = theta
-        if param.scored:
-            self.scores[param.start :][: param.numel] = reference.start_scores(theta, score_start)
+        for part in param.parts:
+            theta = in_memory_order(param.tensor)[part.offset :][: part.numel].float()
+            if param.has_theta:
+                self.theta[part.start :][: part.numel] = theta
+            if param.scored:
+                self.scores[part.start :][: part.numel] = reference.start_scores(theta, score_start)
         if param.masked:
             param.tensor.detach().zero_()  # as the mask words are: the projection writes what it turns on
 
@@ -171,33 +201,38 @@ class Arena:
     def rescore(self, param: Parameter, scores: Mapping[Tensor, Tensor]) -> None:
         """Take new scores of a parameter whose entries have one each, if there are some."""
         if param.scored and param.tensor in scores:
-            self._view(self.scores, param).copy_(scores[param.tensor])
+            view = self._view(self.scores, param)
+            view.copy_(scores[param.tensor].reshape(view.shape))
 
     def rescore_units(self, number: int, scores: Mapping[Tensor, Tensor]) -> None:
         """Take new scores of a set of units, each the mean over its weights, if there are some for all its `scoring` parameters."""
         scoring = self.units.sets[number].scoring
         if all(param.tensor in scores for param in scoring):
-            given = [torch.empty_strided(param.shape, param.stride, device=self.device).copy_(scores[param.tensor]) for param in scoring]
-            self.units.start(number, [in_memory_order(x) for x in given])
+            given = [in_memory_order(_laid_out_like(param.tensor, scores[param.tensor]))[param.offset :] for param in scoring]
+            self.units.start(number, [x[: param.numel].float() for x, param in zip(given, scoring, strict=True)])
 
     def load(self, param: Parameter, state: dict[str, Tensor]) -> None:
         """Copy a state such as `saved_state_of` gives, from any layout, device and dtype, and rewrite z = m*theta."""
         if param.masked:
             mask = unpack_mask(state["mask"].to(self.device), param.numel).view(param.shape)
             in_order = in_memory_order(torch.empty_strided(param.shape, param.stride, dtype=torch.bool, device=self.device).copy_(mask))
-            self.words(param).copy_(pack_mask(in_order))
-            if isinstance(blocks := param.division, Blocks):
-                units = in_order.view(blocks.rows, blocks.cols)[:: blocks.block_rows, :: blocks.block_cols]  # one entry speaks for its unit
-                self.units.state_of(param.unit_set)["mask"].copy_(pack_mask(units.flatten()))
+            for part in param.parts:
+                own = in_order[part.offset :][: part.numel]
+                self.words(part).copy_(pack_mask(own))
+                if isinstance(blocks := part.division, Blocks):
+                    units = own.view(blocks.rows, blocks.cols)[:: blocks.block_rows, :: blocks.block_cols]  # one entry speaks for its unit
+                    self.units.state_of(part.unit_set)["mask"].copy_(pack_mask(units.flatten()))
         if "score_momentum" in state:
             self.ensure_score_momentum()
         for name, view in self.state_of(param).items():
             if name in state and name != "mask":
-                view.copy_(state[name])
+                view.copy_(state[name].reshape(view.shape))
             elif name != "mask":
                 view.zero_()
+        if self.rule.counts:
+            self._steps[param.row :][: param.matrices] = self._steps[param.row]
         if param.has_theta:
-            theta = self._view(self.theta, param)
+            theta = self.weight_of(param)
             z = torch.where(self.mask_of(param), theta, 0.0) if param.masked else theta
             param.tensor.detach().copy_(z)
 

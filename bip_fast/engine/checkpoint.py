@@ -32,8 +32,8 @@ def extra(arena: Arena, phases: Phases, ramp: Any) -> dict[str, Any]:
     return {**phases.state(), "ramp": ramp and ramp.state_dict(), "optimizer": arena.rule.name, **counts}
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in state.items() if name not in (_MAY_BE_MISSING, INNER)}
+def _without_optional(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name not in (_MAY_BE_MISSING, INNER)}
 
 
 def fitting(
@@ -78,9 +78,10 @@ def _fitting(
     number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
     states, kept = [], 0
     for param in arena.parameters:
-        state, own_shapes = state_dict["state"].get(number[param.tensor], {}), _shapes(arena.state_of(param))
-        if _shapes(state) != own_shapes:
-            raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {_shapes(state)}")
+        state, expected_shapes = state_dict["state"].get(number[param.tensor], {}), _without_optional(arena.saved_shapes(param))
+        shapes = _without_optional({name: tuple(x.shape) for name, x in state.items()})
+        if shapes != expected_shapes:
+            raise ValueError(f"state_dict must hold {expected_shapes} for {param.name}, got {shapes}")
         _check_values(param, state)
         if param.pruned and groups[param.group].get("sparsity") is None and param_groups[param.group]["sparsity"] is not None:
             raise ValueError(f"state_dict must have a sparsity for {param.name}, got None")
@@ -114,7 +115,13 @@ def _check_values(param: Parameter, state: dict[str, Tensor]) -> None:
 
 def _check_division(param: Parameter, mask: Tensor, division: Blocks | NofM) -> None:
     """ValueError for a mask that keeps parts of units, or another number of neighbours than its pattern says."""
-    flat = in_memory_order(torch.empty_strided(param.shape, param.stride, dtype=torch.bool).copy_(mask))
+    entries = in_memory_order(torch.empty_strided(param.shape, param.stride, dtype=torch.bool).copy_(mask))
+    for flat in entries.split(param.parts[0].numel):
+        _check_matrix(param, flat, division)
+
+
+def _check_matrix(param: Parameter, flat: Tensor, division: Blocks | NofM) -> None:
+    """`_check_division` of one matrix, in memory order."""
     if isinstance(division, NofM):
         right = bool((flat.view(-1, division.of).sum(1) == division.keep).all())
         expected, found = f"{division.keep} of every {division.of} neighbours", "other numbers in places"

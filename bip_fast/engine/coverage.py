@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from ..reference import Blocks
 from .layers import Layer
-from .native import DTYPES, is_ordinary
-from .patterns import NofM, Refused, parse
+from .native import DTYPES, is_ordinary, kernels
+from .patterns import NofM, Refused, memory_order, parse
 from .report import Decision
 
 __all__ = ["Parameter", "Seen", "decide", "frozen", "would_prune"]
@@ -23,6 +24,9 @@ __all__ = ["Parameter", "Seen", "decide", "frozen", "would_prune"]
 @dataclass(frozen=True, eq=False)
 class Parameter:
     """One parameter of the optimizer. The record grows in three stages, each of which returns a fuller copy.
+
+    A parameter may hold several matrices (`layers`). Units, budgets and the kernels know single ones: each has a record of its own in
+    `parts`, made of this one.
 
     Args:
         tensor: the parameter itself.
@@ -35,11 +39,13 @@ class Parameter:
         group: (decided, in `decide`) number of its parameter group.
         pattern: that of the group.
         shape, stride, dtype: those of the tensor when this was decided.
-        division: how its entries form units; None: every entry is one, or the parameter is dense.
-        unit_set: number of the set to which its units belong, together with those of coupled parameters; -1: none.
+        division: how the entries of each of its matrices form units; None: every entry is one, or the parameter is dense.
+        unit_set: number of the set to which units of its first matrix belong, together with those of coupled parameters; -1: none. Those of
+            the next matrix belong to the next set.
 
         start: (placed, in `arena`) its first entry in the flat arrays.
-        row: its row in the kernels' table of tensors.
+        row: the row of its first matrix in the kernels' table of tensors.
+        offset: (in `parts`) entries of the tensor before this matrix.
     """
 
     tensor: Tensor
@@ -56,6 +62,7 @@ class Parameter:
     unit_set: int = -1
     start: int = -1
     row: int = -1
+    offset: int = 0
 
     @property
     def numel(self) -> int:
@@ -80,6 +87,50 @@ class Parameter:
     def has_theta(self) -> bool:
         """False for a dense fp32 parameter, which is its own theta."""
         return self.masked or self.dtype != torch.float32
+
+    # --- matrices ---
+
+    @property
+    def matrices(self) -> int:
+        """How many there are; a dense parameter is one."""
+        return self.layer.matrices if self.masked else 1
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        return _matrix_shape(self.shape, self.layer) if self.masked else self.shape
+
+    @property
+    def pitch(self) -> int:
+        """Entries of the flat arrays from one matrix to the next: each begins where tensors may."""
+        return -(-self.matrix_shape.numel() // kernels().ALIGN) * kernels().ALIGN
+
+    @property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and stride in the flat arrays: those of the parameter, or (matrices, *matrix) where there is room between matrices."""
+        if self.matrices == 1 or self.pitch == self.matrix_shape.numel():
+            return self.shape, self.stride
+        return (self.matrices, *self.matrix_shape), (self.pitch, *self.stride[len(self.stride) - len(self.matrix_shape) :])
+
+    @cached_property
+    def parts(self) -> tuple[Parameter, ...]:
+        """Records of the single matrices."""
+        if self.matrices == 1 and not (self.masked and self.layer.experts):
+            return (self,)
+        shape = self.matrix_shape
+        return tuple(
+            replace(
+                self,
+                name=f"{self.name}[{i}]",
+                layer=self.layer._replace(matrices=1, experts=False),
+                shape=shape,
+                stride=self.stride[len(self.stride) - len(shape) :],
+                unit_set=self.unit_set + i if self.unit_set >= 0 else -1,
+                start=self.start + i * self.pitch,
+                row=self.row + i,
+                offset=i * shape.numel(),
+            )
+            for i in range(self.matrices)
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +157,11 @@ class Seen:
         return replace(self, parameters=self.parameters | {param.tensor: param for param in parameters})
 
 
+def _matrix_shape(shape: torch.Size, layer: Layer) -> torch.Size:
+    """Of one of the matrices of a parameter."""
+    return shape[1:] if layer.experts else torch.Size((shape[0] // layer.matrices, *shape[1:]))
+
+
 def frozen(p: Tensor) -> str | None:
     """The reason why a parameter that does not learn stays dense; None if it learns."""
     return "it is frozen" if p.is_leaf and not p.requires_grad else None
@@ -129,7 +185,17 @@ def _divided(param: Parameter, group: Mapping[str, Any]) -> Blocks | NofM | None
     pattern = parse(group["pattern"])
     if pattern.kind in param.ends:
         raise Refused(param.ends[pattern.kind])
-    return pattern.divide(param.tensor.shape, param.tensor.stride(), param.layer)
+    shape, stride, layer = param.tensor.shape, param.tensor.stride(), param.layer
+    if layer.matrices == 1 and not layer.experts:
+        return pattern.divide(shape, stride, layer)
+    if not param.tensor.numel():
+        raise Refused("it has no entries")
+    if shape[0] % layer.matrices:
+        raise Refused(f"its first dimension of {shape[0]} does not divide into {layer.matrices} matrices")
+    if memory_order(shape, stride)[0] != 0:
+        raise Refused("its matrices do not lie behind each other in memory")
+    one = _matrix_shape(shape, layer)
+    return pattern.divide(one, stride[len(stride) - len(one) :], layer)
 
 
 def would_prune(param: Parameter, group: Mapping[str, Any]) -> bool:
@@ -198,21 +264,23 @@ def _join_units(decided: dict[Tensor, Parameter], seen: Seen) -> list[Tensor]:
                 decided[param.tensor] = replace(param, dense=f"its filters are coupled with those of {apart}", division=None)
             continue
         _check_coupled(weights)
-        units = _units_of(weights[0])
+        units, matrices = _units_of(weights[0]), weights[0].matrices
         for param in weights:
             decided[param.tensor] = replace(param, unit_set=count)
         for p in tensors:
             if p.dim() < 2 and (p not in decided or seen.of(p).dense is not None):
                 outliving.append(p)
             elif p.dim() < 2:
-                if p.numel() != units:
-                    raise ValueError(f"coupled has {decided[p].name} of {p.numel()} entries beside {weights[0].name} of {units} filters")
-                decided[p] = replace(decided[p], division=Blocks(1, units, 1, 1), unit_set=count)
-        count += 1
+                if p.numel() != units * matrices:
+                    own = f"{weights[0].name} of {units * matrices} filters"
+                    raise ValueError(f"coupled has {decided[p].name} of {p.numel()} entries beside {own}")
+                stack = Layer(matrices=matrices)  # it has a stretch for every matrix
+                decided[p] = replace(decided[p], layer=stack, division=Blocks(1, units, 1, 1), unit_set=count)
+        count += matrices
     for p, param in decided.items():
         if param.pruned and isinstance(param.division, Blocks) and param.unit_set < 0:
             decided[p] = replace(param, unit_set=count)
-            count += 1
+            count += param.matrices
     return outliving
 
 
@@ -225,10 +293,11 @@ def _check_coupled(weights: Sequence[Parameter]) -> None:
     for param in weights:
         if param.pattern != "filter" or param.group != first.group:
             raise ValueError(f'coupled weights must be in one parameter group of pattern "filter", got {first.name} and {param.name}')
-        if _units_of(param) != _units_of(first):
+        found = [(own.matrices, _units_of(own)) for own in (first, param)]
+        if found[0] != found[1]:
+            counts = [f"{units}" if matrices == 1 else f"{matrices} times {units}" for matrices, units in found]
             raise ValueError(
-                "coupled weights must have as many filters, "
-                f"got {first.name} with {_units_of(first)} and {param.name} with {_units_of(param)}"
+                f"coupled weights must have as many filters, got {first.name} with {counts[0]} and {param.name} with {counts[1]}"
             )
 
 

@@ -226,13 +226,14 @@ class Engine:
         kept = [self.arena.units.kept(number) for number in range(len(self.arena.units.sets))]
 
         def row(param: Parameter) -> Row:
-            units = None if param.scored else kept[param.unit_set]
+            own = [kept[part.unit_set] for part in param.parts if not part.scored]
+            units = (sum(count for count, _ in own), sum(total for _, total in own)) if own else None
             return layer_row(param.name, param.tensor)._replace(pattern=param.pattern, units=units)
 
         totals: dict[str, UnitCount] = {}
-        for number, param in {param.unit_set: param for param in self.arena.pruned if not param.scored}.items():
-            before = totals.get(param.pattern, UnitCount(param.pattern, 0, 0))
-            totals[param.pattern] = UnitCount(param.pattern, before.kept + kept[number][0], before.total + kept[number][1])
+        for units, (count, total) in zip(self.arena.units.sets, kept, strict=True):
+            before = totals.get(units.pattern, UnitCount(units.pattern, 0, 0))
+            totals[units.pattern] = UnitCount(units.pattern, before.kept + count, before.total + total)
         return Report(tuple(map(row, self.arena.pruned)), self.selections(), self.decisions, tuple(totals.values()))
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:

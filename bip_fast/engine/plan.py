@@ -1,6 +1,6 @@
 """One launch recipe: the tables that the kernels read, made here and nowhere else, and the call that starts a step.
 
-Rows of the table of tensors: parameters with scores of their own, sets of units, all other parameters. The dtypes of all tables are those
+Rows of the table of tensors: matrices of parameters with scores of their own, sets of units, matrices of all other parameters. The dtypes of all tables are those
 of `csrc/bip.h`; the gradients' table is made anew for every step, all others live on the device as long as the plan.
 """
 
@@ -63,7 +63,7 @@ class DeviceTable:
 
 def no_gradients(arena: Arena) -> np.ndarray:
     """A table without any gradient."""
-    return np.zeros(len(arena.parameters) + len(arena.units.sets), dtype=kernels().gradient_dtype)
+    return np.zeros(arena.num_rows, dtype=kernels().gradient_dtype)
 
 
 def _same_layout(x: Tensor, param: Parameter) -> bool:
@@ -94,7 +94,8 @@ def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
         if not _same_layout(g, param) or g.is_neg():
             g = torch.empty_strided(param.shape, param.stride, dtype=g.dtype, device=arena.device).copy_(g)
         alive.append(g)
-        pointers[param.row], dtypes[param.row] = g.data_ptr(), DTYPES[g.dtype]
+        for part in param.parts:
+            pointers[part.row], dtypes[part.row] = g.data_ptr() + part.offset * g.element_size(), DTYPES[g.dtype]
     table["data"], table["dtype"] = pointers, dtypes
     return table, alive
 
@@ -104,7 +105,7 @@ def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
 
 def _tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarray:
     """Rows of ``tensor_dtype``: pointers, sizes, and for what competes its selection group and its first index there."""
-    table = np.zeros(len(arena.parameters) + len(arena.units.sets), dtype=kernels().tensor_dtype)
+    table = np.zeros(arena.num_rows, dtype=kernels().tensor_dtype)
     table["group"] = -1
     for number, group in enumerate(selection):
         index = 0
@@ -112,9 +113,9 @@ def _tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarr
             rival = arena.rivals[i]
             table["group"][rival.row], table["index"][rival.row] = number, index
             index += rival.numel
-    for param in arena.parameters:
+    for param in (part for whole in arena.parameters for part in whole.parts):
         row = table[param.row]
-        row["param"] = row["theta"] = param.tensor.data_ptr()
+        row["param"] = row["theta"] = param.tensor.data_ptr() + param.offset * param.tensor.element_size()
         row["numel"], row["hyper"], row["dtype"] = param.numel, param.group, DTYPES[param.dtype]
         state = arena.state_of(param)
         for name in ("theta", "mask", "scores", "score_momentum"):

@@ -103,16 +103,18 @@ class UnitScores:
         if self._score_momentum is None:
             self._score_momentum = torch.zeros_like(self._scores)
 
-    def state_of(self, number: int) -> dict[str, Tensor]:
-        """Views ``scores``, ``mask`` (words) and, if there is one, ``score_momentum`` of a set."""
-        param = self.sets[number]
-        state = {
-            "scores": self._scores[param.start :][: param.numel],
-            "mask": self._mask[param.start // 32 :][: -(-param.numel // 32)],
-        }
+    def state_of(self, number: int, count: int = 1) -> dict[str, Tensor]:
+        """Views ``scores``, ``mask`` (words) and, if there is one, ``score_momentum`` of a set. Of ``count`` sets of one size that follow each
+        other: scores and momenta, [count, numel]."""
+        first = self.sets[number]
+        arrays = {"scores": self._scores}
         if self._score_momentum is not None:
-            state["score_momentum"] = self._score_momentum[param.start :][: param.numel]
-        return state
+            arrays["score_momentum"] = self._score_momentum
+        if count == 1:
+            words = self._mask[first.start // 32 :][: -(-first.numel // 32)]
+            return {name: flat[first.start :][: first.numel] for name, flat in arrays.items()} | {"mask": words}
+        pitch = self.sets[number + 1].start - first.start
+        return {name: flat.as_strided((count, first.numel), (pitch, 1), first.start) for name, flat in arrays.items()}
 
     def kept(self, number: int) -> tuple[int, int]:
         """How many units of a set are kept, and of how many. Waits for the device."""
