@@ -55,7 +55,9 @@ class Rule(NamedTuple):
         transposed = getattr(module, self.transposed, False) if isinstance(self.transposed, str) else self.transposed
         matrices = getattr(module, self.matrices, None) if isinstance(self.matrices, str) else self.matrices
         if not isinstance(matrices, int) or matrices < 1:
-            raise ValueError(f"matrices must be an attribute of {type(module).__name__} that is a number, got {self.matrices!r}: {matrices!r}")
+            raise ValueError(
+                f"matrices must be an attribute of {type(module).__name__} that is a number, got {self.matrices!r}: {matrices!r}"
+            )
         groups = module.groups if isinstance(module, _ConvNd) else 1
         return Layer(bool(transposed), groups, p.shape[0] if self.experts else matrices, self.experts)
 
