@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-__all__ = ["PRUNABLE", "Layer", "Rule", "Use", "conv_and_linear", "plain_name", "register_layer", "uses", "weights"]
+__all__ = ["PRUNABLE", "Layer", "Rule", "Use", "conv_and_linear", "joined", "plain_name", "register_layer", "uses", "weights"]
 
 
 class Layer(NamedTuple):
@@ -55,9 +55,8 @@ class Rule(NamedTuple):
         transposed = getattr(module, self.transposed, False) if isinstance(self.transposed, str) else self.transposed
         matrices = getattr(module, self.matrices, None) if isinstance(self.matrices, str) else self.matrices
         if not isinstance(matrices, int) or matrices < 1:
-            raise ValueError(
-                f"matrices must be an attribute of {type(module).__name__} that is a number, got {self.matrices!r}: {matrices!r}"
-            )
+            found = f"{self.matrices!r}: {matrices!r}"
+            raise ValueError(f"matrices must be an attribute of {type(module).__name__} that is a number, got {found}")
         groups = module.groups if isinstance(module, _ConvNd) else 1
         return Layer(bool(transposed), groups, p.shape[0] if self.experts else matrices, self.experts)
 
@@ -225,7 +224,7 @@ def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     no layers, what has two or more dimensions. A weight that several layers share appears once, under its first name."""
     if isinstance(source, nn.Module):
         pruned = {p for p, use in joined(list(uses(source))).items() if use.dense is None}
-        found = [(plain_name(source, name), p) for name, p in source.named_parameters() if p in pruned]
+        found: list[tuple[str, Tensor]] = [(plain_name(source, name), p) for name, p in source.named_parameters() if p in pruned]
     else:
         found = [(name, x) for name, x in source.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
     first: dict[Any, tuple[str, Tensor]] = {}

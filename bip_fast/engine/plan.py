@@ -1,7 +1,8 @@
 """One launch recipe: the tables that the kernels read, made here and nowhere else, and the call that starts a step.
 
-Rows of the table of tensors: matrices of parameters with scores of their own, sets of units, matrices of all other parameters. The dtypes of all tables are those
-of `csrc/bip.h`; the gradients' table is made anew for every step, all others live on the device as long as the plan.
+Rows of the table of tensors: matrices of parameters with scores of their own, sets of units, matrices of all other parameters. The dtypes
+of all tables are those of `csrc/bip.h`; the gradients' table is made anew for every step, all others live on the device as long as the
+plan.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ class UnitScores:
             self._score_momentum = torch.zeros_like(self._scores)
 
     def state_of(self, number: int, count: int = 1) -> dict[str, Tensor]:
-        """Views ``scores``, ``mask`` (words) and, if there is one, ``score_momentum`` of a set. Of ``count`` sets of one size that follow each
-        other: scores and momenta, [count, numel]."""
+        """Views ``scores``, ``mask`` (words) and, if there is one, ``score_momentum`` of a set. Of ``count`` sets of one size that follow
+        each other: scores and momenta, [count, numel]."""
         first = self.sets[number]
         arrays = {"scores": self._scores}
         if self._score_momentum is not None:
