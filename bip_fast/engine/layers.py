@@ -225,6 +225,8 @@ def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     if isinstance(source, nn.Module):
         pruned = {p for p, use in joined(list(uses(source))).items() if use.dense is None}
         found: list[tuple[str, Tensor]] = [(plain_name(source, name), p) for name, p in source.named_parameters() if p in pruned]
+        computed = [(name, layer) for name, layer in conv_and_linear(source) if "weight" not in layer._parameters]  # by a parametrization
+        found += [(plain_name(source, f"{name}.weight".lstrip(".")), layer.weight) for name, layer in computed]
     else:
         found = [(name, x) for name, x in source.items() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2]
     first: dict[Any, tuple[str, Tensor]] = {}

@@ -112,7 +112,7 @@ def _named(what: str, pattern: str, prunable: Sequence[Tensor], names: Names) ->
 
 
 def _excluded_by(item: Any, prunable: list[Tensor], names: Names) -> set[Tensor]:
-    """Parameters that one entry of ``exclude`` means; ValueError if there are none."""
+    """Which of ``prunable`` one entry of ``exclude`` means; ValueError if there are none."""
     if isinstance(item, str):
         return _named("exclude", item, prunable, names)
     if isinstance(item, nn.Module):
@@ -221,9 +221,10 @@ def param_groups_of(
     ]
     if not isinstance(exclude, (str, nn.Module, Tensor, Iterable)):
         raise TypeError(f"exclude must be or hold names, modules and parameters, got {type(exclude).__name__}")
+    staying = [p for p, param in seen.parameters.items() if param.dense is not None and _is_matrix(p)]  # to exclude them does no harm
     for item in [exclude] if isinstance(exclude, (str, nn.Module, Tensor)) else exclude:
-        excluded = _excluded_by(item, prunable, names)
-        seen = seen.updated(replace(seen.of(p), dense="it is excluded") for p in excluded)
+        excluded = _excluded_by(item, [*prunable, *staying], names)
+        seen = seen.updated(replace(seen.of(p), dense=seen.of(p).dense or "it is excluded") for p in excluded)
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"overrides must be a dict of names, got {type(overrides).__name__}")
     seen = _coupled(seen, coupled, names)

@@ -9,8 +9,8 @@
 ====================  ==============================================================================================================
 
 Of stacked matrices (`layers`) each is divided on its own. Where one is stored as inputs by outputs, R still counts outputs and C inputs,
-and N:M does not fit. Rows and columns are else those of the memory: in ``channels_last`` the columns run over the input channels of one kernel
-position first, which is the order that sparse kernels for that layout read.
+and N:M does not fit. Rows and columns are else those of the memory: in ``channels_last`` the columns run over the input channels of one
+kernel position first, which is the order that sparse kernels for that layout read.
 """
 
 from __future__ import annotations

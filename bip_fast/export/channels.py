@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..engine.layers import Use
 from ..errors import MEMORY, one_line
 
-__all__ = ["Channels", "Reader", "as_inputs", "channels_of", "depthwise", "torch_pruning"]
+__all__ = ["Channels", "Reader", "as_inputs", "channels_of", "depthwise", "matrices_of", "torch_pruning", "zero_filters"]
 
 
 def torch_pruning() -> Any:
@@ -203,6 +204,18 @@ def zero_outputs(layer: nn.Module) -> Tensor:
 def zero_inputs(layer: nn.Module) -> Tensor:
     """Bool, for every input channel: all weights that read it are 0."""
     return _zero(layer).all(2).flatten()
+
+
+def matrices_of(use: Use) -> Tensor:
+    """(matrices, outputs, inputs) of a weight that is none of a convolution."""
+    weight, layer = use.parameter.detach(), use.layer
+    stack = weight.reshape(layer.matrices, -1, weight.shape[-1])
+    return stack.transpose(1, 2) if layer.transposed else stack
+
+
+def zero_filters(use: Use) -> Tensor:
+    """Bool, for every output of every matrix of a weight: all weights that make it are 0."""
+    return zero_outputs(use.module) if isinstance(use.module, (_ConvNd, nn.Linear)) else (matrices_of(use) == 0).all(2).flatten()
 
 
 def _zero(layer: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..engine.layers import conv_and_linear
+from ..engine.layers import uses
 from ..engine.param_groups import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
 
@@ -44,15 +44,16 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
         if channels.refused is None:
             lists.append(_names(channels) + [OUTPUTS] * bool(layers & last))
             known |= layers
-    lists += [[f"{name}.weight", f"{name}.bias", OUTPUTS] for name in sorted(last - known)]
+    modules = dict(model.named_modules())
+    lists += [[*(f"{name}.{key}".lstrip(".") for key in modules[name]._parameters), OUTPUTS] for name in sorted(last - known)]
     own = {name: p.dim() for name, p in model.named_parameters()} | {OUTPUTS: 0}
     lists = [[name for name in names if name in own] for names in lists]
     return [names for names in lists if any(own[name] > 1 for name in names)]  # a parametrization hides weights
 
 
 def _last_layers(twin: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
-    """Names of the layers that are the last Conv or Linear on some path to a tensor that the model returns."""
-    name_of: dict[Tensor | None, str] = {layer.weight: name for name, layer in conv_and_linear(twin)}
+    """Names of the layers that are the last with a matrix on some path to a tensor that the model returns."""
+    name_of: dict[Tensor | None, str] = {use.parameter: use.name for use in uses(twin)}
     for weight in twin.parameters():
         weight.requires_grad_(weight.is_floating_point())
     with torch.enable_grad():

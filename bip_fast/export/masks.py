@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..atomic import write_beside
-from ..engine.layers import conv_and_linear, weights
+from ..engine.layers import plain_name, uses, weights
 from ..errors import one_line
 from ..optimizer import FastBiP
-from .channels import zero_outputs
+from .channels import zero_filters
 
 __all__ = ["AttachedMasks", "apply_masks", "attach_masks", "load_masks", "masks_of", "save_masks"]
 
@@ -42,8 +42,8 @@ def masks_of(source: nn.Module | Mapping[str, Tensor] | FastBiP) -> dict[str, Te
     """Masks by the names of the weights: bool, shaped like them, on their device, True where a weight is kept.
 
     Args:
-        source: a Module: where its Conv and Linear weights are not 0; weights without a zero are not pruned and left out, a tied one is
-            listed under its first name. Of biases, what is 0 where the filter is; of a batch-norm, weight and bias where both are 0, if
+        source: a Module: where the weights that `FastBiP` would prune are not 0; those without a zero are left out, a tied one is listed
+            under its first name. Of biases, what is 0 where the filter is; of a batch-norm, weight and bias where both are 0, if
             these are exactly the zero filters of a layer. A `FastBiP` that runs: its own masks, which know a kept weight that happens to
             be 0, and every vector that goes with filters. Or a mapping from names to bool tensors, returned as it is after a check.
 
@@ -55,7 +55,7 @@ def masks_of(source: nn.Module | Mapping[str, Tensor] | FastBiP) -> dict[str, Te
     if isinstance(source, nn.Module):
         masks = {name: x.detach() != 0 for name, x in weights(source) if _looked_at(name, x)} | _masks_of_vectors(source)
         masks = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-        nothing = "a model without zeros in its Conv and Linear weights"
+        nothing = "a model without zeros in the weights of its layers"
     elif isinstance(source, FastBiP):
         masks, nothing = _masks_of_optimizer(source), "an optimizer that prunes nothing"
     elif isinstance(source, Mapping):
@@ -80,15 +80,15 @@ def _looked_at(name: str, x: Tensor) -> bool:
 def _masks_of_vectors(model: nn.Module) -> dict[str, Tensor]:
     """Masks of the vectors that belong to zero filters. A model does not say which batch-norm follows which layer, and the last one of a
     residual block may start at 0. So a batch-norm counts only if its zeros are exactly those of a layer."""
-    layers = [layer for _, layer in conv_and_linear(model) if layer.weight.numel()]
-    filters = [(layer, zero) for layer in layers if bool((zero := zero_outputs(layer)).any())]
-    dead = {layer.bias: zero & (layer.bias.detach() == 0) for layer, zero in filters if layer.bias is not None}
+    pruned = [use for use in uses(model) if use.dense is None and use.parameter.numel()]
+    filters = [(use, zero) for use in pruned if bool((zero := zero_filters(use)).any())]
+    dead = {use.bias: zero & (use.bias.detach() == 0) for use, zero in filters if use.bias is not None}
     for norm in model.modules():
         if isinstance(norm, _BatchNorm) and norm.affine:
             own = (norm.weight.detach() == 0) & (norm.bias.detach() == 0)
             if any(own.equal(zero) for _, zero in filters):
                 dead |= {norm.weight: own, norm.bias: own}
-    return {name: ~dead[p] for name, p in model.named_parameters() if p in dead}
+    return {plain_name(model, name): ~dead[p] for name, p in model.named_parameters() if p in dead}
 
 
 def _masks_of_optimizer(optimizer: FastBiP) -> dict[str, Tensor]:
@@ -200,10 +200,13 @@ class _Masked:
 def _masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> list[_Masked]:
     """A `_Masked` for every named parameter; ValueError if a mask does not fit. If a tied parameter has two masks, both count."""
     found: dict[Tensor, _Masked] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[str, tuple[nn.Module, str]] = {}
+    for where, module in model.named_modules(remove_duplicate=False):
+        for key in (key for key, p in module._parameters.items() if p is not None):
+            name = f"{where}.{key}".lstrip(".")
+            owners[name] = owners[plain_name(model, name)] = module, key
     for name, mask in masks_of(masks).items():
-        where, _, key = name.rpartition(".")
-        module = modules.get(where)
+        module, key = owners.get(name, (None, ""))
         p = module._parameters.get(key) if module is not None else None
         if module is None or p is None:
             raise ValueError(f"masks must be of parameters of the model, got {name!r}, which it does not have")
@@ -283,8 +286,8 @@ def attach_masks(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapp
     Args:
         model: holds the weights; masked ones are zeroed in place at once.
         optimizer: has them in its groups (others in them learn as ever; a group may be added later). A copy of it has no masks.
-        masks: bool tensors by name; default: where Conv and Linear weights, and the vectors that go with zero filters, are not 0 now (see
-            `masks_of`).
+        masks: bool tensors by name; default: where the weights that `FastBiP` would prune, and the vectors that go with zero filters, are
+            not 0 now (see `masks_of`).
 
     Returns:
         The handle: `AttachedMasks.remove`, or use it as a context manager.

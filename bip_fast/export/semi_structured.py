@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from ..engine.layers import conv_and_linear
+from ..engine.layers import conv_and_linear, uses
 from ..engine.native import is_ordinary
 from ..errors import one_line
 from ..tables import aligned
@@ -30,6 +30,7 @@ DTYPES = (
 )  # of those that torch can pack: float32 only with CUTLASS, float8 without a plain matmul
 OLDEST = (8, 0)  # compute capability of the first sparse tensor cores
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # in eval mode their fused kernels read weights as dense memory
+ONLY_LINEAR = "torch has semi-structured weights for Linear layers only"
 NO_CONVOLUTION = "torch has no semi-structured convolution"
 
 
@@ -50,7 +51,7 @@ class Conversion(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of `to_semi_structured`: the new model and a row for every Linear and Conv layer; ``print`` shows them."""
+    """Result of `to_semi_structured`: the new model and a row for every layer whose weights can be pruned; ``print`` shows them."""
 
     model: nn.Module
     layers: tuple[Conversion, ...]
@@ -138,7 +139,7 @@ def to_semi_structured(model: nn.Module) -> Converted:
         model: not changed; in the dtype and on the device in which it will run (``model.half().cuda()``).
 
     Returns:
-        The copy, and for every Linear and Conv layer whether it was converted, or all the reasons why not.
+        The copy, and for every layer whose weights can be pruned whether it was converted, or all the reasons why not.
     """
     new = copy.deepcopy(model)
     fused = {child for module in new.modules() if isinstance(module, FUSED) for child in module.children()}
@@ -159,6 +160,9 @@ def to_semi_structured(model: nn.Module) -> Converted:
             if packed is not None:
                 layer.weight = packed
             rows.append(Conversion(name, tuple(weight.shape), reason))
+    others = [use for use in uses(new) if use.dense is None and not isinstance(use.module, (_ConvNd, nn.Linear))]
+    name_of: dict[Tensor, str] = {p: name for name, p in new.named_parameters()}
+    rows += [Conversion(name_of[use.parameter], tuple(use.parameter.shape), ONLY_LINEAR) for use in others]
     return Converted(new, tuple(rows))
 
 

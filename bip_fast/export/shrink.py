@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from .channels import Channels, Reader, as_inputs, channels_of, depthwise, traced_copy, weight_of, zero_inputs, zero_outputs
+from ..engine.layers import uses
+from .channels import (
+    Channels,
+    Reader,
+    as_inputs,
+    channels_of,
+    depthwise,
+    matrices_of,
+    traced_copy,
+    weight_of,
+    zero_inputs,
+    zero_outputs,
+)
 from .probes import probes_of
 from .removal import Removal, checked, restore
 
@@ -206,6 +218,18 @@ def _outside(sets: Sequence[Channels], twin: nn.Module) -> list[Kept]:
             kept.append(Kept(name, count, "they are outputs of the model, or go where the graph does not follow"))
         if name not in readers and not depthwise(layer) and (count := int(zero_inputs(layer).sum())):
             kept.append(Kept(name, count, "they are inputs of the model, or come from where the graph does not follow", inputs=True))
+    return kept + _not_cut(twin)
+
+
+def _not_cut(twin: nn.Module) -> list[Kept]:
+    """Pruned channels of layers of other kinds than convolutions and Linear ones, over all their matrices."""
+    name_of: dict[Tensor, str] = {p: name for name, p in twin.named_parameters()}
+    kept = []
+    for use in uses(twin):
+        if use.dense is None and not isinstance(use.module, (_ConvNd, nn.Linear)):
+            zero, why = matrices_of(use) == 0, f"shrink does not cut {type(use.module).__name__}"
+            rows = [Kept(name_of[use.parameter], int(zero.all(dim).sum()), why, dim == 1) for dim in (2, 1)]
+            kept += [row for row in rows if row.channels]
     return kept
 
 

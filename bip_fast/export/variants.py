@@ -98,5 +98,5 @@ def _converted(model: nn.Module) -> Converted | str:
 def _share(converted: Converted) -> str:
     total = sum(math.prod(row.shape) for row in converted.layers)
     own = sum(math.prod(row.shape) for row in converted.layers if row.converted)
-    layers = f"{converted.count} of {len(converted.layers)} Linear and Conv layers, with {100 * own / max(total, 1):.3g} % of their weights"
+    layers = f"{converted.count} of {len(converted.layers)} layers, with {100 * own / max(total, 1):.3g} % of their weights"
     return f"{layers}, are multiplied by sparse tensor cores"

@@ -261,6 +261,64 @@ def test_coupled_stacks_must_be_alike(table):
         FastBiP(copy.deepcopy(model), sparsity=0.5, pattern="filter", coupled=[["a.both", "c.weight"]])
 
 
+# --- what comes after ---------------------------------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.turned, self.mid = nn.Linear(4, 8), Turned(8, 12), nn.Linear(12, 8)
+        self.encoder, self.steps, self.last = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.GRU(8, 8), Turned(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x)) @ self.turned.weight + self.turned.bias
+        return self.steps(self.encoder(self.mid(x)))[0] @ self.last.weight + self.last.bias
+
+
+def test_exports_say_what_they_leave(table):
+    pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
+    from bip_fast.export.coupling import coupled_filters
+    from bip_fast.export.semi_structured import ONLY_LINEAR, to_semi_structured
+    from bip_fast.export.shrink import shrink
+
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(5, 2, 4)
+    coupled = coupled_filters(model, x)
+    assert [names for names in coupled if "<outputs>" in names] == [["last.weight", "last.bias", "<outputs>"]]
+    opt = FastBiP(model, sparsity=0.5, pattern="filter", scope="layer", coupled=coupled)
+    assert "last.weight" not in [row.name for row in opt.report()]
+    opt.finalize()
+    model.eval()
+    small = shrink(model, x)
+    torch.testing.assert_close(small.model(x), model(x))
+    assert [row.name for row in small.removed] == ["encoder.linear1"]
+    reasons = {row.name: (row.channels, row.reason) for row in small.kept}
+    assert reasons["turned.weight"] == (6, "shrink does not cut Turned")
+    assert reasons["encoder.self_attn.in_proj_weight"] == (12, "shrink does not cut MultiheadAttention")
+    assert reasons["steps.weight_hh_l0"] == (12, "shrink does not cut GRU")
+    rows = {row.name: row.reason for row in to_semi_structured(model).layers}
+    assert [rows[name] for name in ("turned.weight", "encoder.self_attn.in_proj_weight", "steps.weight_ih_l0")] == [ONLY_LINEAR] * 3
+
+
+def test_masks_of_a_model_are_those_of_its_optimizer(table):
+    """Also vectors that go with filters, which a later fine-tuning must keep at zero."""
+    from bip_fast.export.masks import apply_masks, masks_of
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(12, 2), "b": Below(5, 8), "t": Turned(8, 6), "last": nn.Linear(4, 4)})
+    twin = torch.compile(copy.deepcopy(model))
+    with torch.no_grad():
+        model["a"].in_proj_bias.fill_(1)
+    opt = FastBiP(model, sparsity=0.5, pattern="filter", scope="layer")
+    given, expected = masks_of(model), masks_of(opt)
+    assert {"a.in_proj_bias", "b.shift", "t.bias"} < given.keys()
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], expected[name]) for name in given)
+    apply_masks(twin, expected)  # by the names without wrappers
+    assert all(bool((p == 0).any()) for name, p in twin.named_parameters() if plain_name(twin, name) in expected)
+    assert masks_of(twin).keys() <= expected.keys()
+
+
 # --- the table -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +331,8 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
 def test_embeddings_stay_dense_whoever_shares_them():
     model = nn.ModuleDict({"words": nn.Embedding(9, 4), "bag": nn.EmbeddingBag(9, 4), "mid": nn.Linear(4, 4), "out": nn.Linear(4, 9)})
     assert dense_reasons(model) == {"words.weight": "it is an embedding", "bag.weight": "it is an embedding"}
+    opt = FastBiP(model, sparsity=0.5, exclude=["words", "out"])  # to exclude what stays dense anyway does no harm
+    assert {row.name: row.reason for row in opt.report().decisions if row.reason}["words.weight"] == "it is an embedding"
     model["out"].weight = model["words"].weight
     assert dense_reasons(model)["words.weight"] == "it is an embedding, which out shares"
 
