@@ -51,11 +51,11 @@ class FastBiP(torch.optim.Optimizer):
     stay as they are and are counted in `num_nonfinite`; another optimizer sees 0 for them.
 
     Args:
-        params: a Module (its Conv and Linear weights are pruned, all its other trainable parameters learn), or ``parameters()``,
-            ``named_parameters()`` or parameter groups (what has two or more dimensions is pruned). float32, bfloat16 or float16, on one
-            device. Tied parameters count once. Only a Module knows the layers of its weights. In a list, dimension 0 of a weight is taken
-            for its outputs and dimension 1 for its inputs, so pass the Module to prune filters or channels of transposed or grouped
-            convolutions.
+        params: a Module (the matrices of its layers are pruned, as `engine.layers` says; embeddings and all its other trainable parameters
+            learn), or ``parameters()``, ``named_parameters()`` or parameter groups (what has two or more dimensions is pruned, embeddings
+            too). float32, bfloat16 or float16, on one device. Tied parameters count once. Only a Module knows the layers of its weights. In
+            a list every weight is one matrix, with dimension 0 for its outputs and dimension 1 for its inputs, so pass the Module for
+            attention, recurrent layers, experts, and transposed or grouped convolutions.
         sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept. With filters, channels or blocks it is
             the fraction of these units that is pruned, where coupled units count once; the fraction of zeros among the weights is another
             when units differ in size. `report` shows both.
@@ -83,8 +83,9 @@ class FastBiP(torch.optim.Optimizer):
             several weights has one score. It starts as the mean of abs(theta) and moves by the sum of its weights' gradients. A weight that
             the pattern does not fit stays dense, and `report` gives the reason. With "filter" the last layer of a Module stays dense too,
             because its filters are taken for the outputs of the model, and with "channel" the first; the order is that in which the layers
-            were made. A model that returns the outputs of several layers needs ``exclude`` or ``coupled`` for the others.
-        scope: "global": all units of the same sparsity compete; "layer": every tensor keeps its own fraction; "erk": every tensor has a
+            were made, embeddings and tied output layers among them. A model that returns the outputs of several layers, such as an encoder
+            with a pooler, needs ``exclude`` or ``coupled`` for the others.
+        scope: "global": all units of the same sparsity compete; "layer": every matrix keeps its own fraction; "erk": every matrix has a
             budget of its own, larger for small layers (Erdos-Renyi-Kernel), and these budgets add up to the sparsity.
         min_kept: how many filters, channels or blocks every layer keeps, even if that is more than the sparsity allows.
         levels: "alternating": ``lower_steps`` lower steps, then an upper one, each on its own batch; "joint": both from every backward.

@@ -1,6 +1,6 @@
 """The layer table: which layer kept how many of its weights.
 
-`report(model)` looks at the weights of Conv and Linear layers; `report(state_dict)`, where layers have no type any more, at the
+`report(model)` looks at the weights that `FastBiP(model)` would prune; `report(state_dict)`, where layers have no type any more, at the
 floating-point tensors of two or more dimensions. A weight is kept when it is not exactly 0. One pass, no state.
 """
 

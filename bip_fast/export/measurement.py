@@ -41,7 +41,7 @@ class Variant:
     Args:
         times: by batch size; empty if it was not measured.
         parameters, nonzeros: of all its parameters, each counted once.
-        sparsity: fraction of zeros in its Conv and Linear weights.
+        sparsity: fraction of zeros in the weights that `FastBiP` would prune.
         flops: of a forward pass of one sample, multiplications and additions; None where torch's counter does not see them.
         file_bytes: its state dict as a safetensors file (for 2:4: its tensors); None without safetensors.
         packed_bytes: the same with kept values and one bit per weight for every weight that has zeros.
