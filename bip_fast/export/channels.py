@@ -209,7 +209,8 @@ def zero_inputs(layer: nn.Module) -> Tensor:
 def matrices_of(use: Use) -> Tensor:
     """(matrices, outputs, inputs) of a weight that is none of a convolution."""
     weight, layer = use.parameter.detach(), use.layer
-    stack = weight.reshape(layer.matrices, -1, weight.shape[-1])
+    rows = weight.shape[1] if layer.experts else weight.shape[0] // layer.matrices
+    stack = weight.reshape(layer.matrices, rows, -1)
     return stack.transpose(1, 2) if layer.transposed else stack
 
 

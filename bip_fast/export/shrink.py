@@ -226,7 +226,7 @@ def _not_cut(twin: nn.Module) -> list[Kept]:
     name_of: dict[Tensor, str] = {p: name for name, p in twin.named_parameters()}
     kept = []
     for use in uses(twin):
-        if use.dense is None and not isinstance(use.module, (_ConvNd, nn.Linear)):
+        if use.dense is None and use.parameter.numel() and not isinstance(use.module, (_ConvNd, nn.Linear)):
             zero, why = matrices_of(use) == 0, f"shrink does not cut {type(use.module).__name__}"
             rows = [Kept(name_of[use.parameter], int(zero.all(dim).sum()), why, dim == 1) for dim in (2, 1)]
             kept += [row for row in rows if row.channels]
