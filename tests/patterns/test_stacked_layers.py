@@ -4,6 +4,7 @@ reference; their budgets, state and orientation."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def table(monkeypatch):
 STACKS = {
     "attention": lambda: nn.MultiheadAttention(16, 2, bias=False),
     "attention, odd": lambda: nn.MultiheadAttention(12, 2, bias=False),
+    "attention, with biases": lambda: nn.MultiheadAttention(12, 2),
     "lstm": lambda: nn.LSTM(8, 20, bias=False, proj_size=4),
     "gru": lambda: nn.GRU(12, 12, bias=False),
     "rnn": lambda: nn.RNN(8, 12, 2, bias=False),
@@ -40,11 +42,19 @@ STACKS = {
 
 
 def sliced(name: str, x: torch.Tensor) -> list[torch.Tensor]:
-    """The matrices of a parameter of `STACKS`, written down here a second time."""
-    count = {"in_proj_weight": 3, "up": len(x)}.get(name.split(".")[-1], 1)
+    """The matrices of a parameter of `STACKS`, or the stretches of its bias, written down here a second time."""
+    count = {"in_proj_weight": 3, "in_proj_bias": 3, "up": len(x)}.get(name.split(".")[-1], 1)
     if "weight_ih" in name or "weight_hh" in name:
         count = {"lstm": 4, "gru": 3}.get(name.split(".")[0], 1)
     return [part.squeeze(0) if x.dim() == 3 else part for part in x.chunk(count)]
+
+
+def seen(opt: FastBiP, p: torch.Tensor) -> list[torch.Tensor]:
+    """All that an optimizer shows of a parameter."""
+    try:
+        return [p.detach(), opt.mask_of(p), opt.weight_of(p), opt.scores_of(p)]
+    except ValueError:  # it is dense
+        return [p.detach()]
 
 
 class Pair:
@@ -53,45 +63,45 @@ class Pair:
     def __init__(self, kind: str, device: torch.device, dtype: torch.dtype = torch.float32, **options) -> None:
         torch.manual_seed(0)
         stack, key = STACKS[kind](), kind.split(",")[0].split()[0]
-        self.whole = nn.ModuleDict({"first": nn.Linear(8, 12), key: stack, "last": nn.Linear(12, 8)}).to(device, dtype)
-        self.pieces = {name: sliced(name, p.detach()) for name, p in self.whole.named_parameters() if name.startswith(key)}
-        apart = [nn.Linear(x.shape[1], x.shape[0], bias=False).to(device, dtype) for own in self.pieces.values() for x in own]
+        self.whole = nn.ModuleDict({"first": nn.Linear(8, 12), key: stack, "last": nn.Linear(12, 8)})
+        named = dict(self.whole.named_parameters())
+        self.layers, twins = [], {}
+        for name, p in named.items():
+            if p.dim() < 2:
+                continue
+            bias = name.replace("weight", "bias") if "weight" in name else ""
+            own = [nn.Linear(x.shape[1], x.shape[0], bias=bias in named) for x in sliced(name, p)]
+            twins |= {bias: [layer.bias for layer in own], name: [layer.weight for layer in own]}
+            self.layers += own
+        self.twins = {name: twins[name] for name in named}
         with torch.no_grad():
-            for layer, x in zip(apart, (x for own in self.pieces.values() for x in own), strict=True):
-                layer.weight.copy_(x)
-        ends = copy.deepcopy(self.whole)
-        self.apart = nn.ModuleList([ends["first"], *apart, ends["last"]])
-        self.layers = apart
-        self.options = options
+            self._each(lambda twin, x: twin.copy_(x), named)
+        self.whole.to(device, dtype)
+        self.apart = nn.ModuleList(self.layers).to(device, dtype)
         self.opt, self.other = (FastBiP(model, **options) for model in (self.whole, self.apart))
         self.check("start")
 
+    def _each(self, do: Callable[[torch.Tensor, torch.Tensor], object], whole: dict[str, torch.Tensor]) -> None:
+        """``do`` something with every twin and its slice of a tensor by name."""
+        for name, own in self.twins.items():
+            for twin, x in zip(own, sliced(name, whole[name]), strict=True):
+                do(twin, x)
+
     def step(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        named = dict(self.whole.named_parameters())
         for p in self.whole.parameters():
             p.grad = torch.randn(p.shape, generator=generator).to(p)
-        number = iter(self.layers)
-        for name in self.pieces:
-            for g in sliced(name, named[name].grad):
-                next(number).weight.grad = g.clone()
-        for end in ("first", "last"):
-            for p, twin in zip(self.whole[end].parameters(), self.apart[0 if end == "first" else -1].parameters(), strict=True):
-                twin.grad = p.grad.clone()
+        gradients = {name: p.grad for name, p in self.whole.named_parameters()}
+        self._each(lambda twin, g: setattr(twin, "grad", g.clone()), gradients)
         self.opt.step()
         self.other.step()
         self.check(f"step {seed}")
 
     def check(self, what: str) -> None:
-        named, number = dict(self.whole.named_parameters()), iter(self.layers)
-        pruned = set(self.opt.pruned_params)
-        for name in self.pieces:
-            p = named[name]
-            views = [p, *(view(p) for view in (self.opt.mask_of, self.opt.weight_of, self.opt.scores_of) if p in pruned)]
-            for own in zip(*(sliced(name, x.detach()) for x in views), strict=True):
-                w = next(number).weight
-                others = [w, *(view(w) for view in (self.other.mask_of, self.other.weight_of, self.other.scores_of) if p in pruned)]
-                for x, y in zip(own, others, strict=True):
+        for name, p in self.whole.named_parameters():
+            given = zip(*(sliced(name, x) for x in seen(self.opt, p)), strict=True)
+            for own, twin in zip(given, self.twins[name], strict=True):
+                for x, y in zip(own, seen(self.other, twin), strict=True):
                     assert_bits(x.contiguous(), y, f"{name} at {what}")
         assert self.opt.report().kept == self.other.report().kept
 
@@ -164,7 +174,7 @@ def test_scores_from_elsewhere(pattern, backend, table):
     p = pair.whole["experts"].up
     scores = torch.rand(p.shape, generator=torch.Generator().manual_seed(1)).to(p)
     pair.opt.set_scores({p: scores})
-    pair.other.set_scores({layer.weight: x for layer, x in zip(pair.layers, scores, strict=True)})
+    pair.other.set_scores({layer.weight: x for layer, x in zip(pair.layers[1:-1], scores, strict=True)})
     pair.check("new scores")
     pair.step(0)
 
