@@ -20,7 +20,6 @@ from torch import Tensor
 from .. import reference
 from ..reference import Blocks
 from .coverage import Parameter
-from .native import kernels
 from .rules import Rule
 from .units import UnitScores, UnitSet, pack_mask, unpack_mask
 

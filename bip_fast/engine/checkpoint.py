@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ def extra(arena: Arena, phases: Phases, ramp: Any) -> dict[str, Any]:
     return {**phases.state(), "ramp": ramp and ramp.state_dict(), "optimizer": arena.rule.name, **counts}
 
 
-def _without_optional(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, shape in shapes.items() if name not in (_MAY_BE_MISSING, INNER)}
+def _expected(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a state may have or not."""
+    return {name: value for name, value in own.items() if name not in (_MAY_BE_MISSING, INNER)}
 
 
 def fitting(
@@ -78,10 +79,10 @@ def _fitting(
     number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
     states, kept = [], 0
     for param in arena.parameters:
-        state, expected_shapes = state_dict["state"].get(number[param.tensor], {}), _without_optional(arena.saved_shapes(param))
-        shapes = _without_optional({name: tuple(x.shape) for name, x in state.items()})
-        if shapes != expected_shapes:
-            raise ValueError(f"state_dict must hold {expected_shapes} for {param.name}, got {shapes}")
+        state, own_shapes = state_dict["state"].get(number[param.tensor], {}), _expected(arena.saved_shapes(param))
+        shapes = {name: tuple(x.shape) for name, x in _expected(state).items()}
+        if shapes != own_shapes:
+            raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {shapes}")
         _check_values(param, state)
         if param.pruned and groups[param.group].get("sparsity") is None and param_groups[param.group]["sparsity"] is not None:
             raise ValueError(f"state_dict must have a sparsity for {param.name}, got None")

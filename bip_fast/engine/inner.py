@@ -39,6 +39,7 @@ class InnerOptimizer:
     def __init__(self, make: Callable[[list[dict[str, Any]]], Any], param_groups: Groups) -> None:
         self._thetas: dict[Tensor, nn.Parameter] = {}
         self._gradients: dict[Tensor, Tensor] = {}
+        self._apart: dict[Tensor, Tensor] = {}  # theta in the flat arrays, where it has another shape than the parameter
         made = make([self._twin(group) for group in param_groups])
         self.optimizers: list[torch.optim.Optimizer] = list(made) if isinstance(made, (list, tuple)) else [made]
         for inner in self.optimizers:
@@ -103,19 +104,28 @@ class InnerOptimizer:
 
     def bind(self, arena: Arena) -> None:
         """Let the thetas be those of ``arena``, and remember where it has their gradients."""
-        self._gradients = {}
+        self._gradients, self._apart = {}, {}
         for p, theta in self._thetas.items():
             param = arena.place_of[p]
-            theta.data = arena.theta_of(param)
+            own = arena.theta_of(param)
             self._gradients[p] = arena.moments_of(param)[0]
+            if own.shape == p.shape and own.stride() == p.stride():
+                theta.data = own
+            else:  # stacked matrices with room between them
+                theta.data, self._apart[p] = arena.weight_of(param), own
 
     def step(self, param_groups: Groups) -> None:
         """One step of theta by the gradients ``m*g`` of the parameters that have one."""
         self.push(param_groups)
+        for p, own in self._apart.items():  # a load may have changed it
+            self._thetas[p].data.copy_(own.reshape(p.shape))
         for p, theta in self._thetas.items():
-            theta.grad = None if p.grad is None else self._gradients[p]
+            g = self._gradients[p]
+            theta.grad = None if p.grad is None else g.reshape(p.shape).contiguous() if p in self._apart else g
         for inner in self.optimizers:
             inner.step()
+        for p, own in self._apart.items():
+            own.copy_(self._thetas[p].data.reshape(own.shape))
         for theta in self._thetas.values():
             theta.grad = None
         self.pull(param_groups)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_bits
+from helpers import assert_bits, fill_gradients
 from own_layers import Below, Experts, Turned, register
 from torch import nn
 
@@ -177,6 +177,43 @@ def test_scores_from_elsewhere(pattern, backend, table):
     pair.other.set_scores({layer.weight: x for layer, x in zip(pair.layers[1:-1], scores, strict=True)})
     pair.check("new scores")
     pair.step(0)
+
+
+@pytest.mark.parametrize("kind", ["attention", "attention, odd", "experts", "experts, odd"])
+def test_an_optimizer_of_the_users(kind, backend, table):
+    """It sees theta in the shape of the parameter, also where the flat arrays have room between matrices. Without pruning the result is
+    that of the bare optimizer; with it, a run goes on from its saved state."""
+
+    def below(groups):
+        made = torch.optim.Adam(groups, lr=0.01, weight_decay=0.1)
+        assert {tuple(p.shape) for group in made.param_groups for p in group["params"]} == shapes
+        return made
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(8, 12), "a": STACKS[kind](), "last": nn.Linear(12, 8)}).to(backend.device)
+    shapes = {tuple(p.shape) for p in model.parameters()}
+    bare, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    opt, other = FastBiP(model, sparsity=0.0, optimizer=below), torch.optim.Adam(bare.parameters(), lr=0.01, weight_decay=0.1)
+    masked = FastBiP(pruned, sparsity=0.5, optimizer=below, levels="joint", mask_lr=0.5)
+
+    def step(seed: int, *runs) -> None:
+        for network, optimizer in runs:
+            fill_gradients(network.parameters(), seed)
+            optimizer.step()
+
+    for seed in range(3):
+        with opt.lower():
+            step(seed, (model, opt), (bare, other), (pruned, masked))
+    for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+        assert_bits(p.detach(), q.detach())
+    again = copy.deepcopy(model)
+    fresh = FastBiP(again, sparsity=0.5, optimizer=below, levels="joint", mask_lr=0.5)
+    fresh.load_state_dict(copy.deepcopy(masked.state_dict()))
+    step(3, (pruned, masked), (again, fresh))
+    for p, q in zip(pruned.parameters(), again.parameters(), strict=True):
+        assert_bits(p.detach(), q.detach())
+    for p in masked.pruned_params:
+        assert torch.equal(p, torch.where(masked.mask_of(p), masked.weight_of(p), 0.0))
 
 
 # --- what goes with filters, and the orientation -------------------------------------------------------------------------------------
