@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-__all__ = ["PRUNABLE", "Layer", "Rule", "Use", "conv_and_linear", "joined", "plain_name", "register_layer", "uses", "weights"]
+__all__ = ["PRUNABLE", "Layer", "LayerRule", "Use", "conv_and_linear", "joined", "plain_name", "register_layer", "uses", "weights"]
 
 
 class Layer(NamedTuple):
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     experts: bool = False
 
 
-class Rule(NamedTuple):
+class LayerRule(NamedTuple):
     """One row of the table; see `register_layer`."""
 
     module: type[nn.Module] | str
@@ -65,22 +65,22 @@ EMBEDDING = "it is an embedding"
 ROUTER = "it chooses among experts"
 
 PRUNABLE = [
-    Rule(_ConvNd, "weight", transposed="transposed", bias="bias"),
-    Rule(nn.Linear, "weight", bias="bias"),
-    Rule("transformers.pytorch_utils.Conv1D", "weight", transposed=True, bias="bias"),
-    Rule(nn.MultiheadAttention, "in_proj_weight", matrices=3, bias="in_proj_bias"),  # queries, keys, values
-    Rule(nn.MultiheadAttention, "[qkv]_proj_weight"),  # where their inputs differ in size
+    LayerRule(_ConvNd, "weight", transposed="transposed", bias="bias"),
+    LayerRule(nn.Linear, "weight", bias="bias"),
+    LayerRule("transformers.pytorch_utils.Conv1D", "weight", transposed=True, bias="bias"),
+    LayerRule(nn.MultiheadAttention, "in_proj_weight", matrices=3, bias="in_proj_bias"),  # queries, keys, values
+    LayerRule(nn.MultiheadAttention, "[qkv]_proj_weight"),  # where their inputs differ in size
     # A gate adds what two matrices make, of the input and of the state, so that no bias goes with the filters of one.
-    *(Rule(cls, "weight_[ih]h*", matrices=4) for cls in (nn.LSTM, nn.LSTMCell)),
-    *(Rule(cls, "weight_[ih]h*", matrices=3) for cls in (nn.GRU, nn.GRUCell)),
-    *(Rule(cls, "weight_[ih]h*") for cls in (nn.RNN, nn.RNNCell)),
-    Rule(nn.LSTM, "weight_hr*"),  # projections of the state
-    Rule("transformers.models.*Experts", "*", experts=True, transposed="is_transposed"),
-    *(Rule(f"transformers.models.*{name}Experts", "*", experts=True, transposed=True) for name in ("Llama4Text", "GptOss")),
-    Rule("transformers.models.*DbrxExpertGLU", "[vw]1", matrices="moe_num_experts"),
-    Rule("transformers.models.*DbrxExpertGLU", "w2", matrices="moe_num_experts", transposed=True),
-    *(Rule(cls, "weight", dense=EMBEDDING) for cls in (nn.Embedding, nn.EmbeddingBag)),
-    *(Rule(f"transformers.models.*{name}", "*", dense=ROUTER) for name in ("Router", "TopKGating")),
+    *(LayerRule(cls, "weight_[ih]h*", matrices=4) for cls in (nn.LSTM, nn.LSTMCell)),
+    *(LayerRule(cls, "weight_[ih]h*", matrices=3) for cls in (nn.GRU, nn.GRUCell)),
+    *(LayerRule(cls, "weight_[ih]h*") for cls in (nn.RNN, nn.RNNCell)),
+    LayerRule(nn.LSTM, "weight_hr*"),  # projections of the state
+    LayerRule("transformers.models.*Experts", "*", experts=True, transposed="is_transposed"),
+    *(LayerRule(f"transformers.models.*{name}Experts", "*", experts=True, transposed=True) for name in ("Llama4Text", "GptOss")),
+    LayerRule("transformers.models.*DbrxExpertGLU", "[vw]1", matrices="moe_num_experts"),
+    LayerRule("transformers.models.*DbrxExpertGLU", "w2", matrices="moe_num_experts", transposed=True),
+    *(LayerRule(cls, "weight", dense=EMBEDDING) for cls in (nn.Embedding, nn.EmbeddingBag)),
+    *(LayerRule(f"transformers.models.*{name}", "*", dense=ROUTER) for name in ("Router", "TopKGating")),
 ]
 GATES = ("gate", "router", "wg", "*_gate")  # names of modules that choose, beside "experts" or a module with stacked ones
 
@@ -133,7 +133,7 @@ def register_layer(
         raise ValueError(f"matrices must be left out with experts=True, where dimension 0 counts them, got {matrices!r}")
     if dense is not None and (matrices, experts, transposed, bias) != (1, False, False, None):
         raise ValueError("dense must come alone: what is not pruned has no matrices, experts, transposed or bias")
-    PRUNABLE.append(Rule(module, parameter, matrices, experts, transposed, bias, dense))
+    PRUNABLE.append(LayerRule(module, parameter, matrices, experts, transposed, bias, dense))
 
 
 # --- a model against the table -------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Use(NamedTuple):
     dense: str | None = None
 
 
-def _rule(module: nn.Module, key: str, dims: int | None) -> Rule | None:
+def _rule(module: nn.Module, key: str, dims: int | None) -> LayerRule | None:
     """The rule for a parameter of a module; ``dims`` is None where nobody knows them yet."""
     for cls in type(module).__mro__:
         for rule in reversed(PRUNABLE):
