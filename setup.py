@@ -33,9 +33,8 @@ OLDEST_GPU = (7, 0)  # the kernels take their parameters as __grid_constant__
 OLDEST_NVCC = (11, 8)  # the toolkit of the oldest torch wheels this package supports
 
 # No fast-math and no contraction of a*b+c anywhere: results on CPU and GPU are equal bit for bit. No -march either, so that one
-# wheel serves every machine: vector code is chosen at run time, and neither errno nor floating-point traps, which nobody asks for, may keep a
-# loop from it. These flags come last, where
-# CXXFLAGS cannot undo them.
+# wheel serves every machine: vector code is chosen at run time, and neither errno nor floating-point traps, which nobody asks for,
+# may keep a loop from it. These flags come last, where CXXFLAGS cannot undo them.
 EXACT = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 WARNINGS = ["-Wall", "-Wextra"]
 MUTATIONS = {"no-fences": "-DBIP_WITHOUT_FENCES"}  # what CUDA kernels are compiled with
