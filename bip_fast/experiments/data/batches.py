@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .augment import Augment
 
-__all__ = ["Epoch", "Position", "batch_count", "epoch_order"]
+__all__ = ["Epoch", "Position", "WholeBatches", "batch_count", "epoch_order"]
 
 
 class Position(NamedTuple):
@@ -34,6 +34,20 @@ class Position(NamedTuple):
 def batch_count(images: int, batch_size: int) -> int:
     """Batches of an epoch over so many images; the last, smaller one is dropped unless it is the only one."""
     return max(1, images // batch_size)
+
+
+class WholeBatches:
+    """Data sets of images: every batch has as many."""
+
+    train_labels: Tensor
+
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        return batch_count(len(self.train_labels), batch_size)
+
+    def seen(self, batch_size: int) -> int:
+        """Images of an epoch."""
+        return self.steps(batch_size) * min(batch_size, len(self.train_labels))
 
 
 def epoch_order(labels: Tensor, position: Position) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .augment import Augment, normalised
-from .batches import Epoch, Position
+from .batches import Epoch, Position, WholeBatches
+from .kinds import IMAGES, Kind
 
 __all__ = ["Dataset", "split", "statistics"]
 
@@ -18,7 +19,7 @@ EVALUATED = 500  # images of an evaluation batch
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(WholeBatches):
     """Images uint8 (n, channels, h, w) and labels int64 (n,) of both parts; mean and std (channels,) of the training images.
 
     ``note`` says what a reader of the results should know, for example that a file is not the official one.
@@ -35,6 +36,7 @@ class Dataset:
     mean: Tensor
     std: Tensor
     note: str = ""
+    kind: Kind = IMAGES
 
     @property
     def channels(self) -> int:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...errors import UserError, one_line
 from .augment import normalised
-from .batches import Position, batch_count
+from .batches import Position, WholeBatches, batch_count
+from .kinds import IMAGES, Kind
 
 __all__ = ["Streamed", "crop_of", "read_image_folders"]
 
@@ -100,7 +101,7 @@ def _stream(batches: Iterable[Sequence[Item]], workers: int) -> Iterator[Tensor]
 
 
 @dataclass(frozen=True)
-class Streamed:
+class Streamed(WholeBatches):
     """Files and labels int64 (n,) of both parts; the attributes mean what they mean in `dataset.Dataset`."""
 
     name: str
@@ -111,6 +112,7 @@ class Streamed:
     test_labels: Tensor
     note: str = ""
     channels: int = 3
+    kind: Kind = IMAGES
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
 

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...engine.layers import weights
 from ..data.parts import AnyData
+from ..data.scoring import loss_of
 from ..settings import Settings
 from .criteria import Criterion, Scored, Scores, Select
 from .stage import Method, Stage, as_dense
@@ -61,8 +61,8 @@ def snip(model: nn.Module, batches: Sequence[Batch]) -> Scores:
         found = weights(twin)
         params = [x for _, x in found]
         total = [torch.zeros_like(x) for x in params]
-        for images, labels in batches:
-            gradients = torch.autograd.grad(F.cross_entropy(twin(images), labels), params)
+        for inputs, labels in batches:
+            gradients = torch.autograd.grad(loss_of(twin(inputs), labels), params)
             torch._foreach_add_(total, list(gradients))
         return {name: (x.detach() * g / len(batches)).abs() for (name, x), g in zip(found, total, strict=True)}
 
@@ -75,7 +75,7 @@ def grasp(model: nn.Module, batches: Sequence[Batch]) -> Scores:
         params = [x for _, x in found]
 
         def gradients(batch: Batch, create_graph: bool) -> Sequence[Tensor]:
-            loss = F.cross_entropy(twin(batch[0]) / TEMPERATURE, batch[1])
+            loss = loss_of(twin(batch[0]) / TEMPERATURE, batch[1])
             return torch.autograd.grad(loss, params, create_graph=create_graph)
 
         g = [torch.zeros_like(x) for x in params]

@@ -18,15 +18,15 @@ import torch
 
 import bip_fast
 
-from ...engine.report import report
+from ...engine.report import Report, layer_table
 from ...errors import UserError, one_line
 from ...optimizer import FastBiP
 from ...state_dicts import load_into, read_state_dict, write_safetensors
-from ..data.batches import batch_count
 from ..data.parts import AnyData
 from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of
 from ..methods.stage import PRETRAIN, Stage, first_epoch
 from ..methods.table import METHODS, stages
+from ..models.heads import candidates
 from ..models.names import build
 from ..settings import Settings
 from . import display
@@ -88,7 +88,7 @@ class Job:
         check_model(model, settings, self.data)
         torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.steps = batch_count(len(self.data.train_labels), settings.batch_size)
+        self.steps = self.data.steps(settings.batch_size)
         self.stages: tuple[Stage, ...] = ()
         self.at = 0  # number of the stage
         self.cursor = Cursor()
@@ -144,7 +144,7 @@ class Job:
             load_into(self.model, read_state_dict(Path(source)), Path(source))
         if self.settings.rewind_checkpoint:
             self._rewind(check_only=True)
-        start = self.asked if self.asked is not None else report(self.model).sparsity if source else 0.0
+        start = self.asked if self.asked is not None else self._report().sparsity if source else 0.0
         self.done["start"] = {"sparsity": start}
         self._plan(start)
         if self.stage.name != PRETRAIN:
@@ -257,7 +257,7 @@ class Job:
         epochs = self.stage.recipe.epochs
         epoch = f"{min(cursor.epoch + 1, epochs)}/{epochs}"
         try:
-            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, report(self.model).sparsity)
+            self.shown.update(self.stage.name, epoch, self._batches_done(), loss, accuracy, self._report().sparsity)
         except BrokenPipeError as error:
             return error
         return None
@@ -283,6 +283,9 @@ class Job:
         self.done["joules"][self.stage.name] = None if lost else so_far + now - before
         self.energy = now
 
+    def _report(self) -> Report:
+        return layer_table(candidates(self.model))
+
     def _score(self, name: str) -> None:
         score = evaluate(self.model, self.data)
         check_finite(score.loss, self._part)
@@ -290,14 +293,14 @@ class Job:
 
     def _say_score(self, name: str) -> None:
         """Called after everything is written, because the reader of the progress may be gone."""
-        self.shown.say(f"{name}: {100 * self.done['scores'][name]['accuracy']:.2f} % of the {self._part} images right")
+        self.shown.say(f"{name}: {100 * self.done['scores'][name]['accuracy']:.2f} % of the {self._part} {self.data.kind.items} right")
 
     def _end_stage(self) -> None:
         stage = self.stage
         self._meter()
         self.done["history"][stage.name] = self.cursor.history
         self.done["seconds"][stage.name] = self.cursor.seconds
-        passes = self._epochs(stage) * self.steps * min(self.settings.batch_size, len(self.data.train_labels))
+        passes = self._epochs(stage) * self.data.seen(self.settings.batch_size)
         self.done["image_passes"][stage.name] = passes + stage.criterion.images(self.settings, self.data)
         if stage.name == PRETRAIN:
             if self.score_start:
@@ -325,7 +328,7 @@ class Job:
             "evaluated_on": self._part,
             "images": {"train": len(self.data.train_labels), self._part: len(self.data.test_labels)},
             **self.done["scores"],
-            **report(self.model).as_dict(),
+            **self._report().as_dict(),
             "decisions": self.decisions,
             "image_passes": self.done["image_passes"],
             "seconds": self.done["seconds"],

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...engine.layers import weights
 from ...errors import UserError
 from ...graphs import GraphedIteration
-from ..data.batches import Position, batch_count
+from ..data.batches import Position
 from ..data.parts import AnyData
+from ..data.scoring import counted, loss_of, right_answers
 from ..methods.stage import Recipe
+from ..models.heads import candidates
 
 __all__ = ["Cursor", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
@@ -34,7 +34,7 @@ class Cursor:
 
     epoch: int = 0
     step: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss, right answers, images
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss, right answers, labels
     seconds: float = 0.0
     flags: dict[str, Tensor] = field(default_factory=dict)  # which weights were kept when the epoch began
     history: list[dict[str, float]] = field(default_factory=list)
@@ -94,21 +94,20 @@ class Score(NamedTuple):
 
 
 def kept_flags(model: nn.Module) -> dict[str, Tensor]:
-    """Boolean tensor of every Conv and Linear weight: which entries are not 0."""
-    return {name: x.detach() != 0 for name, x in weights(model)}
+    """Boolean tensor of every weight that competes: which entries are not 0."""
+    return {name: x.detach() != 0 for name, x in candidates(model)}
 
 
 def evaluate(model: nn.Module, data: AnyData) -> Score:
     """Score on the test images of ``data``, in eval mode; leaves the model in it."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=data.test_labels.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=data.test_labels.device)
     with torch.no_grad():
-        for images, labels in data.test_batches():
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([(logits.argmax(1) == labels).sum(), loss]).double()
-    right, loss_sum = (sums / len(data.test_labels)).tolist()
-    return Score(right, loss_sum)
+        for inputs, labels in data.test_batches():
+            logits = model(inputs)
+            sums += torch.stack([right_answers(logits, labels), loss_of(logits, labels, "sum"), counted(labels)]).double()
+    right, loss, count = sums.tolist()
+    return Score(right / count, loss / count)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
@@ -123,9 +122,8 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float)
 
 def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and what it adds to the sums of a `Cursor`."""
-    loss = F.cross_entropy(logits, labels)
-    right = (logits.detach().argmax(1) == labels).sum()
-    return loss, torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))]).double()
+    loss, count = loss_of(logits, labels), counted(labels)
+    return loss, torch.stack([loss.detach() * count, right_answers(logits, labels), count]).double()
 
 
 def train(
@@ -150,7 +148,7 @@ def train(
         amp: bfloat16 autocast.
         say: is told once, and why, when the iterations cannot be graphs although the device has them.
     """
-    steps = batch_count(len(data.train_labels), recipe.batch_size)
+    steps = data.steps(recipe.batch_size)
     total = recipe.epochs * steps
     frozen = recipe.freeze >= 1 or not hasattr(optimizer, "freeze_masks")
     cursor.sums = cursor.sums.to(data.train_labels.device)

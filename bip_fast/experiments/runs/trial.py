@@ -7,33 +7,34 @@ import copy
 import torch
 from torch import nn
 
-from ...engine.layers import weights
 from ...errors import UserError, one_line
 from ..data.parts import AnyData
 from ..methods.begin import pruner
+from ..models.heads import candidates
 from ..settings import Settings
 
 __all__ = ["check_model"]
 
 
 def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
-    """UserError unless ``model`` makes logits of two images of the data set, learns, and can be pruned and saved. Works on a copy."""
-    name, shape = settings.model, (2, *data.shape)
+    """UserError unless ``model`` makes logits of two items of the data set, learns, and can be pruned and saved. Works on a copy."""
+    name, items, blank = settings.model, data.kind.items, torch.zeros_like(data.example(), device="cpu")
+    shape = tuple(blank.shape)
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(shape))
+            logits = model.eval()(blank)
     except Exception as error:  # the user's code may raise anything
-        raise UserError(f"--model {name} failed on images of shape {shape}: {one_line(error, named=True)}") from error
+        raise UserError(f"--model {name} failed on {items} of shape {shape}: {one_line(error, named=True)}") from error
     expected = (2, data.classes)
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UserError(f"--model {name} must give logits of shape {expected} for images of shape {shape}, got {found}")
-    if not weights(model):
+        raise UserError(f"--model {name} must give logits of shape {expected} for {items} of shape {shape}, got {found}")
+    if not candidates(model):
         raise UserError(f"--model {name} has no Conv or Linear layer to prune")
     try:
         trial = copy.deepcopy(model).train()
         optimizer = pruner(trial, settings, data)
-        trial(torch.zeros(shape)).sum().backward()
+        trial(blank).sum().backward()
         optimizer.step()
         if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
             raise TypeError("its state_dict() holds more than tensors")
