@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..experiments.compare import cluster, figures, progress, results
 from ..experiments.compare.execution import Comparison, run_here
 from ..experiments.compare.grid import Grid, read
-from ..experiments.data.sources import DATA
+from ..experiments.data.sources import source_of
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.signals import Stop
 from .environment import pick_device
@@ -60,7 +60,7 @@ def run(options: dict[str, Any]) -> int:
     if jobs is not None and address is not None:
         raise UserError("--jobs is for this machine, and the nodes at --address say themselves how many runs they take: give one of them")
     for name in sorted({cell.settings.data for cell in grid.cells.values()}):
-        if data_dir is None and DATA[name].files is not None:
+        if data_dir is None and source_of(name).needs_folder:
             raise UserError(f"data {name} needs --data-dir, the folder with its files")
     comparison = Comparison(grid, out, data_dir, str(device), progress.make())
     if options["list"]:
@@ -117,7 +117,8 @@ def _finish(comparison: Comparison) -> int:
     if rows:
         made = [*results.write(rows, comparison.out), *figures.draw(rows, comparison.out)]
         part = "validation" if rows[0]["evaluated_on"] == "validation" else "test"
-        print(f"Accuracy on {part} images in percent, mean ± standard deviation over seeds; epochs and minutes with dense training.\n")
+        items = " and ".join(dict.fromkeys(source_of(row["data"]).kind.items for row in rows))
+        print(f"Accuracy on {part} {items} in percent, mean ± standard deviation over seeds; epochs and minutes with dense training.\n")
         print(results.table(rows))
         print(f"\nin {comparison.out}: {', '.join(path.name for path in made)}")
     for address, why in comparison.failed.items():

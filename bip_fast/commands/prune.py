@@ -12,12 +12,12 @@ import torch
 from ..engine.native import kernels
 from ..engine.report import Report, Row
 from ..errors import UserError
-from ..experiments.data.sources import DATA, load
+from ..experiments.data.sources import DATA, load, source_of
 from ..experiments.methods.table import METHODS
 from ..experiments.runs import display
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.job import Job
-from ..experiments.runs.resolve import resolve, unused
+from ..experiments.runs.resolve import preset_of, resolve, unused
 from ..experiments.runs.signals import Stop
 from ..experiments.settings import FIELDS, PARTS, RUN, Settings, described, option
 from .environment import pick_device
@@ -49,7 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(option(name), type=kind, metavar=more["metavar"], help=text)
         if name == "data":
             group.add_argument(
-                "--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data set (not needed for digits)"
+                "--data-dir",
+                type=Path,
+                metavar="DIR",
+                help="folder with the standard files of the data set (not for digits and tsv:PATH)",
             )
     run = groups[RUN]
     run.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
@@ -63,9 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _default(name: str) -> str:
     """The value of a setting without an option, with the data sets for which it differs."""
     values: dict[Any, list[str]] = {}
-    own = METHODS[Settings.method].defaults
-    for data, source in DATA.items():
-        values.setdefault(own.get(name, source.preset.get(name, getattr(Settings, name))), []).append(data)
+    for data in DATA:
+        values.setdefault(preset_of(data, Settings.method, {}).get(name, getattr(Settings, name)), []).append(data)
     if len(values) == 1:
         return f"{next(iter(values))}"
     return ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())
@@ -126,7 +128,7 @@ def print_result(result: dict[str, Any], path: Path) -> None:
     before = "" if dense is None else f"dense {dense:.2f} %   "
     change = "" if dense is None else f" ({pruned - dense:+.2f})"
     print(f"\n{Report(rows)}\n")
-    print(f"{part} accuracy   {before}pruned {pruned:.2f} %{change}   on {result['images'][part]} images")
+    print(f"{part} accuracy   {before}pruned {pruned:.2f} %{change}   on {result['images'][part]} {source_of(result['data']).kind.items}")
     times = {"dense training": seconds.get("pretrain"), "pruning": sum(x for stage, x in seconds.items() if stage != "pretrain")}
     print(f"seconds         {'   '.join(f'{name} {x:.1f}' for name, x in times.items() if x is not None)}")
     print(f"run folder      {path}")

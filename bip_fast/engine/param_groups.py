@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .coverage import Parameter, Seen, frozen
 from .layers import Layer, conv_and_linear, joined, plain_name, uses
-from .options import ALL_KEYS
+from .options import ALL_KEYS, LOWER_KEYS
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
@@ -102,7 +102,7 @@ def seen_in_group(seen: Seen, params: Iterable[Any], names: Mapping[Tensor, str]
 
 
 def _named(what: str, pattern: str, prunable: Sequence[Tensor], names: Names) -> set[Tensor]:
-    """Weights that would be pruned and whose own name, or whose module's name, matches; ValueError if there are none."""
+    """Those of ``prunable`` whose own name, or whose module's name, matches; ValueError if there are none."""
     if not names:
         raise ValueError(f"{what} has the name {pattern!r}, but the parameters came without names; pass the model or named_parameters()")
     found = {p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")} & set(prunable)
@@ -129,6 +129,7 @@ def _excluded_by(item: Any, prunable: list[Tensor], names: Names) -> set[Tensor]
 
 def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Tensor], names: Names) -> Groups:
     """The groups, with weights that ``overrides`` names in groups of their own, each behind the group that the weight was in."""
+    learning = [p for group in groups for p in group["params"] if isinstance(p, Tensor)]
     options: dict[Tensor, dict[str, Any]] = {}
     for pattern, value in overrides.items():
         if not isinstance(pattern, str):
@@ -138,7 +139,8 @@ def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Ten
             raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
         if unknown := sorted(map(str, chosen.keys() - {*ALL_KEYS, "density"})):
             raise ValueError(f"overrides must give options of a parameter group, got {', '.join(map(repr, unknown))} for {pattern!r}")
-        for p in _named("overrides", pattern, prunable, names):
+        of_any = chosen.keys() <= set(LOWER_KEYS)  # not about pruning alone, so that biases and dense weights have them too
+        for p in _named("overrides", pattern, learning if of_any else prunable, names):
             options[p] = chosen
     divided: Groups = []
     for group in groups:
@@ -199,7 +201,8 @@ def param_groups_of(
     Args:
         params: Module (the matrices of its layers are pruned, see `layers`), parameters, ``(name, parameter)`` pairs, or groups of either.
         exclude: one or many of: a parameter's name, the name of its module, a pattern of `fnmatch`, a Module, a parameter.
-        overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts.
+        overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts. Step sizes and
+            other options of the rule that moves weights alone are also for parameters that are not pruned.
         coupled: lists of names of parameters whose filters are kept or dropped together; with `OUTPUTS` in a list its filters stay.
 
     Raises:

@@ -6,9 +6,11 @@ What depends on several of them, or on the method, is in `runs.resolve`. Default
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
@@ -16,17 +18,19 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from ..engine.options import LEVELS, SCOPES
+from ..engine.options import LEVELS, SCOPES, SCORE_STARTS
+from ..engine.rules import RULES
 from ..errors import UserError
-from .data.parts import VALIDATION_IMAGES, AnyData, at_stride, hold_out, subset
-from .data.sources import DATA
+from .data.parts import VALIDATION_IMAGES, AnyData, AnyRead, at_stride, hold_out, subset
+from .data.sentences import Sentences
+from .data.sources import DATA, TSV
 from .models.names import MODELS
+from .models.transformer import PREFIX, TRANSFORMERS, tokenizer
 
-__all__ = ["FIELDS", "PARTS", "PATHS", "RUN", "Settings", "described", "option", "user_error"]
+__all__ = ["DECAYS", "FIELDS", "PARTS", "PATHS", "RUN", "Settings", "described", "option", "user_error"]
 
-# What scores start from: |theta|, as in the paper, or theta^2 / 2, which gradient descent on theta moves by -lr*theta*g, as upper steps
-# move scores by -mask_lr*theta*g: learned and inherited parts of a score are then of one kind.
-SCORE_STARTS = ("magnitude", "square")
+# What step sizes do after they have warmed up, from 1 at the beginning to 0 at the end.
+DECAYS = {"cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)), "linear": lambda t: 1 - t}
 # Parts of the help of `bip-fast prune`.
 PARTS = WHAT, HOW, TRAINING, RUN = "what to prune", "how to prune", "training", "the run"
 
@@ -71,23 +75,44 @@ class Settings:
         pydantic.ValidationError: a value is of another type or out of range; `user_error` makes a sentence of it.
     """
 
-    data: Annotated[str, _one_of(DATA), _told(WHAT, "NAME", ", ".join(DATA))] = "digits"
+    data: Annotated[
+        str,
+        _checked(f"one of {', '.join(DATA)}, or tsv:FILE", lambda value: value in DATA or value.startswith(TSV)),
+        _told(
+            WHAT,
+            "NAME",
+            f"{', '.join(DATA)}, or tsv:PATH: a file of lines of a text, a tab and its label, of which a fifth is held out as the test "
+            "part, or a folder with train.tsv and test.tsv (or dev.tsv)",
+        ),
+    ] = "digits"
     train_images: Annotated[
-        int | None, _told(WHAT, "N", "only so many training images, the same share of every class", default="", ge=1)
+        int | None, _told(WHAT, "N", "only so many training images or texts, the same share of every class", default="", ge=1)
     ] = None
     stride: Annotated[int, _told(WHAT, "N", "only every N-th pixel in both directions", ge=1)] = 1
     model: Annotated[
-        str, _told(WHAT, "NAME", f"{', '.join(MODELS)}, timm:NAME, torchvision:NAME, or your own: FILE.py:function(channels, classes)")
+        str,
+        _told(
+            WHAT,
+            "NAME",
+            f"{', '.join(MODELS)}, timm:NAME, torchvision:NAME, or your own: FILE.py:function(channels, classes); for text "
+            f"{', '.join(TRANSFORMERS)}, or hf:PATH, a folder of transformers with a classification head",
+        ),
     ] = "resnet20"
     width: Annotated[
         int | None,
         _told(WHAT, "N", "channels of the first stage", default="16, for resnet18, resnet50 and vgg16bn 64", ge=1),
     ] = None
+    max_tokens: Annotated[int, _told(WHAT, "N", "of a text; longer ones are cut", ge=2)] = 128
     method: Annotated[str, _told(HOW, "NAME", "README.md has a table of what each does")] = "bip"
     sparsity: Annotated[
         float,
         _checked("in [0, 1)", lambda value: 0 <= value < 1, _percent),
-        _told(WHAT, "S", "fraction of zeros among all Conv and Linear weights, or pruned share of the units of --pattern, in [0, 1)"),
+        _told(
+            WHAT,
+            "S",
+            "fraction of zeros among all Conv and Linear weights, a transformer's head apart, or pruned share of the units of --pattern, "
+            "in [0, 1)",
+        ),
     ] = 0.95
     pattern: Annotated[str, _told(WHAT, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")] = "unstructured"
     scope: Annotated[str, _one_of(SCOPES), _told(WHAT, "NAME", f"{', '.join(SCOPES)}: how the sparsity is shared out among the layers")] = (
@@ -100,15 +125,23 @@ class Settings:
     ] = "alternating"
     pretrain_epochs: Annotated[int, _told(TRAINING, "N", "epochs of dense training", ge=0)] = 30
     # Its range depends on the method: runs.resolve.
-    epochs: Annotated[int, _told(HOW, "N", "passes over the training images while pruning")] = 40
-    batch_size: Annotated[int, _told(TRAINING, "N", "images in a batch", ge=2)] = 64
-    pretrain_lr: Annotated[_Size, _told(TRAINING, "X", "step size of dense training, at the start of a cosine")] = 0.1
-    lr: Annotated[_Size, _told(HOW, "X", "step size of the weights, at the start of a cosine")] = 0.05
-    mask_lr: Annotated[_Size, _told(HOW, "X", "step size of the scores, at the start of a cosine")] = 1.0
+    epochs: Annotated[int, _told(HOW, "N", "passes over the training images or texts while pruning")] = 40
+    batch_size: Annotated[int, _told(TRAINING, "N", "images or texts in a batch", ge=2)] = 64
+    optimizer: Annotated[str, _one_of(RULES), _told(TRAINING, "NAME", f"{' or '.join(RULES)}: the rule that moves the weights")] = "sgd"
+    pretrain_lr: Annotated[_Size, _told(TRAINING, "X", "step size of dense training, before it decays")] = 0.1
+    lr: Annotated[_Size, _told(HOW, "X", "step size of the weights, before it decays")] = 0.05
+    mask_lr: Annotated[_Size, _told(HOW, "X", "step size of the scores, before it decays as that of the weights")] = 1.0
     gamma: Annotated[
         float, _told(HOW, "X", "weight of the lower level's convexity; larger: smaller implicit gradient", gt=0, allow_inf_nan=False)
     ] = 1.0
-    momentum: Annotated[float, _told(TRAINING, "X", "momentum of the weights", ge=0, lt=1)] = 0.9
+    head_lr: Annotated[_Size, _told(TRAINING, "X", "step size of a transformer's head, before it decays; 0: that of all else")] = 0.0
+    warmup: Annotated[float, _told(TRAINING, "X", "share of a stage in which all step sizes grow from 0", ge=0, lt=1)] = 0.0
+    decay: Annotated[str, _one_of(DECAYS), _told(TRAINING, "NAME", f"{' or '.join(DECAYS)}: how step sizes fall to 0")] = "cosine"
+    clip: Annotated[_Size, _told(TRAINING, "X", "largest norm of all gradients together; 0: they are not clipped")] = 0.0
+    momentum: Annotated[float, _told(TRAINING, "X", "momentum of the weights, of sgd", ge=0, lt=1)] = 0.9
+    beta1: Annotated[float, _told(TRAINING, "X", "decay of the mean of gradients, of adamw", ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, _told(TRAINING, "X", "decay of the mean of squared gradients, of adamw", ge=0, lt=1)] = 0.999
+    eps: Annotated[_Size, _told(TRAINING, "X", "added to the root of that mean")] = 1e-8
     weight_decay: Annotated[_Size, _told(TRAINING, "X", "weight decay of pruning and fine-tuning")] = 5e-4
     pretrain_weight_decay: Annotated[
         _Size,
@@ -127,7 +160,10 @@ class Settings:
     ] = "magnitude"
     ramp: Annotated[
         float,
-        _told(HOW, "X", "share of the time until masks freeze in which the sparsity grows; 0: all of it at once", ge=0, le=1),
+        _told(HOW, "X", "share of the time until masks freeze after which the sparsity has grown; 0: all of it at once", ge=0, le=1),
+    ] = 0.0
+    ramp_start: Annotated[
+        float, _told(HOW, "X", "share of the time until masks freeze after which the sparsity begins to grow", ge=0, lt=1)
     ] = 0.0
     freeze: Annotated[
         float,
@@ -163,7 +199,7 @@ class Settings:
         _told(
             TRAINING,
             "",
-            f"hold out {VALIDATION_IMAGES:,} training images, or a fifth if that is less, and measure on these: for choosing options",
+            f"hold out {VALIDATION_IMAGES:,} training images or texts, or a fifth if that is less, and measure there: for choosing options",
             default="",
         ),
     ] = False
@@ -186,21 +222,29 @@ class Settings:
     @property
     def folder_name(self) -> str:
         """Name of the default run folder: what a person tells runs apart by."""
-        model, pattern = ("".join(c if c.isalnum() else "-" for c in name) for name in (self.model, self.pattern))
+        own = (Path(name).stem if name.startswith((TSV, PREFIX)) else name for name in (self.data, self.model))
+        data, model, pattern = ("".join(c if c.isalnum() else "-" for c in name) for name in (*own, self.pattern))
         kind = "" if self.pattern == "unstructured" else f"-{pattern}"
         method = "" if self.method == "bip" else f"-{self.method}"
-        return f"{self.data}-{model}{method}-{100 * self.sparsity:g}{kind}-seed{self.seed}"
+        return f"{data}-{model}{method}-{100 * self.sparsity:g}{kind}-seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def part_of(self, data: AnyData) -> AnyData:
-        """What a run works on: held-out images in place of the test images, fewer images, fewer pixels."""
+    @property
+    def decays(self) -> Callable[[float], float]:
+        """The factor of all step sizes at a share of the way from the end of the warm-up to the end."""
+        return DECAYS[self.decay]
+
+    def part_of(self, data: AnyRead) -> AnyData:
+        """What a run works on: held-out images or texts in place of the test part, fewer of them, fewer pixels; the tokens of texts."""
         if self.validate:
             data = hold_out(data, self.validation_images)
         if self.train_images is not None:
             data = subset(data, self.train_images)
-        return at_stride(data, self.stride) if self.stride > 1 else data
+        if self.stride > 1:
+            data = at_stride(data, self.stride)
+        return data.tokens(tokenizer(self.model, self.max_tokens)) if isinstance(data, Sentences) else data
 
 
 FIELDS = tuple(field.name for field in fields(Settings))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import UserError, one_line
-from ..data.parts import AnyData
+from ..data.parts import AnyRead
 from ..data.sources import load
 from ..runs.display import Display
 from ..runs.folder import DamagedCheckpoint, RunFolder, snapshot_name
@@ -110,7 +110,7 @@ def run_cell(task: CellTask, tell: Tell) -> str | None:
     return None
 
 
-def _run(task: CellTask, loaded: AnyData, device: torch.device, shown: _Telling) -> None:
+def _run(task: CellTask, loaded: AnyRead, device: torch.device, shown: _Telling) -> None:
     settings = task.settings
     if task.parent is not None:
         paths = {"checkpoint": str(task.parent / "model.safetensors")}

@@ -22,6 +22,7 @@ from ..data.sources import fingerprint
 from ..methods.imp import rounds
 from ..methods.stage import first_epoch
 from ..methods.table import METHODS, stages
+from ..models.names import fingerprint as model_files
 from ..runs.resolve import resolve, unused
 from ..settings import FIELDS, PATHS, Settings
 
@@ -31,7 +32,8 @@ FORMAT = 2  # enters every address: one more when the same settings mean another
 # All that decides a dense network.
 DENSE = (
     "data", "train_images", "stride", "model", "width", "pretrain_epochs", "batch_size", "pretrain_lr", "momentum",
-    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp", "threads",
+    "pretrain_weight_decay", "seed", "validate", "validation_images", "amp", "threads", "max_tokens", "optimizer", "head_lr", "warmup",
+    "decay", "clip", "beta1", "beta2", "eps",
 )  # fmt: skip
 
 
@@ -60,9 +62,8 @@ class Cell:
         """Hash of everything that decides the result, but the version of the library and the machine; taken once, when the grid is read."""
         settings = {name: value for name, value in self.settings.as_dict().items() if name not in PATHS}
         parts: list[Any] = [FORMAT, settings, self.files, self.parent.address if self.parent else None]
-        file = Path(self.settings.model.rpartition(":")[0])
-        if file.suffix == ".py" and file.is_file():
-            parts.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        if own := model_files(self.settings.model):
+            parts.append(own)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -173,6 +174,12 @@ def _repeated_key(node: Any, depth: int = 3) -> Any:
     return None
 
 
+def _starts_from_a_run(settings: Settings) -> bool:
+    """Whether there is a dense run before it. Without an epoch of that there is none, unless runs rewind to its start."""
+    method = METHODS[settings.method]
+    return method.needs_dense and bool(settings.pretrain_epochs or method.in_rounds or settings.rewind not in (None, "lr"))
+
+
 class _Builder:
     def __init__(self, path: Path, fingerprint: Callable[[str], str]) -> None:
         self.path, self.fingerprint = path, fingerprint
@@ -210,7 +217,7 @@ class _Builder:
             raise UserError(f"{self.path}: methods: {label}: {message}") from error
         if (useless := unused(settings, own)) is not None:
             raise UserError(f"{self.path}: methods: {label}: method {settings.method} makes no use of {useless}: leave it out")
-        dense = self._dense(settings) if METHODS[settings.method].needs_dense else None
+        dense = self._dense(settings) if _starts_from_a_run(settings) else None
         parent, files = dense, self.fingerprint(settings.data)
         if METHODS[settings.method].in_rounds:
             for sparsity in rounds(0.0, settings.sparsity, settings.per_round)[:-1]:

@@ -1,4 +1,4 @@
-"""Parts of a data set: held-out images, fewer images, fewer pixels."""
+"""Parts of a data set: held-out images or sentences, fewer of them, fewer pixels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 from ...errors import UserError
 from .dataset import Dataset
 from .image_folders import Streamed
+from .sentences import Sentences, Tokens
 
-__all__ = ["VALIDATION_IMAGES", "AnyData", "at_stride", "hold_out", "subset"]
+__all__ = ["VALIDATION_IMAGES", "AnyData", "AnyRead", "at_stride", "hold_out", "subset"]
 
 VALIDATION_IMAGES = 5000  # held out by default, where that is at most a fifth
-AnyData = Dataset | Streamed
+AnyData = Dataset | Streamed | Tokens  # what a network is trained on
+AnyRead = Dataset | Streamed | Sentences  # what a reader gives
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,7 @@ def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
-def hold_out(data: AnyData, count: int = VALIDATION_IMAGES, seed: int = 0) -> AnyData:
+def hold_out(data: AnyRead, count: int = VALIDATION_IMAGES, seed: int = 0) -> AnyRead:
     """For choosing options: ``count`` training images take the place of the test images, which are dropped.
 
     The part is stratified, chosen by ``seed`` (not by the seed of a run), and at most a fifth of the training images.
@@ -38,7 +40,7 @@ def hold_out(data: AnyData, count: int = VALIDATION_IMAGES, seed: int = 0) -> An
     return data.selected(*stratified(data.train_labels, min(count, len(data.train_labels) // 5), seed))
 
 
-def subset(data: AnyData, count: int, seed: int = 0) -> AnyData:
+def subset(data: AnyRead, count: int, seed: int = 0) -> AnyRead:
     """A stratified part of ``count`` training images, chosen by ``seed``; the test images stay.
 
     Raises:
@@ -49,7 +51,7 @@ def subset(data: AnyData, count: int, seed: int = 0) -> AnyData:
     return data.selected(stratified(data.train_labels, count, seed)[1])
 
 
-def at_stride(data: AnyData, stride: int) -> AnyData:
+def at_stride(data: AnyRead, stride: int) -> AnyRead:
     """Every ``stride``-th pixel in both directions."""
     if not isinstance(data, Dataset):
         raise UserError(f"--stride is for data sets in memory, got --data {data.name}")

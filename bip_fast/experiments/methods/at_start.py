@@ -144,7 +144,7 @@ def _images(batches: int, settings: Settings, data: AnyData) -> int:
 
 
 def _synflow(of: Scored) -> Scores:
-    return synflow(of.model, of.data.shape, of.sparsity, of.select)
+    return synflow(of.model, of.data.example().shape[1:], of.sparsity, of.select)
 
 
 # GraSP: one backward for g, one with a graph and one through it for H g.
@@ -169,7 +169,7 @@ def _at_init(criterion: str) -> Callable[[Settings, float], tuple[Stage, ...]]:
 
 
 SNIP = Method(
-    "prunes random weights once by |theta * g| on a batch, then trains",
+    "prunes the first weights, random or of a pretrained network, once by |theta * g| on a batch, then trains",
     "D + E",
     "Lee et al. 2019, arXiv 1810.02340",
     False,
@@ -182,6 +182,7 @@ GRASP = Method(
     "Wang et al. 2020, arXiv 2002.07376",
     False,
     _at_init("grasp"),
+    images_only=True,  # attention has no second derivatives in every torch
 )
 
 SYNFLOW = Method(
@@ -191,6 +192,13 @@ SYNFLOW = Method(
     False,
     _at_init("synflow"),
     any_sparsity=True,
+    images_only=True,
 )
 
-RANDOM = Method("prunes random weights at random, then trains", "D + E", "", False, _at_init("random"))
+RANDOM = Method(
+    "prunes the first weights, random or of a pretrained network, at random, then trains",
+    "D + E",
+    "",
+    False,
+    _at_init("random"),
+)

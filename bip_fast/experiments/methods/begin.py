@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ...export.coupling import coupled_filters
 from ...optimizer import FastBiP
 from ...schedule import CURVES
 from ..data.parts import AnyData
+from ..models.heads import head_of, stays_dense
 from ..settings import Settings
 from .criteria import MAGNITUDE, Scored, Scores, Select, to_unit_interval
 from .stage import Stage, pretraining
@@ -26,20 +28,32 @@ UPDATES = 100  # of the masks while the sparsity grows by magnitude
 
 
 def dense_optimizer(model: nn.Module, settings: Settings, stage: Stage | None = None) -> torch.optim.Optimizer:
-    """SGD over all of ``model``, for ``stage`` or for dense training."""
+    """The plain rule over all of ``model``, for ``stage`` or for dense training."""
     recipe = (pretraining(settings) if stage is None else stage).recipe
-    return torch.optim.SGD(model.parameters(), recipe.lr, settings.momentum, weight_decay=recipe.weight_decay)
+    head = set(head_of(model).values())
+    parts = [[p for p in model.parameters() if (p in head) == inside and (p.requires_grad or not head)] for inside in (False, True)]
+    groups = [{"params": part} for part in parts if part]
+    if settings.optimizer == "adamw":
+        betas = (settings.beta1, settings.beta2)
+        return torch.optim.AdamW(groups, recipe.lr, betas, settings.eps, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(groups, recipe.lr, settings.momentum, weight_decay=recipe.weight_decay)
 
 
 def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | None = None) -> FastBiP:
-    """FastBiP over all Conv and Linear weights of ``model``. Filters that can only be removed together are learned together."""
+    """FastBiP over all matrices of ``model`` that compete. Filters that can only be removed together are learned together."""
     coupled: list[list[str]] = []
     if settings.pattern == "filter":
         coupled = coupled_filters(model, data.example())
     sparsity = settings.sparsity if stage is None or stage.sparsity is None else stage.sparsity
     moves = settings.levels if stage is None else stage.moves
+    rule: dict[str, Any] = {"momentum": settings.momentum}
+    if settings.optimizer == "adamw":
+        rule = {"betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     return FastBiP(
         model,
+        optimizer=settings.optimizer,
+        exclude=stays_dense(model),
+        overrides={name: {"lr": settings.head_lr or settings.lr} for name in head_of(model)},  # a group of its own
         sparsity=sparsity,
         pattern=settings.pattern,
         scope=settings.scope,
@@ -48,9 +62,9 @@ def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | N
         mask_lr=settings.mask_lr,
         mask_momentum=settings.mask_momentum,
         gamma=math.inf if moves == "scores" else settings.gamma,  # weights that stay have no implicit gradient
-        momentum=settings.momentum,
         weight_decay=settings.weight_decay if stage is None else stage.recipe.weight_decay,
         levels="joint" if moves == "joint" else "alternating",
+        **rule,
     )
 
 
@@ -143,8 +157,8 @@ def before_step(stage: Stage, optimizer: torch.optim.Optimizer) -> Callable[[int
         length = min(round(stage.ramp * stage.recipe.freeze * total), total - 1)
         if done > length:
             return
-        last = done == length
-        _set_sparsity(optimizer, end if last else end * (1 - CURVES["cubic"](done / length)))
+        last, wait = done == length, min(round(stage.ramp_start * stage.recipe.freeze * total), length - 1)
+        _set_sparsity(optimizer, end if last else end * (1 - CURVES["cubic"](max(done - wait, 0) / (length - wait))))
         if stage.follow_magnitude and (last or done % max(1, length // UPDATES) == 0):
             optimizer.set_scores(to_unit_interval({p: optimizer.weight_of(p).abs() for p in optimizer.pruned_params}))
         elif last:

@@ -38,4 +38,5 @@ IMP = Method(
     uses=("lr", "rewind"),
     in_rounds=True,
     any_sparsity=True,
+    adamw={"rewind": "init"},
 )

@@ -13,7 +13,8 @@ def _one_shot(settings: Settings, start: float) -> tuple[Stage, ...]:
 
 
 def _gradual(settings: Settings, start: float) -> tuple[Stage, ...]:
-    return (Stage(recipe(settings, "prune"), settings.sparsity, ramp=settings.ramp, follow_magnitude=True),)
+    own = recipe(settings, "prune")
+    return (Stage(own, settings.sparsity, ramp=settings.ramp, ramp_start=settings.ramp_start, follow_magnitude=True),)
 
 
 OMP = Method(
@@ -24,6 +25,7 @@ OMP = Method(
     _one_shot,
     {"rewind": "init"},
     uses=("lr", "rewind"),
+    adamw={"rewind": "init"},
 )
 
 OMP_FINETUNE = Method(
@@ -42,5 +44,6 @@ GMP = Method(
     True,
     _gradual,
     {"ramp": 0.5},
-    uses=("lr", "ramp"),
+    uses=("lr", "ramp", "ramp_start"),
+    adamw={"ramp": 0.6},
 )

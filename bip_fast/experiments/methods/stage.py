@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..settings import Settings
+from ..settings import DECAYS, Settings
 from .criteria import MAGNITUDE, Criterion
 
 __all__ = ["PRETRAIN", "STEPS", "Method", "Recipe", "Stage", "as_dense", "first_epoch", "pretraining", "recipe", "retraining"]
 
 PRETRAIN = "pretrain"
 # Settings of the steps, for which a method may have no use.
-STEPS = ("levels", "lr", "mask_lr", "mask_momentum", "gamma", "score_start", "ramp", "freeze", "rewind")
+STEPS = ("levels", "lr", "mask_lr", "mask_momentum", "gamma", "score_start", "ramp", "ramp_start", "freeze", "rewind")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,11 @@ class Recipe:
 
     Args:
         stage: its name; enters the random order of the images.
-        lr, mask_lr: step sizes at the start, for weights and scores.
+        lr, mask_lr: step sizes before they decay, for weights and scores.
+        head_lr: that of a transformer's head; 0: as ``lr``.
+        warmup: share of the stage in which all of them grow from 0.
+        decays: their factor at a share of the way from there to the end.
+        clip: largest norm of all gradients together; 0: they are not clipped.
         freeze: share of the stage after which the masks stay as they are; 0 is one-shot magnitude pruning with fine-tuning.
         first_epoch: of the schedule, that a rewound stage starts with.
         weight_decay: of the optimizer that it is trained with.
@@ -37,6 +41,10 @@ class Recipe:
     freeze: float = 1.0
     first_epoch: int = 0
     weight_decay: float = 0.0
+    head_lr: float = 0.0
+    warmup: float = 0.0
+    decays: Callable[[float], float] = DECAYS["cosine"]
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Stage:
 
     Args:
         recipe: epochs, batches and step sizes.
-        sparsity: of the masks; None: dense, trained by plain SGD.
+        sparsity: of the masks; None: dense, trained by the plain rule.
         moves: what its steps move. "weights" under masks that stay; "scores" under weights that stay; "alternating" or "joint": both.
         criterion: that chooses the masks at the beginning, from the weights before a rewind.
         rewind: go back to the weights that the run has kept (`first_epoch`), with their norms and biases.
-        ramp: share of the time until masks freeze in which the sparsity grows from 0, along the cubic curve of gradual magnitude pruning.
+        ramp: share of the time until masks freeze after which the sparsity has grown from 0, along the cubic curve of gradual magnitude
+            pruning; 0: it is there from the first step.
+        ramp_start: share of that time after which it begins to grow.
         follow_magnitude: while it grows, masks are chosen by magnitude again and again.
     """
 
@@ -59,6 +69,7 @@ class Stage:
     criterion: Criterion = MAGNITUDE
     rewind: bool = False
     ramp: float = 0.0
+    ramp_start: float = 0.0
     follow_magnitude: bool = False
 
     @property
@@ -76,10 +87,12 @@ class Method:
         source: the paper.
         needs_dense: whether it starts from a trained dense network.
         plan: its stages after dense training.
-        defaults: settings that differ from those of BiP.
+        defaults: settings that differ from those of BiP, with SGD below.
+        adamw: those with AdamW below.
         uses: settings of its steps (`STEPS`) that can have a meaning for it; `used` says which have.
         in_rounds: whether it trains in rounds, each from the network that the one before leaves.
         any_sparsity: whether it takes more sparsities than one on its way, which N:M has not.
+        images_only: whether it cannot look at text.
     """
 
     what: str
@@ -91,6 +104,12 @@ class Method:
     uses: tuple[str, ...] = ()
     in_rounds: bool = False
     any_sparsity: bool = False
+    images_only: bool = False
+    adamw: dict[str, Any] = field(default_factory=dict)
+
+    def defaults_with(self, optimizer: str) -> dict[str, Any]:
+        """Settings that differ from those of BiP."""
+        return self.adamw if optimizer == "adamw" else self.defaults
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------------------------
@@ -102,8 +121,8 @@ def first_epoch(settings: Settings) -> int:
 
 
 def recipe(settings: Settings, stage: str, **changed: Any) -> Recipe:
-    given = {"epochs": settings.epochs, "batch_size": settings.batch_size, "seed": settings.seed, "lr": settings.lr}
-    return Recipe(stage, **{**given, "weight_decay": settings.weight_decay, **changed})
+    same = ("epochs", "batch_size", "seed", "lr", "weight_decay", "head_lr", "warmup", "decays", "clip")
+    return Recipe(stage, **{**{name: getattr(settings, name) for name in same}, **changed})
 
 
 def as_dense(settings: Settings, stage: str, **changed: Any) -> Recipe:

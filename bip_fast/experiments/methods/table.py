@@ -11,7 +11,7 @@ from typing import Any
 
 from ...tables import escaped
 from ..settings import Settings
-from . import at_start, bip, hydra, imp, magnitude
+from . import at_start, bip, hydra, imp, magnitude, movement
 from .stage import STEPS, Method, Stage, pretraining, recipe
 
 __all__ = ["METHODS", "stages", "steps_of", "table", "used"]
@@ -29,11 +29,14 @@ METHODS: dict[str, Method] = {
     "omp-finetune": magnitude.OMP_FINETUNE,
     "imp": imp.IMP,
     "gmp": magnitude.GMP,
+    "movement": movement.MOVEMENT,
     "snip": at_start.SNIP,
     "grasp": at_start.GRASP,
     "synflow": at_start.SYNFLOW,
     "random": at_start.RANDOM,
-    "dense": Method("no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}, uses=("lr",)),
+    "dense": Method(
+        "no pruning: trained on for as long", "D + E", "", True, _dense, {"sparsity": 0.0}, uses=("lr",), adamw={"sparsity": 0.0}
+    ),
 }
 
 

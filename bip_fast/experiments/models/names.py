@@ -1,8 +1,9 @@
-"""Models by name: those of this package, those of timm and torchvision where they are installed, and any of the user's own."""
+"""Models by name: those of this package, of timm, torchvision and transformers where they are installed, and any of the user's own."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from torch import nn
 
 from ...errors import UserError, one_line
 from .resnet import cifar_resnet, imagenet_resnet
+from .transformer import classifier, folder_of, is_transformer
 from .vgg import vgg16bn
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "build", "fingerprint"]
 
 # Called with (channels, classes, width); width: channels of the first stage, None as in the papers.
 MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
@@ -32,27 +34,33 @@ MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
 LIBRARIES = ("timm", "torchvision")
 
 
-def build(name: str, channels: int, classes: int, width: int | None = None) -> nn.Module:
-    """Fresh model, initialised from torch's global random state.
+def build(name: str, channels: int | None, classes: int, width: int | None = None) -> nn.Module:
+    """Fresh model, initialised from torch's global random state; a transformer is trained but for its head.
 
     Args:
         name: one of `MODELS`; ``timm:NAME`` or ``torchvision:NAME``; or the user's own, ``FILE.py:function`` or
-            ``package.module:function``, called with (channels, classes).
+            ``package.module:function``, called with (channels, classes). For text one of `TRANSFORMERS`, or ``hf:PATH``.
+        channels: of the images; None for text.
         width: channels of the first stage, for `MODELS` only.
 
     Raises:
         UserError: there is no such model, its library is not installed or cannot be imported, or what makes it fails or returns no
             module.
     """
-    if name in MODELS:
+    if name in MODELS and channels is not None:
         return MODELS[name](channels, classes, width)
     library, _, model_name = name.partition(":")
     where, colon, function = name.rpartition(":")
-    if not colon:
+    text = is_transformer(name)
+    if not colon and not text and channels is not None:
         others = "timm:NAME, torchvision:NAME, FILE.py:function or package.module:function"
         raise UserError(f"--model must be one of {', '.join(MODELS)}, {others}, got {name!r}")
     if width is not None:
         raise UserError(f"--width is for {', '.join(MODELS)}, got --model {name}")
+    if text and channels is not None:
+        raise UserError(f"--model {name} reads text, and the data set has images")
+    if channels is None:
+        return classifier(name, classes)
     if library in LIBRARIES:  # before the user's own: a file or package of that name cannot take the prefix away
         make = _of_library(library, model_name, channels, classes)
     else:
@@ -64,6 +72,20 @@ def build(name: str, channels: int, classes: int, width: int | None = None) -> n
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def fingerprint(name: str) -> str:
+    """Hash of the files of the user's own that make a model; "" where there are none."""
+    file = Path(name.rpartition(":")[0])
+    if file.suffix == ".py" and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    if not is_transformer(name):
+        return ""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder_of(name).iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")):
+        with path.open("rb") as opened:
+            found.update(f"{path.name} {path.stat().st_size}\n".encode() + opened.read(2**20))
+    return found.hexdigest()
 
 
 def _of_library(library: str, name: str, channels: int, classes: int) -> Callable[[], Any]:

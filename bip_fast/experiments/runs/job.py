@@ -22,7 +22,7 @@ from ...engine.report import Report, layer_table
 from ...errors import UserError, one_line
 from ...optimizer import FastBiP
 from ...state_dicts import load_into, read_state_dict, write_safetensors
-from ..data.parts import AnyData
+from ..data.parts import AnyRead
 from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of
 from ..methods.stage import PRETRAIN, Stage, first_epoch
 from ..methods.table import METHODS, stages
@@ -66,7 +66,7 @@ class Job:
         self,
         settings: Settings,
         folder: RunFolder,
-        data: AnyData,
+        data: AnyRead,
         device: torch.device,
         shown: display.Display,
         *,
@@ -303,11 +303,12 @@ class Job:
         passes = self._epochs(stage) * self.data.seen(self.settings.batch_size)
         self.done["image_passes"][stage.name] = passes + stage.criterion.images(self.settings, self.data)
         if stage.name == PRETRAIN:
-            if self.score_start:
+            score = self.score_start and bool(stage.recipe.epochs or self.settings.checkpoint)  # else nothing was trained
+            if score:
                 self._score("dense")
             if stage.recipe.epochs:
                 self.folder.write("dense.safetensors", lambda path: write_safetensors(path, self.model))
-            if self.score_start:
+            if score:
                 self._say_score("dense")
         if isinstance(self.optimizer, FastBiP):
             self.decisions = [row.as_dict() for row in self.optimizer.report().decisions]

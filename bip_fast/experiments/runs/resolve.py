@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from ...engine.patterns import parse
 from ...errors import UserError
-from ..data.sources import DATA
+from ..data.kinds import TEXT
+from ..data.sources import source_of
 from ..methods.stage import STEPS
 from ..methods.table import METHODS, stages, used
 from ..settings import Settings, described, user_error
 
-__all__ = ["changed", "resolve", "unused"]
+__all__ = ["changed", "preset_of", "resolve", "unused"]
+
+# Where a rule moves the weights for which the settings of a data set were not chosen.
+_OF_RULES = {
+    "sgd": {name: getattr(Settings, name) for name in ("lr", "pretrain_lr", "weight_decay")},
+    "adamw": {"lr": 1e-3, "pretrain_lr": 1e-3, "weight_decay": 0.01},
+}
 
 
 def resolve(given: dict[str, Any]) -> Settings:
@@ -24,10 +31,8 @@ def resolve(given: dict[str, Any]) -> Settings:
     Raises:
         UserError: there is no such option, or a value is out of range.
     """
-    data = given.get("data", Settings.data)
-    if not isinstance(data, str) or data not in DATA:
-        raise UserError(f"--data must be one of {', '.join(DATA)}, got {data!r}")
-    method = given.get("method", Settings.method)
+    data, method = str(given.get("data", Settings.data)), given.get("method", Settings.method)
+    source_of(data)
     if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
     try:
@@ -35,9 +40,7 @@ def resolve(given: dict[str, Any]) -> Settings:
     except ValueError as error:
         raise UserError(f"--{error}") from error
     own = {} if sparsity is None else {"sparsity": sparsity}
-    preset = DATA[data].preset
-    decay = given.get("weight_decay", preset.get("weight_decay", Settings.weight_decay))  # not that of a method that has its own
-    values = {**preset, "pretrain_weight_decay": decay, **METHODS[method].defaults, **own, **given}
+    values = {**preset_of(data, method, given), **own, **given}
     for name, info in described().items():
         if info.annotation is float and type(values.get(name)) is int:
             values[name] = float(str(values[name]))  # 1 and 1.0 are one setting; inf for what is too large
@@ -47,6 +50,19 @@ def resolve(given: dict[str, Any]) -> Settings:
         raise user_error(error) from error
     _check(settings)
     return settings
+
+
+def preset_of(data: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a data set and a method fill in beside what is ``given``."""
+    preset = dict(source_of(data).preset)
+    own = preset.get("optimizer", Settings.optimizer)
+    if (rule := given.get("optimizer", own)) != own:
+        preset |= _OF_RULES.get(str(rule), {})  # step sizes of another rule are of no use
+    decay = given.get("weight_decay", preset.get("weight_decay", Settings.weight_decay))  # not that of a method that has its own
+    steps = METHODS[method].defaults_with(str(rule))
+    if rule == own == "adamw":  # fine-tuning knows its step size
+        steps = {name: value for name, value in steps.items() if name != "lr"}
+    return {**preset, "pretrain_weight_decay": decay, **steps}
 
 
 def changed(settings: Settings, **values: Any) -> Settings:
@@ -75,6 +91,13 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--method {settings.method} starts from random weights: leave --checkpoint out")
     if method.in_rounds and not settings.sparsity:
         raise UserError(f"--sparsity must be more than 0 with --method {settings.method}, got 0")
+    text = source_of(settings.data).kind is TEXT
+    if method.images_only and text:
+        raise UserError(f"--method {settings.method} is for images, got --data {settings.data}")
+    if settings.head_lr and not text:
+        raise UserError(f"--head-lr is for transformers, got --data {settings.data}")
+    if settings.ramp and settings.ramp_start >= settings.ramp:
+        raise UserError(f"--ramp-start must be less than --ramp, {settings.ramp:g}, got {settings.ramp_start:g}")
     if method.any_sparsity and sparsity is not None:
         raise UserError(f"--method {settings.method} prunes in rounds, and --pattern {settings.pattern} has one sparsity only")
     _check_rewind(settings)
@@ -96,4 +119,6 @@ def _check_rewind(settings: Settings) -> None:
 def unused(settings: Settings, names: Iterable[str]) -> str | None:
     """The first of the settings ``names`` that has no meaning for a run; None if all have one."""
     meaningless = {*STEPS} - used(settings) | (set() if METHODS[settings.method].in_rounds else {"per_round"})
+    meaningless |= {"momentum"} if settings.optimizer == "adamw" else {"beta1", "beta2", "eps"}
+    meaningless |= set() if source_of(settings.data).kind is TEXT else {"max_tokens"}
     return next((name for name in names if name in meaningless), None)

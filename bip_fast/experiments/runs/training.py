@@ -1,15 +1,15 @@
 """The one training loop: dense training and pruning differ in the optimizer they are given and in nothing else.
 
-An epoch passes over the training images once, one forward and one backward pass a batch. With alternating levels the optimizer takes
-a lower step on one batch and an upper step on the next. Step sizes follow half a cosine, as functions of the position alone, so nothing
-but the model, the optimizer and a `Cursor` is needed to continue at any batch with the same bits. On CUDA an iteration is a graph.
+An epoch passes over the training images or texts once, one forward and one backward pass a batch. With alternating levels the optimizer
+takes a lower step on one batch and an upper step on the next. Step sizes are functions of the position alone, so nothing but the model, the
+optimizer and a `Cursor` is needed to continue at any batch with the same bits. On CUDA an iteration is a graph.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ..data.batches import Position
 from ..data.parts import AnyData
 from ..data.scoring import counted, loss_of, right_answers
 from ..methods.stage import Recipe
-from ..models.heads import candidates
+from ..models.heads import candidates, head_of
 
 __all__ = ["Cursor", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
@@ -87,7 +87,7 @@ def check_finite(loss: float, part: str, when: str = "") -> None:
 
 
 class Score(NamedTuple):
-    """Accuracy in [0, 1] and mean loss on held-out images."""
+    """Accuracy in [0, 1] and mean loss on the test part."""
 
     accuracy: float
     loss: float
@@ -99,7 +99,7 @@ def kept_flags(model: nn.Module) -> dict[str, Tensor]:
 
 
 def evaluate(model: nn.Module, data: AnyData) -> Score:
-    """Score on the test images of ``data``, in eval mode; leaves the model in it."""
+    """Score on the test part of ``data``, in eval mode; leaves the model in it."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=data.test_labels.device)
     with torch.no_grad():
@@ -110,14 +110,38 @@ def evaluate(model: nn.Module, data: AnyData) -> Score:
     return Score(right / count, loss / count)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
-    """Half a cosine from the full step sizes at 0 to 0 at 1; returns the step size of the weights."""
-    factor = 0.5 * (1 + math.cos(math.pi * progress))
+def rate_at(recipe: Recipe, done: int, total: int) -> float:
+    """The factor of all step sizes in the step after ``done`` of ``total``: it grows in equal steps to 1, then decays to 0 at the end."""
+    warmup = round(recipe.warmup * total)
+    return (done + 1) / warmup if done < warmup else recipe.decays((done - warmup) / (total - warmup))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, factor: float, head: Collection[Tensor] = ()) -> float:
+    """All step sizes times ``factor``; returns that of the weights. ``head``: parameters with a step size of their own."""
     for group in optimizer.param_groups:
-        group["lr"] = recipe.lr * factor
+        in_head = recipe.head_lr and group["params"][0] in head
+        group["lr"] = (recipe.head_lr if in_head else recipe.lr) * factor
         if "mask_lr" in group:
             group["mask_lr"] = recipe.mask_lr * factor
     return recipe.lr * factor
+
+
+@contextmanager
+def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, norm: float) -> Iterator[None]:
+    """Inside, the norm of all gradients together is at most ``norm`` when a step reads them; 0: they are as they are."""
+    if not norm:
+        yield
+        return
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(params, norm)
+
+    hook = optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +165,7 @@ def train(
     """Run a stage from ``cursor`` to its end.
 
     Args:
-        optimizer: `torch.optim.SGD`, or `FastBiP`, whose masks are frozen at ``recipe.freeze``.
+        optimizer: of torch, or `FastBiP`, whose masks are frozen at ``recipe.freeze``.
         cursor: moved in place.
         after_step: may raise to stop between two batches; its time counts, but for what it does in `Cursor.aside`.
         before_step: is told the batches done and all batches of the schedule; may change the optimizer's options and scores.
@@ -156,6 +180,7 @@ def train(
         cursor.flags = kept_flags(model)
     iteration = GraphedIteration(model, optimizer, measured, autocast=torch.bfloat16 if amp else None)
     said = iteration.reason is not None  # a device without graphs is no news
+    head = set(head_of(model).values())
     model.train()
     while cursor.epoch < recipe.epochs:
         cursor.began = time.perf_counter()
@@ -166,8 +191,9 @@ def train(
             if not frozen and done >= recipe.freeze * total:
                 optimizer.freeze_masks()  # type: ignore[attr-defined]
                 frozen = True
-            lr = set_rates(optimizer, recipe, done / total)
-            _, sums = iteration(*batches.batch(cursor.step))
+            lr = set_rates(optimizer, recipe, rate_at(recipe, done, total), head)
+            with clipped(model, optimizer, recipe.clip):
+                _, sums = iteration(*batches.batch(cursor.step))
             cursor.sums += sums
             if iteration.reason is not None and not said:
                 say(f"no CUDA graphs: {iteration.reason}")
