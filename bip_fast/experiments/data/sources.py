@@ -107,16 +107,16 @@ DATA = {
 TSV = "tsv:"  # in front of a file or folder of one's own
 
 
-def source_of(name: str) -> Source:
+def source_of(name: Any) -> Source:
     """The data set of a name, one of `DATA` or ``tsv:FILE``.
 
     Raises:
         UserError: there is none.
     """
-    if name in DATA:
+    if isinstance(name, str) and name in DATA:
         return DATA[name]
-    place = Path(name.removeprefix(TSV))
-    if not name.startswith(TSV) or not place.name:
+    place = Path(str(name).removeprefix(TSV))
+    if not isinstance(name, str) or not name.startswith(TSV) or not place.name:
         raise UserError(f"--data must be one of {', '.join(DATA)}, or tsv:FILE, got {name!r}")
     return Source((), 0, 0, False, lambda at, classes: read_tsv(name, at), tsv_files, (), _FINE_TUNING, place, TEXT)
 

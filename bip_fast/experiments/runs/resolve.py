@@ -31,7 +31,7 @@ def resolve(given: dict[str, Any]) -> Settings:
     Raises:
         UserError: there is no such option, or a value is out of range.
     """
-    data, method = str(given.get("data", Settings.data)), given.get("method", Settings.method)
+    data, method = given.get("data", Settings.data), given.get("method", Settings.method)
     source_of(data)
     if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
