@@ -74,7 +74,7 @@ def test_clipping_is_torchs(make):
             torch.nn.utils.clip_grad_norm_(twins, norm)
         seen = []
         with clipped(model, optimizer, norm):
-            hook = optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone() for p in model.parameters()]))
+            hook = optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append([p.grad.clone() for p in model.parameters()]))
             optimizer.step()
             hook.remove()
         assert all(torch.equal(a, twin.grad) for a, twin in zip(seen[0], twins, strict=True)), norm

@@ -55,7 +55,7 @@ def test_numbers_as_labels_are_in_the_order_of_their_size(tmp_path):
 def test_of_one_file_a_fifth_of_every_label_is_held_out(tmp_path):
     rows = [(f"text {i}", "x" if i % 4 else "y") for i in range(80)]
     path = tmp_path / "own.tsv"
-    path.write_bytes(b"\xef\xbb\xbf" + "text\tlabel\r\n".encode() + "".join(f"{text}\t{label}\r\n" for text, label in rows).encode())
+    path.write_bytes(b"\xef\xbb\xbf" + b"text\tlabel\r\n" + "".join(f"{text}\t{label}\r\n" for text, label in rows).encode())
     read = sources.load(f"tsv:{path}")
     assert sorted([*read.train_texts, *read.test_texts]) == sorted(text for text, _ in rows)
     assert torch.bincount(read.test_labels).tolist() == [12, 4]
@@ -92,7 +92,7 @@ def test_a_label_that_training_does_not_know_is_named(tmp_path):
 
 
 def test_missing_files_and_files_without_a_choice(tmp_path):
-    with pytest.raises(UserError, match="absent.tsv is missing"):
+    with pytest.raises(UserError, match=r"absent\.tsv is missing"):
         sources.load(f"tsv:{tmp_path / 'absent.tsv'}")
     with pytest.raises(UserError, match="--data sst2 needs --data-dir"):
         sources.load("sst2")

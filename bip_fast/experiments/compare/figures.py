@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import write_beside
+from ..data.sources import source_of
 from .results import SWEPT, Row, summary, units
 
 __all__ = ["draw"]
@@ -73,7 +74,11 @@ def _sparsity_axis(axes: Any, part: Sequence[Row]) -> None:
     shown = sparsities[::step]
     axes.set_xticks([1 - s for s in shown], [f"{100 * s:.3g}" for s in shown])
     axes.minorticks_off()
-    what = "zeros among all Conv and Linear weights" if units(part) == "weights" else f"share of the {units(part)} that is pruned"
+    what = (
+        f"zeros among {source_of(part[0]['data']).kind.weights}"
+        if units(part) == "weights"
+        else f"share of the {units(part)} that is pruned"
+    )
     axes.set_xlabel(f"{what}, % (log scale of what is kept)")
 
 
@@ -88,7 +93,8 @@ def _accuracy(axes: Any, part: Sequence[Row], title: str) -> None:
         axes.plot(ends, [mean, mean], color="black", linestyle="--", linewidth=1.2, label=f"dense, where they start ({mean:.2f})")
         axes.fill_between(ends, mean - deviation, mean + deviation, color="black", alpha=0.08, linewidth=0)
     for line in part:
-        if line["method"] == "dense" and line["epochs_total"] > min(other["epochs_total"] for other in part):  # dense, trained for longer
+        longer = dense is None or line["epochs_total"] > min(other["epochs_total"] for other in part)
+        if line["method"] == "dense" and longer:  # where they do not start from a dense run, it stands for none of theirs
             value = 100 * line["accuracy"]
             axes.plot(ends, [value, value], color="black", linestyle=":", linewidth=1.2, label=f"{line['row']} ({value:.2f})")
     for row, own, style in _lines(part):

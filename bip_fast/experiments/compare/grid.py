@@ -1,9 +1,10 @@
 """What a comparison consists of: a file of settings, the runs it stands for, and which run starts from which.
 
 The file is YAML: names of settings (`experiments.settings`), each with a value or a list of values, and `methods`, a mapping from the
-label of a row to the settings of that row alone. The runs are all combinations. Methods that prune a trained network share a dense run.
-Every round of iterative pruning is a run that starts from the one before, and rows share the rounds that they have in common. The address
-of a run is a hash of its settings, its data and the run it starts from, so a finished run is never repeated, whichever file names it.
+label of a row to the settings of that row alone. The runs are all combinations; with `more_seeds`, a mapping from sparsities to lists of
+seeds, those at these sparsities have these seeds too. Methods that prune a trained network share a dense run. Every round of iterative
+pruning is a run that starts from the one before, and rows share the rounds that they have in common. The address of a run is a hash of its
+settings, its data and the run it starts from, so a finished run is never repeated, whichever file names it.
 """
 
 from __future__ import annotations
@@ -146,7 +147,10 @@ def build(path: Path, content: Any, data_dir: Path | None = None) -> Grid:
     """
     if not isinstance(content, dict) or not isinstance(content.get("methods"), dict) or not content["methods"]:
         raise UserError(f"{path} must have settings and `methods:`, a mapping from labels to the settings of a method")
-    shared = {name: value for name, value in content.items() if name not in ("methods", "gpus")}
+    shared = {name: value for name, value in content.items() if name not in ("methods", "gpus", "more_seeds")}
+    more_seeds = content.get("more_seeds") or {}
+    if not isinstance(more_seeds, dict) or not all(isinstance(seeds, list) and seeds for seeds in more_seeds.values()):
+        raise UserError(f"{path}: more_seeds must be a mapping from sparsities to lists of seeds, got {more_seeds!r}")
     gpus = content.get("gpus")
     if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, (int, float)) or not gpus > 0 or (gpus > 1 and gpus % 1)):
         raise UserError(f"{path}: gpus must be a share of a GPU, such as 0.5, or a whole number of GPUs, got {gpus!r}")
@@ -156,7 +160,7 @@ def build(path: Path, content: Any, data_dir: Path | None = None) -> Grid:
             raise UserError(f"{path}: methods: {label}: expected settings, got {own!r}")
         given = {"threads": 1, **shared, **(own or {})}  # a fixed number, whatever else runs at the same time
         given.setdefault("method", str(label))
-        grid.add_row(str(label), given, tuple(own or ()))
+        grid.add_row(str(label), given, tuple(own or ()), more_seeds)
     return Grid(path.stem, grid.cells, grid.snapshots, list(grid.rows.values()), gpus)
 
 
@@ -187,8 +191,13 @@ class _Builder:
         self.snapshots: dict[str, set[int]] = {}
         self.rows: dict[tuple[Any, ...], Cell] = {}
 
-    def add_row(self, label: str, given: Mapping[str, Any], own: Sequence[str]) -> None:
-        """All runs of a label; ``own``: the settings of this row alone, of which each must have a meaning for its method."""
+    def add_row(self, label: str, given: Mapping[str, Any], own: Sequence[str], more_seeds: Mapping[float, list[int]]) -> None:
+        """All runs of a label.
+
+        Args:
+            own: the settings of this row alone, of which each must have a meaning for its method.
+            more_seeds: by sparsity.
+        """
         for name in given:
             if name not in FIELDS or name in PATHS:
                 raise UserError(f"{self.path}: methods: {label}: unknown setting {name!r}; there are {', '.join(FIELDS)}")
@@ -199,7 +208,12 @@ class _Builder:
             if (twice := next((x for i, x in enumerate(given_values) if x in given_values[:i]), None)) is not None:
                 raise UserError(f"{self.path}: methods: {label}: {name} lists {twice!r} twice")
         swept = [name for name, own in lists.items() if len(own) > 1 and name not in ("sparsity", "seed", "data", "model")]
-        for values in itertools.product(*lists.values()):
+        more = [
+            {**lists, "sparsity": [sparsity], "seed": seeds}
+            for sparsity, seeds in more_seeds.items()
+            if sparsity in lists.get("sparsity", ())
+        ]
+        for values in itertools.chain.from_iterable(itertools.product(*own_lists.values()) for own_lists in (lists, *more)):
             combination: dict[str, Any] = dict(zip(lists, values, strict=True))
             if combination["method"] == "dense":
                 combination |= {"sparsity": 0.0, "pattern": Settings.pattern}
