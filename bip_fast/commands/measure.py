@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line
+from ..experiments.data.kinds import IMAGES
 from ..experiments.data.parts import AnyData
-from ..experiments.data.sources import DATA, load
+from ..experiments.data.sources import DATA, load, source_of
 from ..experiments.models.names import build
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.resolve import resolve
@@ -109,7 +110,7 @@ def _settings(run: RunFolder) -> Settings:
 
 def _data(settings: Settings, data_dir: Path | None) -> tuple[AnyData | None, str]:
     """The data set as the run measured on it; or None, and why."""
-    if data_dir is None and DATA[settings.data].files is not None:
+    if data_dir is None and source_of(settings.data).needs_folder:
         return None, f"no accuracy: --data-dir names the folder with the files of {settings.data}"
     try:
         data = load(settings.data, data_dir)
@@ -122,15 +123,15 @@ def _data(settings: Settings, data_dir: Path | None) -> tuple[AnyData | None, st
 
 def _shape(settings: Settings) -> tuple[int, ...]:
     """Of one image."""
-    channels, *size = DATA[settings.data].shape
+    channels, *size = source_of(settings.data).shape
     return channels, *(-(-pixels // settings.stride) for pixels in size)
 
 
 def _model(settings: Settings, file: Path, device: torch.device) -> nn.Module:
     """As a run has it: on the device, in channels_last."""
-    channels = DATA[settings.data].shape[0]
+    source = source_of(settings.data)
     try:
-        model = build(settings.model, channels, DATA[settings.data].classes, settings.width)
+        model = build(settings.model, source.shape[0], source.classes, settings.width)
     except (RuntimeError, MemoryError) as error:
         raise UserError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
     load_into(model, read_state_dict(file), file)
@@ -142,6 +143,8 @@ def run(options: dict[str, Any]) -> int:
     device = pick_device(options["device"])
     what = _what(options)
     settings = what.settings
+    if source_of(settings.data).kind is not IMAGES:
+        raise UserError(f"bip-fast measure is for networks that look at images, got one for --data {settings.data}")
     data, note = _data(settings, options["data_dir"])
     model = _model(settings, what.weights, device)
     dense = None if what.dense is None else _model(settings, what.dense, device)

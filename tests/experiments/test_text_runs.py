@@ -324,6 +324,11 @@ def test_settings_of_text_are_not_for_images(tmp_path, capsys):
         assert message in one_line(capsys.readouterr().err)
 
 
+def test_measure_says_that_it_is_for_images(whole, capsys):
+    assert cli.main(["measure", str(whole)]) == 2
+    assert "bip-fast measure is for networks that look at images, got one for --data sst2" in one_line(capsys.readouterr().err)
+
+
 def test_minilm_needs_its_package(monkeypatch):
     import importlib
 
