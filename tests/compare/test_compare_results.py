@@ -117,6 +117,7 @@ def test_steps_are_written_for_the_methods_that_take_them():
     assert {name: value for name, value in steps_of(resolve({"method": "gmp"})).items() if value is not None} == {
         "lr": 0.05,
         "ramp": 0.5,
+        "ramp_start": 0.0,
     }
     for method in ("omp", "omp-finetune", "imp"):
         assert steps_of(resolve({"method": method, "rewind": None, "lr": 0.2}))["lr"] == 0.2
