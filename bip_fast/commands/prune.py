@@ -12,8 +12,9 @@ import torch
 from ..engine.native import kernels
 from ..engine.report import Report, Row
 from ..errors import UserError
-from ..experiments.data.sources import DATA, load, source_of
+from ..experiments.data.sources import DATA, TSV, load, source_of
 from ..experiments.methods.table import METHODS
+from ..experiments.models.transformer import PREFIX
 from ..experiments.runs import display
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.job import Job
@@ -82,6 +83,9 @@ def run(options: dict[str, Any]) -> int:
     for name in ("checkpoint", "rewind_checkpoint"):
         if given.get(name) and Path(given[name]).is_file():
             given[name] = str(Path(given[name]).resolve())  # --resume may come from another folder
+    for name, prefix in (("data", TSV), ("model", PREFIX)):
+        if str(given.get(name, "")).startswith(prefix):
+            given[name] = prefix + str(Path(given[name].removeprefix(prefix)).resolve())
     resume = "resume" in options
     if resume and options.get("overwrite"):
         raise UserError("--resume continues a run and --overwrite starts again: give one of them")

@@ -215,6 +215,17 @@ def test_stop_and_resume_gives_the_same_bits(place, whole, tmp_path, monkeypatch
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+def test_a_run_of_files_named_from_here_is_resumed_from_elsewhere(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(display, "make", lambda: Interrupting(3))
+    given = ["--data", "tsv:sst2", "--model", "hf:bert", "--epochs", "1", "--batch-size", "30", "--sparsity", "0.5", "--device", "cpu"]
+    assert cli.main(["prune", *given, "--out", str(tmp_path / "run")]) == 130
+    monkeypatch.setattr(display, "make", display.Display)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prune", "--resume", "run", "--device", "cpu"]) == 0
+    assert resolve(read(tmp_path / "run")["settings"]).folder_name == "sst2-bert-50-seed0"
+
+
 @pytest.mark.parametrize("method", ["movement", "gmp", "hydra", "dense"])
 def test_other_methods_resume_too(place, tmp_path, monkeypatch, method):
     given = ["--method", method, *(["--sparsity", "0"] if method == "dense" else [])]

