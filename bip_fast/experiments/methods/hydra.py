@@ -35,5 +35,5 @@ HYDRA = Method(
     _hydra,
     {"freeze": 0.5, "mask_lr": 0.1, "mask_momentum": 0.9},
     uses=("lr", "mask_lr", "mask_momentum", "freeze"),
-    adamw={"freeze": 0.5, "mask_lr": 1.0, "mask_momentum": 0.9},
+    adamw={"freeze": 0.5, "mask_lr": 10.0, "mask_momentum": 0.9},
 )
