@@ -118,7 +118,9 @@ def _finish(comparison: Comparison) -> int:
         made = [*results.write(rows, comparison.out), *figures.draw(rows, comparison.out)]
         part = "validation" if rows[0]["evaluated_on"] == "validation" else "test"
         items = " and ".join(dict.fromkeys(source_of(row["data"]).kind.items for row in rows))
-        print(f"Accuracy on {part} {items} in percent, mean ± standard deviation over seeds; epochs and minutes with dense training.\n")
+        words = all(row["perplexity"] is not None for row in rows)
+        what = f"Perplexity on {part} {items}" if words else f"Accuracy on {part} {items} in percent"
+        print(f"{what}, mean ± standard deviation over seeds; epochs and minutes with dense training.\n")
         print(results.table(rows))
         print(f"\nin {comparison.out}: {', '.join(path.name for path in made)}")
     for address, why in comparison.failed.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -12,6 +13,7 @@ import torch
 from ..engine.native import kernels
 from ..engine.report import Report, Row
 from ..errors import UserError
+from ..experiments.data.kinds import LANGUAGE
 from ..experiments.data.sources import DATA, TSV, load, source_of
 from ..experiments.methods.table import METHODS
 from ..experiments.models.transformer import PREFIX
@@ -128,11 +130,14 @@ def print_result(result: dict[str, Any], path: Path) -> None:
     """Table and figures of a finished run on stdout."""
     rows = tuple(Row(row["name"], tuple(row["shape"]), row["kept"], row["total"]) for row in result["layers"])
     part, seconds, pruned = result["evaluated_on"], result["seconds"], 100 * result["pruned"]["accuracy"]
-    dense = 100 * result["dense"]["accuracy"] if "dense" in result else None
+    dense, kind = 100 * result["dense"]["accuracy"] if "dense" in result else None, source_of(result["data"]).kind
     before = "" if dense is None else f"dense {dense:.2f} %   "
     change = "" if dense is None else f" ({pruned - dense:+.2f})"
     print(f"\n{Report(rows)}\n")
-    print(f"{part} accuracy   {before}pruned {pruned:.2f} %{change}   on {result['images'][part]} {source_of(result['data']).kind.items}")
+    print(f"{part} accuracy   {before}pruned {pruned:.2f} %{change}   on {result['images'][part]} {kind.items}")
+    if kind is LANGUAGE:
+        both = {name: math.exp(result[name]["loss"]) for name in ("dense", "pruned") if name in result}
+        print(f"{part} perplexity {'   '.join(f'{name} {value:.2f}' for name, value in both.items())}")
     times = {"dense training": seconds.get("pretrain"), "pruning": sum(x for stage, x in seconds.items() if stage != "pretrain")}
     print(f"seconds         {'   '.join(f'{name} {x:.1f}' for name, x in times.items() if x is not None)}")
     print(f"run folder      {path}")

@@ -21,16 +21,19 @@ from pydantic_core import PydanticCustomError
 from ..engine.options import LEVELS, SCOPES, SCORE_STARTS
 from ..engine.rules import RULES
 from ..errors import UserError
-from .data.parts import VALIDATION_IMAGES, AnyData, AnyRead, at_stride, hold_out, subset
+from .data.parts import VALIDATION_IMAGES, AnyData, AnyRead, Split, at_stride, hold_out, subset
 from .data.sentences import Sentences
-from .data.sources import DATA, TSV
+from .data.sources import DATA, OWN
+from .data.windows import Prose
+from .models.decoder import tokens_of
 from .models.names import MODELS
-from .models.transformer import PREFIX, TRANSFORMERS, tokenizer
+from .models.transformer import DECODERS, PREFIX, TRANSFORMERS, tokenizer
 
 __all__ = ["DECAYS", "FIELDS", "PARTS", "PATHS", "RUN", "Settings", "described", "option", "user_error"]
 
 # What step sizes do after they have warmed up, from 1 at the beginning to 0 at the end.
 DECAYS = {"cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)), "linear": lambda t: 1 - t}
+DTYPES = ("float32", "bfloat16")
 # Parts of the help of `bip-fast prune`.
 PARTS = WHAT, HOW, TRAINING, RUN = "what to prune", "how to prune", "training", "the run"
 
@@ -77,12 +80,13 @@ class Settings:
 
     data: Annotated[
         str,
-        _checked(f"one of {', '.join(DATA)}, or tsv:FILE", lambda value: value in DATA or value.startswith(TSV)),
+        _checked(f"one of {', '.join(DATA)}, tsv:FILE or text:FILE", lambda value: value in DATA or value.startswith(OWN)),
         _told(
             WHAT,
             "NAME",
             f"{', '.join(DATA)}, or tsv:PATH: a file of lines of a text, a tab and its label, of which a fifth is held out as the test "
-            "part, or a folder with train.tsv and test.tsv (or dev.tsv)",
+            "part, or a folder with train.tsv and test.tsv (or dev.tsv); or text:PATH, running text for a network that predicts tokens: a "
+            "file, whose last fifth is the test part, or a folder with train.txt (or valid.txt) and test.txt",
         ),
     ] = "digits"
     train_images: Annotated[
@@ -95,14 +99,19 @@ class Settings:
             WHAT,
             "NAME",
             f"{', '.join(MODELS)}, timm:NAME, torchvision:NAME, or your own: FILE.py:function(channels, classes); for text "
-            f"{', '.join(TRANSFORMERS)}, or hf:PATH, a folder of transformers with a classification head",
+            f"{', '.join((*TRANSFORMERS, *DECODERS))}, or hf:PATH, a folder of transformers with a classification head, or for running "
+            "text one that predicts tokens",
         ),
     ] = "resnet20"
     width: Annotated[
         int | None,
         _told(WHAT, "N", "channels of the first stage", default="16, for resnet18, resnet50 and vgg16bn 64", ge=1),
     ] = None
-    max_tokens: Annotated[int, _told(WHAT, "N", "of a text; longer ones are cut", ge=2)] = 128
+    max_tokens: Annotated[int, _told(WHAT, "N", "of a text, longer ones are cut; or of a window of running text", ge=2)] = 128
+    test_tokens: Annotated[int | None, _told(WHAT, "N", "only so many from the beginning of a running test text", default="", ge=2)] = None
+    dtype: Annotated[
+        str, _one_of(DTYPES), _told(WHAT, "NAME", f"{' or '.join(DTYPES)}: of a transformer's parameters; what moves them stays float32")
+    ] = "float32"
     method: Annotated[str, _told(HOW, "NAME", "README.md has a table of what each does")] = "bip"
     sparsity: Annotated[
         float,
@@ -214,6 +223,7 @@ class Settings:
         ),
     ] = False
     # Of the CPU: they decide the order in which sums are made, and so the last bits of a result.
+    calibration: Annotated[int, _told(HOW, "N", "wanda and sparsegpt: windows of the training text that they look at", ge=1)] = 128
     threads: Annotated[
         int | None,
         _told(RUN, "N", "CPU threads; sums, and so results, depend on their number", default="one for each core", ge=1),
@@ -222,7 +232,7 @@ class Settings:
     @property
     def folder_name(self) -> str:
         """Name of the default run folder: what a person tells runs apart by."""
-        own = (Path(name).stem if name.startswith((TSV, PREFIX)) else name for name in (self.data, self.model))
+        own = (Path(name).stem if name.startswith((*OWN, PREFIX)) else name for name in (self.data, self.model))
         data, model, pattern = ("".join(c if c.isalnum() else "-" for c in name) for name in (*own, self.pattern))
         kind = "" if self.pattern == "unstructured" else f"-{pattern}"
         method = "" if self.method == "bip" else f"-{self.method}"
@@ -238,13 +248,14 @@ class Settings:
 
     def part_of(self, data: AnyRead) -> AnyData:
         """What a run works on: held-out images or texts in place of the test part, fewer of them, fewer pixels; the tokens of texts."""
+        part: Split = data.windows(tokens_of(self.model), self.max_tokens, self.test_tokens) if isinstance(data, Prose) else data
         if self.validate:
-            data = hold_out(data, self.validation_images)
+            part = hold_out(part, self.validation_images)
         if self.train_images is not None:
-            data = subset(data, self.train_images)
+            part = subset(part, self.train_images)
         if self.stride > 1:
-            data = at_stride(data, self.stride)
-        return data.tokens(tokenizer(self.model, self.max_tokens)) if isinstance(data, Sentences) else data
+            part = at_stride(part, self.stride)
+        return part.tokens(tokenizer(self.model, self.max_tokens)) if isinstance(part, Sentences) else part
 
 
 FIELDS = tuple(field.name for field in fields(Settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from ...atomic import write_beside
 from ...engine.patterns import parse
 from ...tables import escaped
+from ..data.kinds import LANGUAGE
+from ..data.sources import source_of
 from ..methods.table import steps_of
 from ..runs.folder import RunFolder
 from .execution import Comparison
@@ -67,6 +70,7 @@ def _row(cell: Cell, report: Any) -> Row:
         "evaluated_on": own["evaluated_on"],
         "accuracy": own["pruned"]["accuracy"],
         "loss": own["pruned"]["loss"],
+        "perplexity": math.exp(own["pruned"]["loss"]) if source_of(settings.data).kind is LANGUAGE else None,
         "dense_accuracy": report(dense)["pruned"]["accuracy"] if dense else None,
         "image_passes": passes[0],
         "image_passes_total": sum(passes),
@@ -95,10 +99,10 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     found = []
     for key, own in group(rows).items():
         line: Row = {**dict(zip(GROUP, key, strict=True)), "method": own[0]["method"], "pattern": own[0]["pattern"], "seeds": len(own)}
-        for name in ("accuracy", "dense_accuracy", "sparsity_exact", "epochs_total", "seconds_total", "joules_total"):
+        for name in ("accuracy", "perplexity", "dense_accuracy", "sparsity_exact", "epochs_total", "seconds_total", "joules_total"):
             values = [row[name] for row in own if row[name] is not None]
             line[name] = statistics.mean(values) if values else None
-            if name in ("accuracy", "dense_accuracy"):
+            if name in ("accuracy", "perplexity", "dense_accuracy"):
                 line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
         found.append(line)
     return found
@@ -129,8 +133,8 @@ def write(rows: Sequence[Row], out: Path) -> list[Path]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a table for each data set and model: a line for each method, a column for each sparsity, and the cost.
 
-    A cell is the accuracy in percent, mean and standard deviation over seeds; a dense network has the same one in every column. The cost is
-    that of the sparsest networks: epochs of forward and backward passes, and minutes.
+    A cell is the accuracy in percent, or the perplexity of a network that predicts tokens, mean and standard deviation over seeds; a dense
+    network has the same one in every column. The cost is that of the sparsest networks: epochs of forward and backward passes, and minutes.
     """
     lines: list[str] = []
     found = summary(rows)
@@ -145,7 +149,7 @@ def table(rows: Sequence[Row]) -> str:
         ]
         for row in dict.fromkeys(line["row"] for line in part):
             own = {line["sparsity"]: line for line in part if line["row"] == row}
-            cells = [_accuracy(own.get(0.0 if own[max(own)]["method"] == "dense" else s)) for s in sparsities]
+            cells = [_figure(own.get(0.0 if own[max(own)]["method"] == "dense" else s)) for s in sparsities]
             last = own[max(own)]
             cost = f"{last['epochs_total']:.4g} | {last['seconds_total'] / 60:.3g}"
             lines.append(f"| {' | '.join([escaped(row), *cells, cost])} |")
@@ -153,8 +157,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _accuracy(line: Row | None) -> str:
+def _figure(line: Row | None) -> str:
     if line is None:
         return ""
-    deviation = "" if line["accuracy_std"] is None else f" ± {100 * line['accuracy_std']:.2f}"
-    return f"{100 * line['accuracy']:.2f}{deviation}"
+    name, scale = ("accuracy", 100) if line["perplexity"] is None else ("perplexity", 1)
+    deviation = "" if line[f"{name}_std"] is None else f" ± {scale * line[f'{name}_std']:.2f}"
+    return f"{scale * line[name]:.2f}{deviation}"

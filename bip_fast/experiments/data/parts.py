@@ -11,12 +11,14 @@ from ...errors import UserError
 from .dataset import Dataset
 from .image_folders import Streamed
 from .sentences import Sentences, Tokens
+from .windows import Prose, Windows
 
-__all__ = ["VALIDATION_IMAGES", "AnyData", "AnyRead", "at_stride", "hold_out", "subset"]
+__all__ = ["VALIDATION_IMAGES", "AnyData", "AnyRead", "Split", "at_stride", "hold_out", "subset"]
 
 VALIDATION_IMAGES = 5000  # held out by default, where that is at most a fifth
-AnyData = Dataset | Streamed | Tokens  # what a network is trained on
-AnyRead = Dataset | Streamed | Sentences  # what a reader gives
+AnyData = Dataset | Streamed | Tokens | Windows  # what a network is trained on
+AnyRead = Dataset | Streamed | Sentences | Prose  # what a reader gives
+Split = Dataset | Streamed | Sentences | Windows  # of what parts are taken: windows know their number, a text does not
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -32,15 +34,18 @@ def stratified(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
-def hold_out(data: AnyRead, count: int = VALIDATION_IMAGES, seed: int = 0) -> AnyRead:
+def hold_out(data: Split, count: int = VALIDATION_IMAGES, seed: int = 0) -> Split:
     """For choosing options: ``count`` training images take the place of the test images, which are dropped.
 
     The part is stratified, chosen by ``seed`` (not by the seed of a run), and at most a fifth of the training images.
     """
-    return data.selected(*stratified(data.train_labels, min(count, len(data.train_labels) // 5), seed))
+    count = min(count, len(data.train_labels) // 5)
+    if isinstance(data, Windows):
+        return data.held_out(count)
+    return data.selected(*stratified(data.train_labels, count, seed))
 
 
-def subset(data: AnyRead, count: int, seed: int = 0) -> AnyRead:
+def subset(data: Split, count: int, seed: int = 0) -> Split:
     """A stratified part of ``count`` training images, chosen by ``seed``; the test images stay.
 
     Raises:
@@ -48,10 +53,12 @@ def subset(data: AnyRead, count: int, seed: int = 0) -> AnyRead:
     """
     if count > len(data.train_labels):
         raise UserError(f"--train-images must be at most {len(data.train_labels):,} for --data {data.name}, got {count:,}")
+    if isinstance(data, Windows):
+        return data.first(count)
     return data.selected(stratified(data.train_labels, count, seed)[1])
 
 
-def at_stride(data: AnyRead, stride: int) -> AnyRead:
+def at_stride(data: Split, stride: int) -> Split:
     """Every ``stride``-th pixel in both directions."""
     if not isinstance(data, Dataset):
         raise UserError(f"--stride is for data sets in memory, got --data {data.name}")

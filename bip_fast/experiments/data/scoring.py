@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,7 +12,9 @@ IGNORED = -100  # a label that asks for nothing, such as that of padding
 
 
 def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of logits (..., classes) against int64 labels (...), of those that are not `IGNORED`."""
+    """Cross-entropy, of logits (..., classes) against int64 labels (...), of those that are not `IGNORED`; taken in float32 at least."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 

@@ -16,13 +16,15 @@ from .dataset import Dataset, statistics
 from .digits import read_digits
 from .idx import fashion_mnist_files, read_fashion_mnist
 from .image_folders import Streamed, read_image_folders
-from .kinds import IMAGES, TEXT, Kind
+from .kinds import IMAGES, LANGUAGE, TEXT, Kind
 from .parts import AnyRead
+from .prose import prose_files, read_prose
 from .sentences import Sentences
 from .tiny_imagenet import read_tiny_imagenet
 from .tsv import read_sst2, read_tsv, tsv_files
+from .windows import Prose
 
-__all__ = ["DATA", "TSV", "Source", "fingerprint", "load", "source_of"]
+__all__ = ["DATA", "OWN", "TSV", "Source", "fingerprint", "load", "source_of"]
 
 
 class Source(NamedTuple):
@@ -44,7 +46,7 @@ class Source(NamedTuple):
     classes: int
     padding: int
     mirror: bool
-    read: Callable[[Path, int], Arrays | Streamed | Sentences]
+    read: Callable[[Path, int], Arrays | Streamed | Sentences | Prose]
     files: Callable[[Path], list[Path]] | None = None
     folders: tuple[str, ...] = ()
     preset: Mapping[str, Any] = {}
@@ -72,6 +74,10 @@ _PAPER = {"pretrain_epochs": 200, "epochs": 200, "batch_size": 128, "pretrain_lr
 _FINE_TUNING = {
     "model": "minilm", "pretrain_epochs": 0, "epochs": 3, "batch_size": 32, "optimizer": "adamw", "pretrain_lr": 1e-4, "lr": 1e-4,
     "head_lr": 1e-3, "weight_decay": 0.01, "warmup": 0.06, "clip": 1.0,
+}  # fmt: skip
+# Training of a decoder that goes on, on a text of which one pass is long enough.
+_CONTINUED = {
+    **_FINE_TUNING, "model": "smollm2", "epochs": 1, "batch_size": 8, "head_lr": 0.0, "sparsity": 0.5, "max_tokens": 512,
 }  # fmt: skip
 _IMAGENET = {"model": "resnet50", "pretrain_epochs": 90, "epochs": 90, "batch_size": 256, "pretrain_lr": 0.1, "weight_decay": 1e-4}
 DATA = {
@@ -103,21 +109,37 @@ DATA = {
         _IMAGENET,
     ),
     "sst2": Source((), 2, 0, False, read_sst2, tsv_files, ("sst2", "SST-2"), _FINE_TUNING, kind=TEXT),
+    "wikitext2": Source(
+        (),
+        0,
+        0,
+        False,
+        lambda at, classes: read_prose("wikitext2", at),
+        prose_files,
+        ("wikitext-2", "wikitext2"),
+        _CONTINUED,
+        kind=LANGUAGE,
+    ),
 }
-TSV = "tsv:"  # in front of a file or folder of one's own
+TSV = "tsv:"  # in front of a file or folder of one's own, of sentences with labels
+PROSE = "text:"  # the same, of running text
+OWN = (TSV, PROSE)
 
 
 def source_of(name: Any) -> Source:
-    """The data set of a name, one of `DATA` or ``tsv:FILE``.
+    """The data set of a name, one of `DATA`, ``tsv:FILE`` or ``text:FILE``.
 
     Raises:
         UserError: there is none.
     """
     if isinstance(name, str) and name in DATA:
         return DATA[name]
-    place = Path(str(name).removeprefix(TSV))
-    if not isinstance(name, str) or not name.startswith(TSV) or not place.name:
-        raise UserError(f"--data must be one of {', '.join(DATA)}, or tsv:FILE, got {name!r}")
+    prefix = next((prefix for prefix in OWN if isinstance(name, str) and name.startswith(prefix)), None)
+    place = Path(str(name).removeprefix(prefix or ""))
+    if prefix is None or not place.name:
+        raise UserError(f"--data must be one of {', '.join(DATA)}, tsv:FILE or text:FILE, got {name!r}")
+    if prefix == PROSE:
+        return Source((), 0, 0, False, lambda at, classes: read_prose(name, at), prose_files, (), _CONTINUED, place, LANGUAGE)
     return Source((), 0, 0, False, lambda at, classes: read_tsv(name, at), tsv_files, (), _FINE_TUNING, place, TEXT)
 
 
@@ -136,7 +158,7 @@ def load(name: str, data_dir: Path | None = None) -> AnyRead:
     if source.needs_folder and data_dir is not None and not data_dir.is_dir():
         raise UserError(f"--data-dir must be a folder, got {data_dir}")
     arrays = source.read(_folder(source, data_dir or Path()), source.classes)
-    if isinstance(arrays, (Streamed, Sentences)):
+    if isinstance(arrays, (Streamed, Sentences, Prose)):
         return arrays
     # Bytes of a file are read-only, which torch does not know.
     images, labels, test_images, test_labels = (torch.from_numpy(part if part.flags.writeable else part.copy()) for part in arrays[:4])

@@ -30,7 +30,7 @@ class Scored:
     """What a criterion may look at.
 
     Args:
-        model: left as it is.
+        model: left as it is, but by criteria that prune on their way (`layerwise`).
         sparsity: of the masks that are chosen by the scores.
         select: masks as the stage chooses them, under its pattern, scope and budgets.
     """
@@ -57,7 +57,7 @@ class Criterion:
     """A way to score weights.
 
     Args:
-        scores: one for every entry of every Conv and Linear weight.
+        scores: one for every entry of every Conv and Linear weight, or of every one that competes.
         images: forward and backward passes that it takes, in images.
     """
 

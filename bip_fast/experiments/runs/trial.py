@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...errors import UserError, one_line
+from ..data.kinds import LANGUAGE
 from ..data.parts import AnyData
 from ..methods.begin import pruner
 from ..models.heads import candidates
@@ -25,7 +26,9 @@ def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
             logits = model.eval()(blank)
     except Exception as error:  # the user's code may raise anything
         raise UserError(f"--model {name} failed on {items} of shape {shape}: {one_line(error, named=True)}") from error
-    expected = (2, data.classes)
+    expected: tuple[int, ...] = (2, data.classes)
+    if data.kind is LANGUAGE and isinstance(logits, torch.Tensor):  # for every token as many as the network has words
+        expected = (*shape, *logits.shape[-1:])
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(f"--model {name} must give logits of shape {expected} for {items} of shape {shape}, got {found}")
