@@ -6,7 +6,9 @@ on a slow core, and again in each run; `hf:PATH` of a folder that you saved it t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ def language_model(name: str) -> nn.Module:
     folder = folder_of(name)
     library = library_of(name)
     try:
-        model = library.AutoModelForCausalLM.from_pretrained(**_place(folder), dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of progress, which nothing else switches off
+            model = library.AutoModelForCausalLM.from_pretrained(**_place(folder), dtype=torch.float32)
     except Exception as error:  # whatever is wrong with the files
         raise UserError(f"--model {name}: cannot load a network that predicts tokens from {folder}: {one_line(error, 160)}") from error
     model.config.use_cache = False
