@@ -200,7 +200,7 @@ BAD = {
     "--method dense --sparsity 0.9": "--sparsity must be 0 with --method dense, which prunes nothing, got 0.9",
     "--rewind 01": "--rewind must be init, lr or a number of epochs, got '01'",
     "--levels both": "--levels must be one of alternating, joint, got 'both'",
-    "--data mnist": "cifar10, cifar100, tiny-imagenet, imagenet, sst2, or tsv:FILE, got 'mnist'",
+    "--data mnist": "cifar10, cifar100, tiny-imagenet, imagenet, sst2, wikitext2, tsv:FILE or text:FILE, got 'mnist'",
     "--data cifar10": "--data cifar10 needs --data-dir",
     "--data cifar10 --data-dir nowhere": "--data-dir must be a folder, got nowhere",
     "--data cifar10 --data-dir .": "data_batch_1 is missing",

@@ -183,7 +183,7 @@ BAD = {
     "methods: {imp: {lr: 0.2}}": "methods: imp: method imp makes no use of lr: leave it out",
     "sparsity: [0.5, a]\nmethods: {bip: }": "sparsity must be float or int, got 'a'",
     "sparsity: [null, 0.5]\nmethods: {bip: }": "sparsity must be float or int, got None",
-    "data: [[digits]]\nmethods: {bip: }": "tsv:FILE, got ['digits']",
+    "data: [[digits]]\nmethods: {bip: }": "tsv:FILE or text:FILE, got ['digits']",
     "data: {a: b}\nmethods: {bip: }": "got {'a': 'b'}",
     "lr: {a: b}\nmethods: {bip: }": "lr must be float or int, got {'a': 'b'}",
     "methods: {x: {method: {a: 1}}}": "method must be one of bip",

@@ -1,7 +1,9 @@
 """Whole runs of a tiny Llama on a tiny text: every method of decoders, bfloat16, resume, comparisons, and what may be wrong."""
 
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from bip_fast.experiments.models.transformer import folder_of
 from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.resolve import resolve
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 32 * 16)  # of two blocks: queries and outputs, keys and values, and the MLP
 
 
@@ -216,3 +219,39 @@ def test_theta_stays_in_float32_under_bfloat16(place):
         assert theta.dtype == torch.float32
         assert not torch.equal(theta, theta.bfloat16().float())  # a step was smaller than bfloat16 can tell
         assert torch.equal(p, (theta * mask).bfloat16())
+
+
+# --- the example ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example():
+    spec = importlib.util.spec_from_file_location("decoder_example", ROOT / "examples" / "decoder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("more", [(), ("--pattern", "2:4"), ("--distill", "0.5"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_example_prunes_and_learns(place, tmp_path, capsys, example, more, tied):
+    write_llama(tmp_path / "llama", tied=tied)
+    texts = [str(place / "text" / name) for name in ("train.txt", "test.txt")]
+    out = tmp_path / "pruned"
+    own = ["--length", "16", "--steps", "40", "--lr", "0.02", "--out", str(out)]
+    pruned = example.main([str(tmp_path / "llama"), *texts, *own, *more])
+    dense = float(capsys.readouterr().out.split("dense: perplexity ")[1].split()[0])
+    assert pruned < 0.5 * dense
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    blocks = [p for name, p in model.named_parameters() if "layers" in name and p.dim() == 2]
+    assert sum(int((p != 0).sum()) for p in blocks) * 2 == sum(p.numel() for p in blocks) == WEIGHTS
+    assert (model.get_output_embeddings().weight[1:] != 0).all()  # the first word is the padding, 0 from the start
+
+
+def test_the_loss_of_the_example_is_the_divergence_from_the_dense_network(example):
+    model, teacher = tiny_llama(seed=0), tiny_llama(seed=1)
+    ids = torch.randint(0, 32, (3, 9))
+    q, p = (net(ids[:, :-1]).logits.double().softmax(-1) for net in (model, teacher))
+    expected = (p * (p.log() - q.log())).sum(-1).mean()
+    assert float(example.loss_of(model, ids, teacher, 1.0)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(example.loss_of(model, ids, model, 1.0)) == pytest.approx(0.0, abs=1e-6)

@@ -100,7 +100,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     for key, own in group(rows).items():
         line: Row = {**dict(zip(GROUP, key, strict=True)), "method": own[0]["method"], "pattern": own[0]["pattern"], "seeds": len(own)}
         for name in ("accuracy", "perplexity", "dense_accuracy", "sparsity_exact", "epochs_total", "seconds_total", "joules_total"):
-            values = [row[name] for row in own if row[name] is not None]
+            values = [row[name] for row in own if row.get(name) is not None]
             line[name] = statistics.mean(values) if values else None
             if name in ("accuracy", "perplexity", "dense_accuracy"):
                 line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
