@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> float:
         opt.zero_grad()
         schedule.step()
         if step % 10 == 9 or step + 1 == options.steps:
-            print(f"step {step + 1}: loss {float(loss):.3f}")
+            print(f"step {step + 1}: loss {float(loss.detach()):.3f}")
     opt.finalize()
     print(opt.report())
     pruned = perplexity(model, test)
