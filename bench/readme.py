@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report, targets
-from bench.studies import compare, digits, paper, patterns, structured, window
+from bench.studies import compare, digits, memory, paper, patterns, structured, window
 from bip_fast.experiments.methods import table
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "digits": ("digits.json", lambda results, _: _where(results) + "\n\n" + digits.table(results)),
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
+    "memory": ("memory.json", lambda results, _: _where(results) + "\n\n" + memory.table(results)),
+    "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
     "methods": ("", lambda results, _: table.table()),
     "window": ("window.json", lambda results, _: window.summary(results["steps"]) + "."),
 }
