@@ -21,7 +21,7 @@ from bip_fast.experiments.runs import display
 from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
 
-TEXT = [name for name, method in METHODS.items() if not method.images_only]
+TEXT = [name for name, method in METHODS.items() if not (method.images_only or method.blockwise)]
 BATCHES = 7  # of an epoch: 90 sentences, 14 a batch
 
 
@@ -303,7 +303,7 @@ def test_models_and_data_that_do_not_fit_are_one_line(place, tmp_path, capsys):
         f"hf:{t5}": "expected a network with a classification head, got 'vit', which has none",
         f"hf:{tmp_path / 'absent'}": "expected a folder with config.json, weights and tokenizer, got",
         f"hf:{empty}": f"cannot load a tokenizer from {empty}",
-        "resnet20": "--model must be one of minilm, or hf:PATH, for data that is text, got 'resnet20'",
+        "resnet20": "--model must be one of minilm, smollm2, or hf:PATH, for data that is text, got 'resnet20'",
     }.items():
         assert message in wrong(place, tmp_path, capsys, "--model", model)
     images = ["prune", "--model", f"hf:{place / 'bert'}", "--out", str(tmp_path / "images")]
