@@ -7,8 +7,12 @@
 #if defined(__GNUC__) && defined(__x86_64__)
 #define BIP_SIMD_X86 1
 #define BIP_TARGET_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c")))
-#define BIP_TARGET_AVX512 \
-  __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#if defined(__clang__)  // takes the widest registers by itself, and would ignore the whole list for one word that it does not know
+#define BIP_WIDEST
+#else
+#define BIP_WIDEST ",prefer-vector-width=512"
+#endif
+#define BIP_TARGET_AVX512 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c,avx512f,avx512bw,avx512vl,avx512dq" BIP_WIDEST)))
 #endif
 
 namespace bip::cpu {

@@ -22,25 +22,30 @@ inline int stream_width(int64_t tiles) {
 
 inline bool starts_line(const void* to) { return reinterpret_cast<uintptr_t>(to) % kLine == 0; }
 
+// What one instruction moves.
+template <int kBytes>
+struct Piece {
+  char bytes[kBytes];
+};
+
 // Copies whole lines; both pointers start one. In assembler, because this is inlined into one loop for every instruction set, and an
-// intrinsic can only be where its own set is.
+// intrinsic can only be where its own set is. Every piece is an operand of its own: an offset before an operand is not something that all
+// assemblers read.
 template <class T, int kCount>
 BIP_HD void stream_lines(const T (&values)[kCount], T* to, int width) {
 #if defined(BIP_SIMD_X86)
-  static_assert(sizeof(values) % kLine == 0);
-  struct Line {
-    char bytes[kLine];
-  };
-  const Line* from = reinterpret_cast<const Line*>(values);
-  Line* lines = reinterpret_cast<Line*>(to);
-  for (unsigned i = 0; i < sizeof(values) / kLine; ++i) {
-    if (width == 64)
-      asm volatile("vmovdqa64 %1, %%zmm15\n\tvmovntdq %%zmm15, %0" : "=m"(lines[i]) : "m"(from[i]) : "xmm15");
-    else
-      asm volatile("vmovdqa %1, %%ymm15\n\tvmovntdq %%ymm15, %0\n\tvmovdqa 32+%1, %%ymm15\n\tvmovntdq %%ymm15, 32+%0"
-                   : "=m"(lines[i])
-                   : "m"(from[i])
-                   : "xmm15");
+  constexpr int kBytes = sizeof values;
+  static_assert(kBytes % kLine == 0);
+  if (width == 64) {
+    const auto* from = reinterpret_cast<const Piece<64>*>(values);
+    auto* pieces = reinterpret_cast<Piece<64>*>(to);
+    for (int i = 0; i < kBytes / 64; ++i)
+      asm volatile("vmovdqa64 %1, %%zmm15\n\tvmovntdq %%zmm15, %0" : "=m"(pieces[i]) : "m"(from[i]) : "xmm15");
+  } else {
+    const auto* from = reinterpret_cast<const Piece<32>*>(values);
+    auto* pieces = reinterpret_cast<Piece<32>*>(to);
+    for (int i = 0; i < kBytes / 32; ++i)
+      asm volatile("vmovdqa %1, %%ymm15\n\tvmovntdq %%ymm15, %0" : "=m"(pieces[i]) : "m"(from[i]) : "xmm15");
   }
 #else
   static_cast<void>(width);

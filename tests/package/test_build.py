@@ -227,6 +227,24 @@ def test_build_is_incremental(build: ModuleType, tmp_path: Path, monkeypatch: py
         build.run_ninja("build/here", environ, 0)
 
 
+def test_the_cpu_kernels_compile_without_a_warning_on_clang(build: ModuleType, tmp_path: Path) -> None:
+    """Its own assembler reads less than that of GCC."""
+    clang = shutil.which("clang++")
+    if clang is None:
+        pytest.skip("needs clang++")
+    rules = build.commands({"CXX": clang, "CXXFLAGS": "-Werror"}, None, [])
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        subprocess.run([*rules["cxx"], "-c", str(source), "-o", str(tmp_path / "out.o")], cwd=ROOT, check=True)
+
+
+def test_assembler_has_no_offset_before_an_operand() -> None:
+    """``32+%0``: clang does not read it where the operand is ``(%rax,%rcx,4)``."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    assembler = [line for path in sources for line in path.read_text().splitlines() if re.search(r"%%[xyz]mm", line)]
+    assert assembler
+    assert not [line for line in assembler if re.search(r"\d\+%\d", line)]
+
+
 def test_the_built_module_is_always_copied(build: ModuleType) -> None:
     """Copied only when newer, the module with CUDA would survive a rebuild with BIP_FAST_CUDA=0."""
     from setuptools import Distribution
