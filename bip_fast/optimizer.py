@@ -212,16 +212,16 @@ class FastBiP(torch.optim.Optimizer):
         seen = seen_in_group(self._seen, group["params"], names)
         if self._phases.frozen and any(would_prune(seen.of(p), self.defaults | group) for p in group["params"]):
             raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
-        if self._inner is not None:
-            self._inner.add(group)
-        super().add_param_group(group)
-        before, self._seen = self._seen, seen
+        count, before, self._seen = len(self.param_groups), self._seen, seen
         try:
+            if self._inner is not None:
+                self._inner.add(group)
+            super().add_param_group(group)
             self._build(self._running("add a parameter group").saved_state(), project=not self._phases.frozen)
         except BaseException:
-            self.param_groups.pop()  # as it was: the new group is the last
+            del self.param_groups[count:]  # as it was
             if self._inner is not None:
-                self._inner.drop_last()
+                self._inner.keep(count)
             self._seen = before
             raise
 

@@ -131,7 +131,7 @@ class InnerOptimizer:
         self.pull(param_groups)
 
     def add(self, group: dict[str, Any]) -> None:
-        """Take one more group; `drop_last` undoes it."""
+        """Take one more group; `keep` undoes it, also when this fails."""
         if len(self.optimizers) != 1:
             raise ValueError(f"a parameter group can be added to one inner optimizer, got {self.name}")
         inner = self.optimizers[0]
@@ -139,11 +139,15 @@ class InnerOptimizer:
         self._groups.append(inner.param_groups[-1])
         self.pull([*[{} for _ in self._groups[:-1]], group])
 
-    def drop_last(self) -> None:
-        dropped = self.optimizers[0].param_groups.pop()
-        self._groups.pop()
-        lost = set(map(id, dropped["params"]))
-        self._thetas = {p: theta for p, theta in self._thetas.items() if id(theta) not in lost}
+    def keep(self, count: int) -> None:
+        """Forget all groups but the first ``count``: those that `add` has brought, whole or in part."""
+        self._groups = self._groups[:count]
+        kept = {id(theta) for group in self._groups for theta in group["params"]}
+        for theta in (theta for theta in self._thetas.values() if id(theta) not in kept):
+            self.optimizers[0].state.pop(theta, None)
+        self._thetas = {p: theta for p, theta in self._thetas.items() if id(theta) in kept}
+        if len(self.optimizers) == 1:  # else nothing was added
+            del self.optimizers[0].param_groups[count:]
 
     # --- saving and loading ------------------------------------------------------------------------------------------------------------
 

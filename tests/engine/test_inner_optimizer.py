@@ -206,7 +206,23 @@ def test_a_group_that_cannot_be_added_leaves_everything(backend):
     opt = FastBiP(params[:1], sparsity=0.5, optimizer=MAKERS["Adam"], levels="joint")
     with pytest.raises(ValueError, match="share memory"):
         opt.add_param_group({"params": [nn.Parameter(params[0].detach().view(-1)[:40].view(4, 10))]})
+    with pytest.raises(ValueError, match="more than one parameter group"):  # the first of the two is new
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(4, 10, device=backend.device)), params[0]]})
+    with pytest.raises(ValueError, match="non-leaf"):
+        opt.add_param_group({"params": [params[1] * 2]})
     assert len(opt.param_groups) == len(opt.inner_optimizers[0].param_groups) == 1
+    step_all([(params, opt)], 1)
+    assert_invariant(opt)
+    opt.add_param_group({"params": params[1:2]})
+    step_all([(params, opt)], 2)
+    assert_invariant(opt)
+
+
+def test_a_group_cannot_be_added_to_several_optimizers():
+    params = make_params([300, 1100, 40])
+    opt = FastBiP(groups_of(params), sparsity=0.5, optimizer=lambda groups: [torch.optim.Adam(groups[:1]), torch.optim.SGD(groups[1:])])
+    with pytest.raises(ValueError, match="a parameter group can be added to one inner optimizer, got Adam and SGD"):
+        opt.add_param_group({"params": make_params([20])})
     step_all([(params, opt)], 1)
     assert_invariant(opt)
 
