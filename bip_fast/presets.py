@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .engine.options import check_count
+from .engine.options import MASK_RATES, check_count
 from .engine.rules import Rule
 
 __all__ = ["PRESETS", "preset_options", "preset_rows", "ramp_steps"]
 
-_EITHER = ("mask_lr", "mask_lr_per_lr")
 _SGD = {"momentum": 0.9, "nesterov": False}
 _ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8}
 _PAPER = {"levels": "alternating", "mask_lr": 0.1, "gamma": 1.0, "mask_momentum": 0.0, "score_start": "magnitude", "ramp": 0.0}
@@ -53,9 +52,9 @@ def preset_options(preset: str, rule: Rule, given: Mapping[str, Any]) -> dict[st
     if preset not in PRESETS:
         raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {preset!r}")
     chosen = {key: value for key, value in given.items() if value is not None}
-    options = {"mask_lr": None, "mask_lr_per_lr": None, **PRESETS[preset][rule.name]}
-    if not chosen.keys().isdisjoint(_EITHER):
-        options |= dict.fromkeys(_EITHER)  # what is given of the two has no other beside it
+    options = {**dict.fromkeys(MASK_RATES), **PRESETS[preset][rule.name]}
+    if not chosen.keys().isdisjoint(MASK_RATES):
+        options |= dict.fromkeys(MASK_RATES)  # what is given of the two has no other beside it
     return options | chosen
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "ALL_KEYS",
     "LEVELS",
     "LOWER_KEYS",
+    "MASK_RATES",
     "SCORE_STARTS",
     "SHARED_KEYS",
     "UPPER_KEYS",
@@ -37,7 +38,8 @@ __all__ = [
 LEVELS = ("alternating", "joint")
 SCORE_STARTS = ("magnitude", "square")
 SCOPES = ("global", "layer", "erk")
-UPPER_KEYS = ("mask_lr", "mask_lr_per_lr", "gamma", "mask_momentum")
+MASK_RATES = ("mask_lr", "mask_lr_per_lr")  # two ways to say one thing: where one is given the other is None
+UPPER_KEYS = (*MASK_RATES, "gamma", "mask_momentum")
 LOWER_KEYS = tuple(dict.fromkeys(key for rule in RULES.values() for key in rule.options))
 SHARED_KEYS = (*UPPER_KEYS, "sparsity", "pattern", "scope", "min_kept", "prune")  # under any rule
 ALL_KEYS = (*LOWER_KEYS, *SHARED_KEYS)  # of any rule
@@ -153,9 +155,9 @@ def resolve_density(options: dict[str, Any]) -> None:
 
 def resolve_mask_lr(options: dict[str, Any]) -> None:
     """Set ``mask_lr`` to None where ``mask_lr_per_lr`` is given, and the other way round, in place."""
-    given = [name for name in ("mask_lr", "mask_lr_per_lr") if options.get(name) is not None]
+    given = [name for name in MASK_RATES if options.get(name) is not None]
     if len(given) == 1:
-        options |= {"mask_lr": None, "mask_lr_per_lr": None, given[0]: options[given[0]]}
+        options |= {**dict.fromkeys(MASK_RATES), given[0]: options[given[0]]}
 
 
 def resolve_pattern(options: dict[str, Any]) -> None:
@@ -199,13 +201,13 @@ def check_group(group: dict[str, Any], rule: Rule) -> None:
             _check_betas(group[name])
         elif name == "nesterov":
             _check_flag(name, group[name])
-        elif group[name] is not None or not name.startswith("mask_lr"):
+        elif group[name] is not None or name not in MASK_RATES:
             _check_number(name, group[name])
     _check_flag("prune", group["prune"])
     resolve_pattern({"pattern": group["pattern"], "sparsity": group["sparsity"]})
     check_count("min_kept", group["min_kept"], 0)
     _check_choice("scope", group["scope"])
-    if group.get("nesterov") and not group["momentum"] > 0:
+    if "nesterov" in rule.options and group["nesterov"] and not group["momentum"] > 0:
         raise ValueError(f"nesterov needs a momentum greater than 0, got momentum={group['momentum']!r}")
     if group["sparsity"] is not None:
         _check_number("sparsity", group["sparsity"])
@@ -224,7 +226,7 @@ def hyper_table(groups: Sequence[dict[str, Any]], rule: Rule) -> np.ndarray:
     for key in (*rule.options, *UPPER_KEYS):
         if key == "betas":
             table["beta1"], table["beta2"] = zip(*[map(float, group["betas"]) for group in groups], strict=True)
-        elif key not in ("gamma", "mask_lr", "mask_lr_per_lr"):
+        elif key != "gamma" and key not in MASK_RATES:
             table[key] = [float(group[key]) for group in groups]
     table["mask_lr"] = [_mask_lr(group) for group in groups]
     table["inv_gamma"] = [1 / float(group["gamma"]) for group in groups]

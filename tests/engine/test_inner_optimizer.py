@@ -249,6 +249,21 @@ def test_options_of_the_inner_optimizer_are_given_to_it():
         FastBiP(make_params([40]), sparsity=0.5, optimizer=MAKERS["Adam"], lr=0.1)
 
 
+def test_options_of_the_inner_optimizer_are_its_own():
+    """One with the name of an option of SGD's need not go with SGD's others, as in AdamP, which has nesterov and no momentum."""
+
+    def make(groups):
+        inner = Lion(groups)
+        for group in inner.param_groups:
+            group["nesterov"] = True
+        return inner
+
+    params = make_params([40])
+    opt = FastBiP(params, sparsity=0.5, optimizer=make)
+    step_all([(params, opt)], 1)
+    assert_invariant(opt)
+
+
 def test_states_of_another_optimizer_are_refused():
     first, second = (FastBiP(make_params([40]), sparsity=0.5, optimizer=MAKERS[name]) for name in ("Adam", "Lion"))
     with pytest.raises(ValueError, match="state_dict must be of optimizer='Lion', got one of 'Adam'"):
