@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .coverage import Parameter, Seen, frozen
 from .layers import Layer, conv_and_linear, joined, plain_name, uses
-from .options import ALL_KEYS, LOWER_KEYS
+from .options import ALL_KEYS, LOWER_KEYS, MASK_RATES
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
@@ -127,6 +127,12 @@ def _excluded_by(item: Any, prunable: list[Tensor], names: Names) -> set[Tensor]
     return found
 
 
+def _rest(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that go with the ``own`` ones of some of its weights: where one thing can be said in two ways, theirs wins."""
+    said = {key for pair in (("sparsity", "density"), MASK_RATES) if not own.keys().isdisjoint(pair) for key in pair}
+    return {key: value for key, value in group.items() if key not in said}
+
+
 def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Tensor], names: Names) -> Groups:
     """The groups, with weights that ``overrides`` names in groups of their own, each behind the group that the weight was in."""
     learning = [p for group in groups for p in group["params"] if isinstance(p, Tensor)]
@@ -151,8 +157,7 @@ def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Ten
                 parts.append((options[p], [p])) if same is None else same.append(p)
         for own, members in parts:
             if members:
-                rest = {key: value for key, value in group.items() if own.keys().isdisjoint({"sparsity", "density"}) or key != "sparsity"}
-                divided.append({**rest, **own, "params": members})
+                divided.append({**_rest(group, own), **own, "params": members})
     return divided
 
 

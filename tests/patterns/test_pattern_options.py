@@ -1,6 +1,7 @@
 """Patterns, overrides and couplings as a user gives them, and the reasons for what stays dense."""
 
 import pytest
+import torch
 from helpers import fill_gradients
 from torch import nn
 
@@ -164,6 +165,14 @@ def test_refusals_of_memory_layouts():
     with pytest.raises(Refused, match="no entries"):
         parse("filter").divide((0, 4), (4, 1), Layer())
     assert parse("2:4").divide((8, 4), (4, 1), Layer()) == NofM(2, 4)
+
+
+def test_overrides_win_over_what_a_group_says_another_way():
+    weights = [(name, nn.Parameter(torch.randn(10, 10))) for name in ("a", "b")]
+    group = {"params": weights, "density": 0.25, "mask_lr": 0.5}
+    opt = FastBiP([group], overrides={"a": {"sparsity": 0.3, "mask_lr_per_lr": 3.0}})
+    found = [(group["sparsity"], group["mask_lr"], group["mask_lr_per_lr"]) for group in opt.param_groups]
+    assert found == [(0.75, 0.5, None), (0.3, None, 3.0)]
 
 
 def test_misspelt_options_of_overrides_are_named():
