@@ -432,14 +432,14 @@ class FastBiP(torch.optim.Optimizer):
         }
         if self._inner is not None:
             self._inner.check_state(inner)
+        if self._ramp is not None:
+            self._ramp.load_state_dict(state_dict[EXTRA]["ramp"])  # first: the sparsity of the groups is theirs
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
         engine.load(states, state_dict[EXTRA]["num_nonfinite"])
         if self._inner is not None:
             self._inner.load(inner, self.param_groups)
         self._phases.load(state_dict[EXTRA])
-        if self._ramp is not None:
-            self._ramp.load_state_dict(state_dict[EXTRA]["ramp"])
         self.state.update(engine.state())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class SparsitySchedule:
         begin: calls of `step` before the beginning, at which the sparsity is ``start``.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the optimizer was made with ``steps`` and so has a schedule already.
 
     Example:
         >>> schedule = SparsitySchedule(opt, "cubic", steps=1000)
@@ -43,20 +44,29 @@ class SparsitySchedule:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, kind: str = "cubic", *, start: float = 0.0, steps: int, begin: int = 0) -> None:
-        if kind not in CURVES:
-            raise ValueError(f"kind must be {' or '.join(map(repr, CURVES))}, got {kind!r}")
-        if not 0 <= start < 1:
-            raise ValueError(f"start must be in [0, 1), got {start!r}")
-        self.optimizer, self.kind, self.start = optimizer, kind, float(start)
-        self.steps, self.begin = check_count("steps", steps, 1), check_count("begin", begin, 0)
+        if getattr(optimizer, "_ramp", None) is not None:
+            raise ValueError("optimizer must be made without steps, with which it makes its sparsity grow itself")
+        self._check(kind, start, steps, begin)
+        self.optimizer, self.kind, self.start, self.steps, self.begin = optimizer, kind, float(start), int(steps), int(begin)
         self._ends = [group["sparsity"] for group in optimizer.param_groups]
         self._count = 0
         self._set()
 
+    @staticmethod
+    def _check(kind: Any, start: Any, steps: Any, begin: Any) -> None:
+        """ValueError for an argument out of range."""
+        if kind not in CURVES:
+            raise ValueError(f"kind must be {' or '.join(map(repr, CURVES))}, got {kind!r}")
+        if not isinstance(start, Real) or not 0 <= float(start) < 1:
+            raise ValueError(f"start must be in [0, 1), got {start!r}")
+        check_count("steps", steps, 1)
+        check_count("begin", begin, 0)
+
     def step(self) -> None:
-        """One step on; after the last one the sparsity stays."""
+        """One step on. After the last one the sparsity stays, or is what you set."""
         self._count += 1
-        self._set()
+        if self._count <= self.begin + self.steps:
+            self._set()
 
     def _set(self) -> None:
         share = min(max(self._count - self.begin, 0) / self.steps, 1.0)
@@ -78,6 +88,11 @@ class SparsitySchedule:
         self._set()
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
-        """ValueError if ``state_dict`` does not fit the groups."""
+        """ValueError if ``state_dict`` does not fit the groups, or is damaged."""
         if state_dict.keys() != self.state_dict().keys() or len(state_dict["ends"]) > len(self.optimizer.param_groups):
             raise ValueError(f"state_dict must come from SparsitySchedule.state_dict() of as many groups, got the keys {list(state_dict)}")
+        self._check(*(state_dict[key] for key in ("kind", "start", "steps", "begin")))
+        check_count("count", state_dict["count"], 0)
+        for end in state_dict["ends"]:
+            if end is not None and not (isinstance(end, Real) and 0 <= float(end) < 1):
+                raise ValueError(f"state_dict must have ends in [0, 1) or None, got {end!r}")

@@ -123,10 +123,48 @@ def test_a_state_with_and_one_without_steps_do_not_go_together():
         stays.load_state_dict(copy.deepcopy(grows.state_dict()))
     with pytest.raises(ValueError, match="state_dict must be of an optimizer that was made with steps, got one without steps"):
         grows.load_state_dict(copy.deepcopy(stays.state_dict()))
-    damaged = copy.deepcopy(grows.state_dict())
-    damaged["bip"]["ramp"] = {"count": 3}
-    with pytest.raises(ValueError, match="state_dict must"):
-        grows.load_state_dict(damaged)
+
+
+DAMAGED = [{"steps": 0}, {"begin": None}, {"start": 1.0}, {"kind": "square"}]
+DAMAGED += [{"count": "x"}, {"count": -1}, {"ends": [7.0]}, {"ends": ["x"]}]
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGED], ids=str)
+def test_a_damaged_ramp_changes_nothing(damage):
+    params = make_params([40])
+    opt = FastBiP(params, sparsity=0.9, preset="joint", steps=20)
+    train(params, opt, 3)
+    damaged = copy.deepcopy(opt.state_dict())
+    damaged["bip"]["ramp"] = {"count": 3} if damage is None else damaged["bip"]["ramp"] | damage
+    damaged["param_groups"][0]["lr"] = 0.77
+    before = copy.deepcopy(opt.param_groups[0])
+    with pytest.raises(ValueError, match="must"):
+        opt.load_state_dict(damaged)
+    after = opt.param_groups[0]
+    assert {key: before[key] for key in before if key != "params"} == {key: after[key] for key in after if key != "params"}
+    assert opt.state_dict()["bip"]["ramp"]["count"] == 3
+
+
+def test_after_the_ramp_the_sparsity_is_what_is_set(backend):
+    params = make_params([300, 1100], device=backend.device)
+    opt = FastBiP(params, sparsity=0.5, preset="joint", steps=8)  # grows in the first 4
+    train(params, opt, 4)
+    opt.param_groups[0]["sparsity"] = 0.8
+    train(params, opt, 2, first=4)
+    assert sum(int(opt.mask_of(p).sum()) for p in params) == 280
+    loaded = twin(params)
+    loaded_opt = FastBiP(loaded, sparsity=0.5, preset="joint", steps=8)
+    loaded_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert loaded_opt.param_groups[0]["sparsity"] == 0.8
+    for own, optimizer in ((params, opt), (loaded, loaded_opt)):
+        train(own, optimizer, 2, first=6)
+    assert same(params, loaded)
+
+
+def test_one_schedule_is_enough():
+    opt = FastBiP(make_params([40]), sparsity=0.9, preset="joint", steps=20)
+    with pytest.raises(ValueError, match="optimizer must be made without steps, with which it makes its sparsity grow itself"):
+        SparsitySchedule(opt, steps=10)
 
 
 @pytest.mark.parametrize(
