@@ -388,7 +388,7 @@ class FastBiP(torch.optim.Optimizer):
             return
         self._engine.arena.check_untouched()
         self._finished = self.report()
-        self._engine = None
+        self._engine = self._inner = None
         self.state.clear()
         for group in self.param_groups:
             group["params"] = []

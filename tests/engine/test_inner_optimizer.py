@@ -1,7 +1,9 @@
 """`optimizer=` as a function: any torch optimizer makes the step of theta."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -182,6 +184,18 @@ def test_a_module_trains_with_it():
     assert_invariant(opt)
     opt.finalize()
     assert sum(int((p == 0).sum()) for p in pruned_of(model)) >= round(0.8 * sum(p.numel() for p in pruned_of(model)))
+
+
+def test_finalize_lets_go_of_the_inner_optimizer():
+    params = make_params([300])
+    opt = FastBiP(params, sparsity=0.5, optimizer=MAKERS["Adam"])
+    step_all([(params, opt)], 1)
+    theta = weakref.ref(opt.inner_optimizers[0].param_groups[0]["params"][0])
+    assert theta() is not None
+    opt.finalize()
+    gc.collect()
+    assert theta() is None
+    assert opt.inner_optimizers == ()
 
 
 def test_a_group_may_be_added():
