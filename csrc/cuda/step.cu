@@ -4,7 +4,8 @@
 //   upper  2 launches  update: scores, judged at once against the window of the step before            16.3
 //                      finish: returns at once in most steps
 //   joint  2 launches  update: both; then as upper                                                     28.3 to 32.3
-//   With AdamW 8 bytes more in lower and joint steps.
+//   With AdamW 8 bytes more in lower and joint steps. With an optimizer of the caller's these write m*g instead of theta, v and z, and a
+//   launch more writes z when that optimizer has moved theta.
 //   Up to kAloneTiles tiles the first launch does everything.
 //   1 more for every 400 gradient pointers beyond the first 400.
 //

@@ -93,11 +93,10 @@ def test_a_grad_scaler_and_its_skipped_steps():
             p.grad *= scalers[0].get_scale()
         if i % 5 == 3:
             params[0].grad[0, 7] = bare[0].grad[0, 7] = torch.inf
-        for scaler, optimizer, own in zip(scalers, (ours, theirs), (params, bare), strict=True):
+        for scaler, optimizer in zip(scalers, (ours, theirs), strict=True):
             scaler.scale(torch.zeros((), requires_grad=True))
             scaler.step(optimizer)
             scaler.update()
-            assert own
     assert int(ours.state[params[0]]["step"]) == int(theirs.state[bare[0]]["step"]) == 10
     for p, q in zip(params, bare, strict=True):
         torch.testing.assert_close(p, q, **TOLERANCE[torch.float32])
