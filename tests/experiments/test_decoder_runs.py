@@ -10,7 +10,7 @@ import torch
 import yaml
 from cli_runs import Interrupting, load_weights, one_line
 from compare_runs import compare, rows_of, written
-from decoder_files import tiny_llama, write_llama, write_text
+from decoder_files import tiny_llama, write_llama, write_text, write_words
 from text_files import transformers, write_bert
 
 from bip_fast import FastBiP
@@ -208,6 +208,23 @@ def test_an_option_without_a_meaning_is_refused(place, tmp_path, capsys):
     assert "--method bip makes no use of --calibration" in one_line(capsys.readouterr().err)
 
 
+def test_a_matrix_outside_of_the_blocks_is_named(tmp_path, place, capsys):
+    config = transformers.OPTConfig(
+        vocab_size=32,
+        hidden_size=16,
+        word_embed_proj_dim=8,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    write_words(tmp_path / "opt")
+    more = ("--model", f"hf:{tmp_path / 'opt'}", "--method", "wanda")
+    assert cli.main(options(place, tmp_path / "run", *more)) == 2
+    assert "--method wanda prunes the matrices of layers in blocks" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_theta_stays_in_float32_under_bfloat16(place):
     model = language_model(f"hf:{place / 'llama'}").to(torch.bfloat16)
     opt = FastBiP(model, sparsity=0.5, optimizer="adamw", preset="joint")
@@ -253,5 +270,5 @@ def test_the_loss_of_the_example_is_the_divergence_from_the_dense_network(exampl
     ids = torch.randint(0, 32, (3, 9))
     q, p = (net(ids[:, :-1]).logits.double().softmax(-1) for net in (model, teacher))
     expected = (p * (p.log() - q.log())).sum(-1).mean()
-    assert float(example.loss_of(model, ids, teacher, 1.0)) == pytest.approx(float(expected), rel=1e-4)
-    assert float(example.loss_of(model, ids, model, 1.0)) == pytest.approx(0.0, abs=1e-6)
+    assert example.loss_of(model, ids, teacher, 1.0).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert example.loss_of(model, ids, model, 1.0).item() == pytest.approx(0.0, abs=1e-6)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...engine.layers import Use, uses
 from ...engine.patterns import NofM, parse
 
 __all__ = ["Rule", "Share", "blocks_of", "counts", "prune_blocks_", "share_of"]
@@ -87,7 +88,8 @@ def prune_blocks_(
     """Prune the matrices in the blocks of ``model`` in place. What stands outside of the blocks, such as an output layer, stays dense.
 
     Args:
-        model: with Linear layers, or Conv1D of `transformers`; works in eval mode, and is left in the mode that it had.
+        model: with layers that multiply their input with a ``weight`` of two dimensions, as far as `engine.layers` lets them be pruned
+            (Linear, Conv1D of `transformers`); works in eval mode, and is left in the mode that it had.
         batches: what it is called with: a tensor, a tuple of arguments, or a mapping of named ones.
         only: names of the weights that are pruned, None: all in the blocks.
         multiple: the number of inputs of a matrix must be a multiple of it; others stay dense.
@@ -98,7 +100,7 @@ def prune_blocks_(
     Raises:
         ValueError: there is no batch or nothing to prune, the blocks are no chain, or no batch reaches one of the matrices.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     blocks = blocks_of(model)
     masks: dict[str, Tensor] = {}
     with _in_eval_mode(model):
@@ -106,17 +108,17 @@ def prune_blocks_(
         if not flow:
             raise ValueError("batches must have at least one, got none")
         for number, block in enumerate(blocks):
-            own = {layer: names[layer.weight] for layer in _matrices(block) if layer.weight in names}
-            own = {layer: name for layer, name in own.items() if (only is None or name in only) and name not in masks}
-            own = {layer: name for layer, name in own.items() if _matrix(layer).shape[1] % multiple == 0}
+            own = {names[use.parameter]: use for use in _matrices(block) if use.parameter in names}
+            own = {name: use for name, use in own.items() if (only is None or name in only) and name not in masks}
+            own = {name: use for name, use in own.items() if _matrix(use).shape[1] % multiple == 0}
             sums = _sums(block, number, flow, rule, own)
-            for layer, name in own.items():
+            for name, use in own.items():
                 if name not in sums:
                     raise ValueError(f"batches must reach every matrix, got none that reaches {name}: give more, or leave it out of `only`")
-                matrix = _matrix(layer)
+                matrix = _matrix(use)
                 pruned, mask = rule.prune(matrix.float().clone(), sums.pop(name))
                 matrix.copy_(pruned)
-                masks[name] = mask.T.contiguous() if _transposed(layer) else mask
+                masks[name] = mask.T.contiguous() if use.layer.transposed else mask
             if number + 1 < len(blocks):
                 for sample in flow:
                     sample.hidden = sample.through(block, number)
@@ -128,18 +130,18 @@ def prune_blocks_(
 # --- matrices ------------------------------------------------------------------------------------------------------------------------
 
 
-def _transposed(layer: nn.Module) -> bool:
-    """Whether it is a Conv1D of `transformers`, whose weight has dimensions (inputs, outputs)."""
-    return type(layer).__name__ == "Conv1D"
+def _matrices(module: nn.Module) -> Iterator[Use]:
+    """Those whose input is that of their module: not what recurrent layers, attention and experts keep inside."""
+    return (
+        use
+        for use in uses(module)
+        if use.dense is None and use.parameter is getattr(use.module, "weight", None) and use.parameter.dim() == 2
+    )
 
 
-def _matrices(module: nn.Module) -> Iterator[Any]:
-    return (m for m in module.modules() if isinstance(m, nn.Linear) or (_transposed(m) and hasattr(m, "nf")))
-
-
-def _matrix(layer: Any) -> Tensor:
+def _matrix(use: Use) -> Tensor:
     """The weight as (outputs, inputs), a view."""
-    return layer.weight.T if _transposed(layer) else layer.weight
+    return use.parameter.T if use.layer.transposed else use.parameter
 
 
 # --- what flows through the blocks ---------------------------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def _recorded(model: nn.Module, blocks: Sequence[nn.Module], batch: Any) -> _Sam
     raise ValueError(f"model must run all of its {len(blocks)} blocks, got {len(sample.beside)}")
 
 
-def _sums(block: nn.Module, number: int, flow: Sequence[_Sample], rule: Rule, own: Mapping[Any, str]) -> dict[str, Tensor]:
+def _sums(block: nn.Module, number: int, flow: Sequence[_Sample], rule: Rule, own: Mapping[str, Use]) -> dict[str, Tensor]:
     """The statistic of every matrix of ``own`` over all batches, by name."""
     sums: dict[str, Tensor] = {}
 
@@ -208,7 +210,7 @@ def _sums(block: nn.Module, number: int, flow: Sequence[_Sample], rule: Rule, ow
 
         return add
 
-    hooks = [layer.register_forward_pre_hook(adds(name)) for layer, name in own.items()]
+    hooks = [use.module.register_forward_pre_hook(adds(name)) for name, use in own.items()]
     try:
         for sample in flow if own else ():
             sample.through(block, number)

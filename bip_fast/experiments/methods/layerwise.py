@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ...engine.patterns import parse
+from ...errors import UserError
 from ..data.parts import AnyData
 from ..models.heads import candidates
 from ..settings import Settings
@@ -29,8 +31,14 @@ def _batches(settings: Settings, data: AnyData) -> int:
 def _criterion(name: str, prune: Callable[..., dict[str, Tensor]]) -> Criterion:
     def scores(of: Scored) -> Scores:
         inputs = [ids for ids, _ in of.batches(_batches(of.settings, of.data))]
-        names = [name for name, _ in candidates(of.model)]
-        masks = prune(of.model, inputs, of.sparsity, pattern=of.settings.pattern, only=names)
+        competing = candidates(of.model)
+        masks = prune(of.model, inputs, of.sparsity, pattern=of.settings.pattern, only=[name for name, _ in competing])
+        multiple = parse(of.settings.pattern).sizes[1]  # N:M leaves others dense
+        missed = next((name for name, p in competing if name not in masks and p.shape[1] % multiple == 0), None)
+        if missed is not None:
+            raise UserError(
+                f"--method {name} prunes the matrices of layers in blocks, and --model {of.settings.model} has {missed} as well"
+            )
         return {name: mask.float() for name, mask in masks.items()}
 
     return Criterion(name, scores, lambda settings, data: _batches(settings, data) * min(settings.batch_size, len(data.train_labels)))
