@@ -34,6 +34,8 @@ def load(path: Path, dtype: torch.dtype):
     if path.suffix == ".gguf":
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).to(dtype)
+    if hasattr(model, "hf_quantizer"):  # the weights are whole again, and can be saved as any
+        del model.hf_quantizer, model.config.quantization_config
     return model, transformers.AutoTokenizer.from_pretrained(**place)
 
 
