@@ -21,6 +21,7 @@ from .engine.options import (
     check_levels,
     check_lower_steps,
     check_score_start,
+    refuse_count,
     resolve_density,
     resolve_mask_lr,
     resolve_pattern,
@@ -171,12 +172,15 @@ class FastBiP(torch.optim.Optimizer):
             **chosen,
             **unknown,
         }
+        refuse_count(unknown)
         resolve_density(defaults)
         if unknown:
             raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
         resolve_pattern(defaults)
         check_group(defaults, self._rule)
         groups, self._seen = param_groups_of(params, exclude, overrides, coupled)
+        for group in groups:
+            refuse_count(group)
         self._inner: InnerOptimizer | None = None
         if callable(optimizer):
             self._inner = InnerOptimizer(optimizer, groups)
@@ -201,6 +205,8 @@ class FastBiP(torch.optim.Optimizer):
             raise TypeError(f'a parameter group must be a dict with "params", got {param_group!r}')
         group = dict(param_group)
         group["params"], names = split_names(group["params"])
+        if not self._building:  # else __init__ has looked, before an inner optimizer added its options
+            refuse_count(group)
         resolve_density(group)
         resolve_mask_lr(group)
         resolve_pattern(group)

@@ -23,6 +23,15 @@ INNER = "optimizer"  # the key of a parameter's saved state for what the inner o
 Groups = Sequence[dict[str, Any]]
 
 
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether an option has not changed. One tensor may change in place, where both sides see it."""
+    return x is y or (isinstance(x, (bool, int, float, str, tuple)) and x == y)
+
+
 class InnerOptimizer:
     """The optimizers that a user's function made, over a theta for every parameter.
 
@@ -51,6 +60,7 @@ class InnerOptimizer:
                     f"optimizer must take steps without a closure, got {type(inner).__name__}, which evaluates the model several times in "
                     "a step: the masks would move between"
                 )
+        self._pulled: list[dict[str, Any]] = []
         self._match(param_groups)
         self.pull(param_groups)
 
@@ -92,13 +102,15 @@ class InnerOptimizer:
 
     def pull(self, param_groups: Groups) -> None:
         """Take the options of the inner groups, which a step may change, into the groups."""
-        for group, inner in zip(param_groups, self._groups, strict=True):
-            group |= {key: value for key, value in inner.items() if key != "params"}
+        self._pulled = [_options(inner) for inner in self._groups]
+        for group, pulled in zip(param_groups, self._pulled, strict=True):
+            group |= pulled
 
     def push(self, param_groups: Groups) -> None:
-        """Give the inner groups their options as they are in the groups."""
-        for group, inner in zip(param_groups, self._groups, strict=True):
-            inner |= {key: group[key] for key in inner if key != "params" and key in group}
+        """Give the inner groups the options that have changed in the groups since the last `pull`; what has changed in the inner ones
+        (as ``train()`` of a schedule-free optimizer changes them) stays."""
+        for group, inner, pulled in zip(param_groups, self._groups, self._pulled, strict=True):
+            inner |= {key: group[key] for key in inner if key in group and key in pulled and not _same(group[key], pulled[key])}
 
     # --- steps -------------------------------------------------------------------------------------------------------------------------
 
@@ -137,11 +149,12 @@ class InnerOptimizer:
         inner = self.optimizers[0]
         inner.add_param_group(self._twin(group))
         self._groups.append(inner.param_groups[-1])
-        self.pull([*[{} for _ in self._groups[:-1]], group])
+        self._pulled.append(_options(self._groups[-1]))
+        group |= self._pulled[-1]
 
     def keep(self, count: int) -> None:
         """Forget all groups but the first ``count``: those that `add` has brought, whole or in part."""
-        self._groups = self._groups[:count]
+        self._groups, self._pulled = self._groups[:count], self._pulled[:count]
         kept = {id(theta) for group in self._groups for theta in group["params"]}
         for theta in (theta for theta in self._thetas.values() if id(theta) not in kept):
             self.optimizers[0].state.pop(theta, None)
@@ -164,10 +177,12 @@ class InnerOptimizer:
 
     def load(self, states: Mapping[Tensor, dict[str, Any]], param_groups: Groups) -> None:
         """Continue with saved states and with the options of the groups."""
-        self.push(param_groups)
+        for group, own in zip(param_groups, self._groups, strict=True):
+            own |= {key: group[key] for key in _options(own) if key in group}
         of_theta = {theta: p for p, theta in self._thetas.items()}
         for inner in self.optimizers:
             thetas = [theta for group in inner.param_groups for theta in group["params"]]
-            own = {number: states[of_theta[theta]] for number, theta in enumerate(thetas) if of_theta[theta] in states}
-            inner.load_state_dict({"state": own, "param_groups": inner.state_dict()["param_groups"]})
+            saved = {number: states[of_theta[theta]] for number, theta in enumerate(thetas) if of_theta[theta] in states}
+            inner.load_state_dict({"state": saved, "param_groups": inner.state_dict()["param_groups"]})
         self._match(param_groups)  # torch has made new groups
+        self.pull(param_groups)

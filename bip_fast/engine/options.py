@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ __all__ = [
     "check_score_start",
     "group_keys",
     "hyper_table",
+    "refuse_count",
     "resolve_density",
     "resolve_mask_lr",
     "resolve_pattern",
@@ -133,14 +134,18 @@ def check_lower_steps(lower_steps: Any) -> int:
     return check_count("lower_steps", lower_steps, 1)
 
 
+def refuse_count(options: Mapping[str, Any]) -> None:
+    """ValueError for a ``k`` that the user gives. An optimizer of the user's may have an option of that name."""
+    if "k" in options:
+        raise ValueError("k is not an option: say which fraction of the weights becomes zero with sparsity, or stays with density")
+
+
 def resolve_density(options: dict[str, Any]) -> None:
     """Turn ``density`` into ``sparsity = 1 - density``, in place.
 
     Raises:
-        ValueError: ``k`` is given, or density and sparsity are, or the density is out of range.
+        ValueError: both are given, or the density is out of range.
     """
-    if "k" in options:
-        raise ValueError("k is not an option: say which fraction of the weights becomes zero with sparsity, or stays with density")
     density = options.pop("density", None)
     if density is None:
         return

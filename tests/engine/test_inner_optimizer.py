@@ -176,6 +176,49 @@ def test_a_grad_scaler_skips_the_inner_step(backend):
     assert len(steps) == 5
 
 
+class Switched(torch.optim.SGD):
+    """As schedule-free optimizers are: a count of steps named k and a switch among the options of its groups."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        for group in self.param_groups:
+            group |= {"k": 0, "on": False}
+
+    def train(self):
+        for group in self.param_groups:
+            group["on"] = True
+
+    def step(self, closure=None):
+        assert all(group["on"] for group in self.param_groups), "call train() first"
+        super().step()
+        for group in self.param_groups:
+            group["k"] += 1
+
+
+def test_what_changes_in_the_inner_groups_stays():
+    params = make_params([300, 1100]) + make_params([40], 1, pruned=False)
+    opt = FastBiP(groups_of(params), sparsity=0.5, optimizer=Switched, levels="joint")
+    (inner,) = opt.inner_optimizers
+    inner.train()
+    opt.param_groups[0]["lr"] = 0.2
+    for i in range(3):
+        step_all([(params, opt)], i)
+    assert [(group["k"], group["on"], group["lr"]) for group in inner.param_groups] == [(3, True, 0.2), (3, True, 0.1)]
+    assert [(group["k"], group["on"]) for group in opt.param_groups] == [(3, True)] * 2
+    fresh = [nn.Parameter(p.detach().clone()) for p in params]
+    loaded = FastBiP(groups_of(fresh), sparsity=0.5, optimizer=Switched, levels="joint")
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    copied, copied_opt = pickle.loads(pickle.dumps((params, opt)))
+    runs = [(params, opt), (fresh, loaded), (copied, copied_opt)]
+    step_all(runs, 3)
+    assert all(own.inner_optimizers[0].param_groups[0]["k"] == 4 for _, own in runs)
+    assert all(torch.equal(p, q) for others, _ in runs[1:] for p, q in zip(params, others, strict=True))
+    with pytest.raises(ValueError, match="k is not an option"):
+        opt.add_param_group({"params": make_params([20]), "k": 3})
+    with pytest.raises(ValueError, match="k is not an option"):
+        FastBiP([{"params": make_params([20]), "k": 3}], sparsity=0.5, optimizer=Switched)
+
+
 def test_a_module_trains_with_it():
     model = make_model()
     opt = FastBiP(model, sparsity=0.8, optimizer=MAKERS["Lion"], levels="joint")
