@@ -153,7 +153,7 @@ def test_state_goes_on_bit_for_bit(kind, pattern, table):
     saved = copy.deepcopy((pair.whole.state_dict(), pair.opt.state_dict()))
     for number, p in enumerate(p for group in pair.opt.param_groups for p in group["params"]):
         own = saved[1]["state"][number]
-        assert all(own[name].shape == p.shape for name in ("theta", "momentum", "square") if name in own)
+        assert own["exp_avg"].shape == own["exp_avg_sq"].shape == own.get("theta", p).shape == p.shape
     twin, opt = copy.deepcopy((pair.whole, pair.opt))
     again = copy.deepcopy(pair.whole)
     fresh = FastBiP(again, **options)
