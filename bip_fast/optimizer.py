@@ -282,7 +282,8 @@ class FastBiP(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a parameter was moved or written by someone else, masks are frozen and the phase would move them, a gradient is
-                sparse, or `finalize` was called. No parameter and no state has changed then.
+                sparse, or `finalize` was called. No parameter and no state has changed then. What an optimizer of the user's raises comes
+                after scores and masks have moved; parameters are m*theta then too.
         """
         self._running("step")
         self._phases.check()
@@ -298,10 +299,14 @@ class FastBiP(torch.optim.Optimizer):
         if engine.refresh(phase):
             self.state.update(engine.state())
         launch(engine.plan)
-        if self._inner is not None and phase != "upper" and not (found_inf is not None and bool(found_inf)):
-            self._inner.step(self.param_groups)
-            engine.write_masked()
-        engine.arena.mark_written()
+        inner = self._inner if phase != "upper" and not (found_inf is not None and bool(found_inf)) else None
+        try:
+            if inner is not None:
+                inner.step(self.param_groups)
+        finally:
+            if inner is not None:
+                engine.write_masked()
+            engine.arena.mark_written()
         self._phases.advance()
         if self._ramp is not None:
             self._ramp.step()

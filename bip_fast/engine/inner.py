@@ -6,6 +6,7 @@ rules have a momentum. After their step the kernels write ``z = m*theta``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,14 +43,16 @@ class InnerOptimizer:
 
     Raises:
         TypeError: ``make`` returns something else.
-        ValueError: a step needs a closure, or the groups are not those that ``make`` was given.
+        ValueError: a step needs a closure, the groups are not those that ``make`` was given, or the weights have moved meanwhile.
     """
 
     def __init__(self, make: Callable[[list[dict[str, Any]]], Any], param_groups: Groups) -> None:
         self._thetas: dict[Tensor, nn.Parameter] = {}
         self._gradients: dict[Tensor, Tensor] = {}
         self._apart: dict[Tensor, Tensor] = {}  # theta in the flat arrays, where it has another shape than the parameter
-        made = make([self._twin(group) for group in param_groups])
+        twins = [self._twin(group) for group in param_groups]
+        versions = [theta._version for theta in self._thetas.values()]
+        made = make(twins)
         self.optimizers: list[torch.optim.Optimizer] = list(made) if isinstance(made, (list, tuple)) else [made]
         for inner in self.optimizers:
             if not isinstance(inner, torch.optim.Optimizer):
@@ -62,6 +65,8 @@ class InnerOptimizer:
                 )
         self._pulled: list[dict[str, Any]] = []
         self._match(param_groups)
+        if versions != [theta._version for theta in self._thetas.values()]:  # they start as the model's are
+            raise ValueError(f"optimizer must leave the weights as they are while it is made, got {self.name}, which has moved them")
         self.pull(param_groups)
 
     @property
@@ -76,13 +81,16 @@ class InnerOptimizer:
     def _twin(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group of theta for a group of parameters."""
         for p in group["params"]:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params must hold parameters, got {type(p).__name__}")
             self._thetas.setdefault(p, nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True))
         own = {key: value for key, value in group.items() if key not in (*SHARED_KEYS, "density", "params")}
         return own | {"params": [self._thetas[p] for p in group["params"]]}
 
     def _match(self, param_groups: Groups) -> None:
         """Find the inner group of every group."""
-        inner_groups = {tuple(map(id, group["params"])): group for inner in self.optimizers for group in inner.param_groups}
+        own = [group for inner in self.optimizers for group in inner.param_groups]
+        inner_groups = {tuple(map(id, group["params"])): group for group in own}
         self._groups = []
         for number, group in enumerate(param_groups):
             found = inner_groups.get(tuple(id(self._thetas[p]) for p in group["params"]))
@@ -95,8 +103,8 @@ class InnerOptimizer:
             if taken:
                 raise ValueError(f"optimizer must have no option that FastBiP has too, got {self.name} with {', '.join(taken)}")
             self._groups.append(found)
-        if len(inner_groups) != len(self._groups):
-            raise ValueError(f"optimizer must have the {len(self._groups)} parameter groups that it is given, got {len(inner_groups)}")
+        if len(own) != len(self._groups):
+            raise ValueError(f"optimizer must have each of the {len(self._groups)} parameter groups that it is given once, got {len(own)}")
 
     # --- options, which schedulers move in the groups of FastBiP -----------------------------------------------------------------------
 
@@ -134,13 +142,15 @@ class InnerOptimizer:
         for p, theta in self._thetas.items():
             g = self._gradients[p]
             theta.grad = None if p.grad is None else g.reshape(p.shape).contiguous() if p in self._apart else g
-        for inner in self.optimizers:
-            inner.step()
-        for p, own in self._apart.items():
-            own.copy_(self._thetas[p].data.reshape(own.shape))
-        for theta in self._thetas.values():
-            theta.grad = None
-        self.pull(param_groups)
+        try:
+            for inner in self.optimizers:
+                inner.step()
+        finally:  # an error of theirs may come after some weights have moved
+            for p, own in self._apart.items():
+                own.copy_(self._thetas[p].data.reshape(own.shape))
+            for theta in self._thetas.values():
+                theta.grad = None
+            self.pull(param_groups)
 
     def add(self, group: dict[str, Any]) -> None:
         """Take one more group; `keep` undoes it, also when this fails."""
@@ -182,7 +192,7 @@ class InnerOptimizer:
         of_theta = {theta: p for p, theta in self._thetas.items()}
         for inner in self.optimizers:
             thetas = [theta for group in inner.param_groups for theta in group["params"]]
-            saved = {number: states[of_theta[theta]] for number, theta in enumerate(thetas) if of_theta[theta] in states}
+            saved = {number: copy.deepcopy(states[of_theta[theta]]) for number, theta in enumerate(thetas) if of_theta[theta] in states}
             inner.load_state_dict({"state": saved, "param_groups": inner.state_dict()["param_groups"]})
         self._match(param_groups)  # torch has made new groups
         self.pull(param_groups)

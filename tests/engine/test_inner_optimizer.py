@@ -325,3 +325,67 @@ def test_states_of_another_optimizer_are_refused():
     first, second = (FastBiP(make_params([40]), sparsity=0.5, optimizer=MAKERS[name]) for name in ("Adam", "Lion"))
     with pytest.raises(ValueError, match="state_dict must be of optimizer='Lion', got one of 'Adam'"):
         second.load_state_dict(copy.deepcopy(first.state_dict()))
+
+
+def test_each_group_has_one_optimizer():
+    params = make_params([40, 50])
+    with pytest.raises(ValueError, match="must have each of the 1 parameter groups that it is given once, got 2"):
+        FastBiP(params, sparsity=0.5, optimizer=lambda groups: [torch.optim.Adam(groups), torch.optim.SGD(groups, lr=0.1)])
+
+
+def test_weights_that_move_while_it_is_made():
+    def make(groups):
+        made = torch.optim.SGD(groups, lr=1.0)
+        fill_gradients(groups[0]["params"], 1)
+        made.step()
+        return made
+
+    (p,) = make_params([40])
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="must leave the weights as they are while it is made, got SGD"):
+        FastBiP([p], sparsity=0.5, optimizer=make)
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("levels", ["alternating", "joint"])
+def test_an_error_of_the_inner_optimizer_leaves_masked_weights(backend, levels):
+    class Half(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1.0)
+            if Half.fails:
+                raise RuntimeError("their own")
+            return super().step()
+
+    (params,) = networks(backend, 1)
+    opt = FastBiP(groups_of(params), sparsity=0.7, optimizer=lambda groups: Half(groups, lr=0.1), levels=levels, mask_lr=0.3)
+    step_all([(params, opt)], 0)
+    Half.fails = True
+    with opt.lower() if levels == "alternating" else opt.joint(), pytest.raises(RuntimeError, match="their own"):
+        step_all([(params, opt)], 1)
+    assert_invariant(opt)
+    assert all(theta.grad is None for group in opt.inner_optimizers[0].param_groups for theta in group["params"])
+    Half.fails = False
+    step_all([(params, opt)], 2)
+    assert_invariant(opt)
+
+
+def test_a_loaded_state_is_a_copy(backend):
+    params, others = networks(backend)
+    first, second = (FastBiP(groups_of(own), sparsity=0.7, optimizer=MAKERS["Adam"], levels="joint") for own in (params, others))
+    step_all([(params, first)], 0)
+    second.load_state_dict(first.state_dict())
+    before = copy.deepcopy(second.state_dict()["state"][0]["optimizer"])
+    step_all([(params, first)], 1)
+    after = second.state_dict()["state"][0]["optimizer"]
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_what_is_no_parameter():
+    opt = FastBiP(make_params([40]), sparsity=0.5, optimizer=MAKERS["Adam"])
+    with pytest.raises(TypeError, match="params must hold parameters, got int"):
+        opt.add_param_group({"params": [3]})
+    with pytest.raises(TypeError, match="params must hold parameters, got int"):
+        FastBiP([*make_params([40]), 3], sparsity=0.5, optimizer=MAKERS["Adam"])
