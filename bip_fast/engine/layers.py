@@ -57,6 +57,9 @@ class LayerRule(NamedTuple):
         if not isinstance(matrices, int) or matrices < 1:
             found = f"{self.matrices!r}: {matrices!r}"
             raise ValueError(f"matrices must be an attribute of {type(module).__name__} that is a number, got {found}")
+        if transposed is not None and not isinstance(transposed, (bool, int)):
+            found = f"{self.transposed!r}: a {type(transposed).__name__}"
+            raise ValueError(f"transposed must be an attribute of {type(module).__name__} that is True or False, got {found}")
         groups = module.groups if isinstance(module, _ConvNd) else 1
         return Layer(bool(transposed), groups, p.shape[0] if self.experts else matrices, self.experts)
 
@@ -117,7 +120,7 @@ def register_layer(
         >>> bip_fast.register_layer(MyExperts, "w[12]", experts=True)
         >>> bip_fast.register_layer("my_package.moe.Router", "*", dense="it chooses among experts")
     """
-    if not isinstance(module, str) and not (isinstance(module, type) and issubclass(module, nn.Module)):
+    if not (isinstance(module, str) and module) and not (isinstance(module, type) and issubclass(module, nn.Module)):
         raise TypeError(f"module must be a class of modules or a full name, got {module!r}")
     strings = {"parameter": parameter} | {key: value for key, value in (("bias", bias), ("dense", dense)) if value is not None}
     for key, value in strings.items():
@@ -199,15 +202,15 @@ def uses(model: nn.Module) -> Iterator[Use]:
                 yield Use(name, module, p, rule.layer(module, p) if not is_lazy(p) else Layer(), bias)
 
 
-def joined(found: list[Use]) -> dict[Tensor, Use]:
-    """One use of every parameter: the last, or where one of them is dense that one, whose reason names the others."""
+def joined(model: nn.Module, found: list[Use]) -> dict[Tensor, Use]:
+    """One use of every parameter of ``model``: the last, or where one of them is dense that one, whose reason names the others."""
     by_parameter: dict[Tensor, list[Use]] = {}
     for use in found:
         by_parameter.setdefault(use.parameter, []).append(use)
     one = {}
     for p, own in by_parameter.items():
         dense = next((use for use in own if use.dense), None)
-        others = [use.name for use in own if not use.dense]
+        others = [plain_name(model, use.name) for use in own if not use.dense]
         if dense is not None and others:
             dense = dense._replace(dense=f"{dense.dense}, which {' and '.join(others)} shares")
         one[p] = dense or own[-1]
@@ -223,7 +226,7 @@ def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """Names and tensors that a report counts: of a Module what `FastBiP(model)` would prune, trainable or not; of a state dict, which knows
     no layers, what has two or more dimensions. A weight that several layers share appears once, under its first name."""
     if isinstance(source, nn.Module):
-        pruned = {p for p, use in joined(list(uses(source))).items() if use.dense is None}
+        pruned = {p for p, use in joined(source, list(uses(source))).items() if use.dense is None}
         found: list[tuple[str, Tensor]] = [(plain_name(source, name), p) for name, p in source.named_parameters() if p in pruned]
         computed = [(name, layer) for name, layer in conv_and_linear(source) if "weight" not in layer._parameters]  # by a parametrization
         found += [(plain_name(source, f"{name}.weight".lstrip(".")), layer.weight) for name, layer in computed]

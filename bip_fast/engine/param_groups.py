@@ -44,11 +44,12 @@ def _is_matrix(p: Tensor) -> bool:
 def _module_groups(model: nn.Module) -> tuple[Groups, Seen]:
     """What the table of layers says is pruned, and a second group of all other parameters; parameters that are frozen are in neither."""
     found = list(uses(model))
-    use_of = joined(found)
+    use_of = joined(model, found)
     learning = [p for p in model.parameters() if p.requires_grad]
     pruned = [p for p in learning if p in use_of and use_of[p].dense is None]
     dense = [p for p in learning if p not in use_of or use_of[p].dense is not None]
-    computed = [name for name, layer in conv_and_linear(model) if "weight" not in layer._parameters]  # by a parametrization
+    by_parametrization = [name for name, layer in conv_and_linear(model) if "weight" not in layer._parameters]
+    computed = [name or "the model itself" for name in by_parametrization]
     if computed and not pruned:
         raise ValueError(f"nothing to prune: a parametrization computes the weights of {', '.join(computed[:5])}; remove it first")
     if computed:

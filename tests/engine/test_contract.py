@@ -123,7 +123,7 @@ def test_frozen_parameters_stay_as_they_are(backend, form):
 
 def test_parametrized_layers_are_named(backend):
     plain, normed = nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="parametrization"):
+    with pytest.raises(ValueError, match="a parametrization computes the weights of the model itself; remove it first"):
         FastBiP(normed, sparsity=0.5)
     with pytest.warns(UserWarning, match=r"parametrization.* 1:"):
         FastBiP(nn.Sequential(plain, normed).to(backend.device), sparsity=0.5)

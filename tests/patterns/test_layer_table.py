@@ -94,7 +94,8 @@ def test_embeddings_stay_dense_whoever_shares_them():
     opt = FastBiP(model, sparsity=0.5, exclude=["words", "out"])  # to exclude what stays dense anyway does no harm
     assert {row.name: row.reason for row in opt.report().decisions if row.reason}["words.weight"] == "it is an embedding"
     model["out"].weight = model["words"].weight
-    assert dense_reasons(model)["words.weight"] == "it is an embedding, which out shares"
+    for whole in (model, torch.compile(model), nn.DataParallel(model)):
+        assert dense_reasons(whole)["words.weight"] == "it is an embedding, which out shares"
 
 
 def test_what_chooses_among_experts_stays_dense(table):
@@ -134,12 +135,16 @@ def test_a_registered_layer(table):
     bip_fast.register_layer(Own, matrices="nowhere")
     with pytest.raises(ValueError, match="matrices must be an attribute of Own that is a number, got 'nowhere': None"):
         FastBiP(model, sparsity=0.5)
+    bip_fast.register_layer(Own, transposed="weight")
+    with pytest.raises(ValueError, match="transposed must be an attribute of Own that is True or False, got 'weight': a Parameter"):
+        FastBiP(model, sparsity=0.5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"module": 3}, TypeError, "module must be a class of modules or a full name, got 3"),
+        ({"module": ""}, TypeError, "module must be a class of modules or a full name, got ''"),
         ({"module": torch.Tensor}, TypeError, "module must be a class of modules"),
         ({"parameter": ""}, TypeError, "parameter must be a string that is not empty, got ''"),
         ({"bias": 1}, TypeError, "bias must be a string"),
