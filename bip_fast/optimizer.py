@@ -428,10 +428,13 @@ class FastBiP(torch.optim.Optimizer):
         """Continue bit for bit where ``state_dict`` was taken. Rewrites pruned parameters as m*theta; load the model's own file first.
 
         Raises:
+            TypeError: it is no dict.
             ValueError: it belongs to other parameters, groups or another optimizer. Nothing has changed then.
             RuntimeError: a parameter was moved by someone else.
         """
         engine = self._running("load")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

@@ -65,8 +65,9 @@ def _fitting(
         raise ValueError(f"state_dict must be of an optimizer that was made {made[ramp is None]}, got one {made[ramp is not None]}")
     if ramp is not None:
         ramp.check_state(state_dict[EXTRA]["ramp"])
-    if torch.as_tensor(state_dict[EXTRA]["num_nonfinite"]).numel() != 1:
-        raise ValueError("state_dict must hold one number as num_nonfinite, got several")
+    count = state_dict[EXTRA]["num_nonfinite"]
+    if not isinstance(count, Tensor) or count.numel() != 1 or count.layout != torch.strided or count.is_complex() or count.is_meta:
+        raise ValueError(f"state_dict must hold a dense tensor of one number as num_nonfinite, got {count!r:.80}")
     groups = state_dict["param_groups"]
     expected, given = (
         [(len(group["params"]), group.get("prune"), group.get("pattern")) for group in side] for side in (param_groups, groups)

@@ -117,7 +117,7 @@ class Engine:
             self.arena.load(param, state)
         self.arena.record()
         self.replan()
-        self.arena.num_nonfinite.copy_(num_nonfinite)
+        self.arena.num_nonfinite.copy_(num_nonfinite.reshape(()))
 
     # --- options and the plan --------------------------------------------------------------------------------------------------------
 

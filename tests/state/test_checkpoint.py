@@ -83,6 +83,9 @@ DAMAGE = {
     "other lower steps": _top("bip", "lower_steps", 3),
     "counter none": _top("bip", "num_nonfinite", None),
     "counters": _top("bip", "num_nonfinite", torch.zeros(2)),
+    "counter sparse": _top("bip", "num_nonfinite", torch.zeros(1).to_sparse()),
+    "counter on meta": _top("bip", "num_nonfinite", torch.zeros((), device="meta")),
+    "counter of numpy": _top("bip", "num_nonfinite", torch.zeros(()).numpy()),
     "sparsity none": lambda saved: saved["param_groups"][0].update(sparsity=None),
     "lr negative": lambda saved: saved["param_groups"][0].update(lr=-1.0),
     "prune false": lambda saved: saved["param_groups"][0].update(prune=False),
@@ -103,6 +106,17 @@ def test_a_damaged_state_changes_nothing(backend, damage):
     assert other.phase == phase
     fill_gradients(others, 9)
     other.step()
+
+
+def test_a_count_of_one_dimension(backend):
+    (p,) = make_params([300], device=backend.device)
+    opt = after_steps([p])
+    saved = copy.deepcopy(opt.state_dict())
+    saved["bip"]["num_nonfinite"] = torch.tensor([7])
+    opt.load_state_dict(saved)
+    assert opt.num_nonfinite == 7
+    with pytest.raises(TypeError, match="state_dict must be a dict, got NoneType"):
+        opt.load_state_dict(None)
 
 
 def test_load_hooks_may_change_the_state(backend):
