@@ -93,6 +93,8 @@ class Engine:
             ValueError: a key is not pruned, or its scores have another shape or leave [0, 1]. Nothing has changed then.
             RuntimeError: a parameter was moved or written by someone else.
         """
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"scores must be a dict of tensors by parameter, got {type(scores).__name__}")
         for p, own in scores.items():
             param = self.arena.masked(p)
             if not param.pruned:
@@ -100,6 +102,9 @@ class Engine:
             if not isinstance(own, Tensor) or own.shape != p.shape:
                 found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
                 raise ValueError(f"scores of {param.name} must have the shape {tuple(p.shape)}, got {found}")
+            if own.layout != torch.strided or own.is_meta or own.is_complex() or (own.is_floating_point() and own.element_size() == 1):
+                kind = f"{own.layout} of {own.dtype} on {own.device}"
+                raise ValueError(f"scores of {param.name} must be a dense tensor of real numbers of 16 bits or more, got {kind}")
             if not ((own >= 0) & (own <= 1)).all():
                 raise ValueError(f"scores of {param.name} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
         self.arena.check_untouched()

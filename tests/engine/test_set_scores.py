@@ -128,9 +128,15 @@ def test_wrong_scores_change_nothing(backend):
         ({second: nan}, r"must be in \[0, 1\], got nan"),
         ({second: torch.full_like(second, 1.001)}, r"must be in \[0, 1\], got 1.001 to 1.001"),
         ({second: torch.full_like(second, -1.0)}, r"must be in \[0, 1\], got -1"),
+        ({second: torch.zeros_like(second).to_sparse()}, "must be a dense tensor of real numbers"),
+        ({second: torch.zeros_like(second, device="meta")}, "real numbers of 16 bits or more, got .* on meta"),
+        ({second: torch.zeros_like(second, dtype=torch.complex64)}, "real numbers of 16 bits or more, got .* of torch.complex64"),
+        ({second: torch.zeros_like(second, dtype=torch.float8_e5m2)}, "real numbers of 16 bits or more, got .* of torch.float8_e5m2"),
     ]:
         with pytest.raises(ValueError, match=message):
             opt.set_scores(good | wrong)
+    with pytest.raises(TypeError, match="scores must be a dict of tensors by parameter, got list"):
+        opt.set_scores([second])
     for name, x in snapshot(opt).items():
         assert torch.equal(x, before[name]), name
 
