@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -392,6 +393,8 @@ class FastBiP(torch.optim.Optimizer):
     def finalize(self) -> None:
         """Leave plain parameters with exact zeros, and let go of the model and of all state. Steps are errors from here.
 
+        Warns where the run had so much fewer steps than ``steps`` said that the sparsity is not there yet.
+
         Raises:
             RuntimeError: a parameter was moved or written by someone else, so its zeros are not certain. Nothing has changed then.
         """
@@ -399,6 +402,9 @@ class FastBiP(torch.optim.Optimizer):
             return
         self._engine.arena.check_untouched()
         self._finished = self.report()
+        if self._ramp is not None and (self._ramp.left or self._engine.waits):
+            what = f"finalize() came {self._ramp.left + 1} steps before the sparsity had grown to its end, at {self._finished.sparsity:.4f}"
+            warnings.warn(f"{what}: steps must be the number of optimizer steps that the run has", stacklevel=2)
         self._engine = self._inner = None
         self.state.clear()
         for group in self.param_groups:

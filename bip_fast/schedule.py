@@ -68,6 +68,13 @@ class SparsitySchedule:
         if self._count <= self.begin + self.steps:
             self._set()
 
+    @property
+    def left(self) -> int:
+        """Calls of `step` until the sparsity is the last one; 0 where none grows."""
+        pairs = zip(self.optimizer.param_groups, self._ends, strict=False)
+        grows = any(end is not None and group["prune"] and end != self.start for group, end in pairs)
+        return max(self.begin + self.steps - self._count, 0) if grows else 0
+
     def _set(self) -> None:
         share = min(max(self._count - self.begin, 0) / self.steps, 1.0)
         to_go = CURVES[self.kind](share)

@@ -130,6 +130,11 @@ class Engine:
         """What the selection depends on, of every parameter group."""
         return [(group["sparsity"], group["scope"], group["min_kept"]) for group in self._groups]
 
+    @property
+    def waits(self) -> bool:
+        """Whether the masks are not yet those of the options, which count from the next upper or joint step."""
+        return self._planned != self._options()
+
     def _select(self) -> list[SelectionGroup]:
         """What competes for how many places, under the options as they are now."""
         return selection_groups([budget_of(rival, self._groups[rival.group]) for rival in self.arena.rivals])

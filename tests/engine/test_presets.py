@@ -101,6 +101,26 @@ def test_the_sparsity_grows_as_the_schedule_says():
     assert sum(int(opt.mask_of(p).sum()) for p in params) == 1400 - round(0.9 * 1400)
 
 
+@pytest.mark.parametrize(("steps", "taken", "short"), [(20, 10, 1), (20, 5, 6), (1, 1, 1)])
+def test_a_run_that_ends_before_its_sparsity_is_there(steps, taken, short):
+    params = make_params([300, 1100])
+    opt = FastBiP(params, sparsity=0.9, preset="joint", steps=steps)
+    train(params, opt, taken)
+    with pytest.warns(UserWarning, match=rf"finalize\(\) came {short} steps before .* steps must be the number of optimizer steps"):
+        opt.finalize()
+    assert opt.report().sparsity < 0.9
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.0])
+def test_a_run_that_is_long_enough(sparsity, recwarn):
+    params = make_params([300, 1100])
+    opt = FastBiP(params, sparsity=sparsity, preset="joint", steps=20)
+    train(params, opt, 11 if sparsity else 2)
+    opt.finalize()
+    assert opt.report().kept == 1400 - round(sparsity * 1400)
+    assert not recwarn.list
+
+
 def test_a_run_that_grows_resumes_and_is_copied_bit_for_bit(backend):
     params = make_params([300, 1100], device=backend.device)
     opt = FastBiP(params, sparsity=0.9, preset="joint", steps=20)
