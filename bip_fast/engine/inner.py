@@ -46,6 +46,7 @@ class InnerOptimizer:
         ValueError: a step needs a closure, the groups are not those that ``make`` was given, or the weights have moved meanwhile.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, make: Callable[[list[dict[str, Any]]], Any], param_groups: Groups) -> None:
         self._thetas: dict[Tensor, nn.Parameter] = {}
         self._gradients: dict[Tensor, Tensor] = {}
@@ -152,6 +153,7 @@ class InnerOptimizer:
                 theta.grad = None
             self.pull(param_groups)
 
+    @torch.inference_mode(False)
     def add(self, group: dict[str, Any]) -> None:
         """Take one more group; `keep` undoes it, also when this fails."""
         if len(self.optimizers) != 1:

@@ -389,3 +389,16 @@ def test_what_is_no_parameter():
         opt.add_param_group({"params": [3]})
     with pytest.raises(TypeError, match="params must hold parameters, got int"):
         FastBiP([*make_params([40]), 3], sparsity=0.5, optimizer=MAKERS["Adam"])
+
+
+def test_made_in_inference_mode(backend):
+    params, others = networks(backend)
+    with torch.inference_mode():
+        opt = FastBiP(params[:1], sparsity=0.7, optimizer=MAKERS["Adam"], levels="joint")
+        opt.add_param_group({"params": params[1:2]})
+    same = FastBiP(others[:1], sparsity=0.7, optimizer=MAKERS["Adam"], levels="joint")
+    same.add_param_group({"params": others[1:2]})
+    for i in range(3):
+        step_all([(params, opt), (others, same)], i)
+    assert_invariant(opt)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
