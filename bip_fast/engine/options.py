@@ -64,7 +64,8 @@ _RANGES = {
     "momentum": _NOT_NEGATIVE,
     "mask_momentum": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
-    "eps": _NOT_NEGATIVE,
+    # A dropped weight has no gradient and so no moments: with eps 0 its AdamW step is 0/0.
+    "eps": _Range("a finite float32 number greater than 0", lambda x: x <= _LARGEST and float(np.float32(x)) > 0),
     "beta": _Range("two numbers in [0, 1)", lambda x: 0 <= x < 1),
 }
 _MAY_BE_TENSORS = (*LOWER_KEYS, *UPPER_KEYS, "beta")  # what schedulers move

@@ -150,7 +150,7 @@ class Settings:
     momentum: Annotated[float, _told(TRAINING, "X", "momentum of the weights, of sgd", ge=0, lt=1)] = 0.9
     beta1: Annotated[float, _told(TRAINING, "X", "decay of the mean of gradients, of adamw", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, _told(TRAINING, "X", "decay of the mean of squared gradients, of adamw", ge=0, lt=1)] = 0.999
-    eps: Annotated[_Size, _told(TRAINING, "X", "added to the root of that mean")] = 1e-8
+    eps: Annotated[float, _told(TRAINING, "X", "added to the root of that mean", gt=0, allow_inf_nan=False)] = 1e-8
     weight_decay: Annotated[_Size, _told(TRAINING, "X", "weight decay of pruning and fine-tuning")] = 5e-4
     pretrain_weight_decay: Annotated[
         _Size,

@@ -166,7 +166,10 @@ def test_a_group_that_comes_later_begins_its_own_count():
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
-        ({"eps": -1.0}, "eps must be a finite float32 number of at least 0, got -1.0"),
+        ({"eps": -1.0}, "eps must be a finite float32 number greater than 0, got -1.0"),
+        ({"eps": 0.0}, "eps must be a finite float32 number greater than 0, got 0.0"),
+        ({"eps": 1e-50}, "eps must be a finite float32 number greater than 0, got 1e-50"),  # 0 in float32
+        ({"eps": 1e39}, "eps must be a finite float32 number greater than 0"),
         ({"optimizer": "adam"}, "optimizer must be 'sgd', 'adamw' or a function"),
         ({"optimizer": "sgd", "betas": (0.9, 0.99)}, "betas is not an option of optimizer='sgd'"),
         ({"optimizer": "sgd", "eps": 1e-8}, "eps is not an option of optimizer='sgd'"),

@@ -25,7 +25,7 @@ FORMULAS = [
     {"momentum": 0.8, "nesterov": True, "mask_momentum": 0.9, "weight_decay": 0.0},
     {"optimizer": "adamw"},
     {"optimizer": "adamw", "betas": (0.0, 0.0), "eps": 0.3, "weight_decay": 0.0},
-    {"optimizer": "adamw", "betas": (0.83, 0.97), "eps": 0.0, "mask_momentum": 0.6},
+    {"optimizer": "adamw", "betas": (0.83, 0.97), "eps": 1e-30, "mask_momentum": 0.6},
 ]
 
 
