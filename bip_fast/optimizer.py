@@ -95,7 +95,7 @@ class FastBiP(torch.optim.Optimizer):
         exclude: names, `fnmatch` patterns, modules or parameters that stay dense; one or many.
         overrides: sparsity, or a dict of options, by name: ``{"layer1.*": 0.5, "head": {"pattern": "2:4"}}``. The last that matches counts;
             such weights get parameter groups of their own. Alone, options of the lower level, such as ``{"head": {"lr": 1e-3}}``, are also
-            for parameters that are not pruned.
+            for parameters that are not pruned. With a function as ``optimizer`` its groups get every other key too.
         coupled: for ``pattern="filter"``: lists of parameters whose filters are kept or dropped together: weights whose outputs are
             added in a residual join, and vectors (batch-norm, biases) that are masked with them. A list that contains "<outputs>" names
             filters that the model returns, which are never pruned; where there is such a list, the last layer is no longer taken for the
@@ -179,7 +179,7 @@ class FastBiP(torch.optim.Optimizer):
             raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
         resolve_pattern(defaults)
         check_group(defaults, self._rule)
-        groups, self._seen = param_groups_of(params, exclude, overrides, coupled)
+        groups, self._seen = param_groups_of(params, exclude, overrides, coupled, inner=callable(optimizer))
         for group in groups:
             refuse_count(group)
         self._inner: InnerOptimizer | None = None

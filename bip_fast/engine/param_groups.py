@@ -17,12 +17,13 @@ from torch.nn.parameter import is_lazy
 
 from .coverage import Parameter, Seen, frozen
 from .layers import Layer, conv_and_linear, joined, plain_name, uses
-from .options import ALL_KEYS, LOWER_KEYS, MASK_RATES
+from .options import LOWER_KEYS, MASK_RATES, SHARED_KEYS
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]
 
 OUTPUTS = "<outputs>"  # in a list of coupled filters: the model returns them
+_OF_PRUNING = {*SHARED_KEYS, "density"}  # options that say nothing to a parameter that is not pruned
 NO_LAYER = "it is not a matrix of a layer that is pruned; bip_fast.register_layer adds layers"
 
 Groups = list[dict[str, Any]]
@@ -134,19 +135,28 @@ def _rest(group: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in said}
 
 
-def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Tensor], names: Names) -> Groups:
+def _override(pattern: str, value: Any, inner: bool) -> dict[str, Any]:
+    """The options that one entry of ``overrides`` gives; ValueError if it is none. With ``inner`` it may be of the user's optimizer."""
+    chosen = dict(value) if isinstance(value, Mapping) else {"sparsity": value}
+    unset = {key for key, own in chosen.items() if own is None and (key in _OF_PRUNING or not inner)}
+    if chosen.keys() & {"params", "prune"} or unset:
+        raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
+    unknown = {key for key in chosen if not isinstance(key, str)} if inner else chosen.keys() - {*LOWER_KEYS, *_OF_PRUNING}
+    if unknown:
+        given = ", ".join(map(repr, sorted(map(str, unknown))))
+        raise ValueError(f"overrides must give options of a parameter group, got {given} for {pattern!r}")
+    return chosen
+
+
+def _overridden(groups: Groups, overrides: Mapping[str, Any], prunable: list[Tensor], names: Names, inner: bool) -> Groups:
     """The groups, with weights that ``overrides`` names in groups of their own, each behind the group that the weight was in."""
     learning = [p for group in groups for p in group["params"] if isinstance(p, Tensor)]
     options: dict[Tensor, dict[str, Any]] = {}
     for pattern, value in overrides.items():
         if not isinstance(pattern, str):
             raise TypeError(f"overrides must have names as keys, got {pattern!r}")
-        chosen = dict(value) if isinstance(value, Mapping) else {"sparsity": value}
-        if chosen.keys() & {"params", "prune"} or None in chosen.values():
-            raise ValueError(f"overrides must give a sparsity, or a dict of options of a parameter group, got {value!r} for {pattern!r}")
-        if unknown := sorted(map(str, chosen.keys() - {*ALL_KEYS, "density"})):
-            raise ValueError(f"overrides must give options of a parameter group, got {', '.join(map(repr, unknown))} for {pattern!r}")
-        of_any = chosen.keys() <= set(LOWER_KEYS)  # not about pruning alone, so that biases and dense weights have them too
+        chosen = _override(pattern, value, inner)
+        of_any = chosen.keys().isdisjoint(_OF_PRUNING)  # so that biases and dense weights have them too
         for p in _named("overrides", pattern, learning if of_any else prunable, names):
             options[p] = chosen
     divided: Groups = []
@@ -200,7 +210,12 @@ def _with_outputs(param: Parameter, returned: bool) -> Parameter:
 
 
 def param_groups_of(
-    params: nn.Module | Iterable[Any], exclude: Any = (), overrides: Mapping[str, Any] | None = None, coupled: Iterable[Iterable[str]] = ()
+    params: nn.Module | Iterable[Any],
+    exclude: Any = (),
+    overrides: Mapping[str, Any] | None = None,
+    coupled: Iterable[Iterable[str]] = (),
+    *,
+    inner: bool = False,
 ) -> tuple[Groups, Seen]:
     """Parameter groups, and what is known of the parameters besides.
 
@@ -210,6 +225,7 @@ def param_groups_of(
         overrides: for names as in ``exclude`` a sparsity, or options of a parameter group; the last that matches counts. Step sizes and
             other options of the rule that moves weights alone are also for parameters that are not pruned.
         coupled: lists of names of parameters whose filters are kept or dropped together; with `OUTPUTS` in a list its filters stay.
+        inner: an optimizer of the user's makes the steps of theta, so ``overrides`` may have options that only it knows.
 
     Raises:
         TypeError: not one of these.
@@ -237,4 +253,4 @@ def param_groups_of(
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"overrides must be a dict of names, got {type(overrides).__name__}")
     seen = _coupled(seen, coupled, names)
-    return _overridden(groups, overrides or {}, prunable, names), seen
+    return _overridden(groups, overrides or {}, prunable, names, inner), seen

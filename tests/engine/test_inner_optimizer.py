@@ -306,6 +306,57 @@ def test_options_of_the_inner_optimizer_are_given_to_it():
         FastBiP(make_params([40]), sparsity=0.5, optimizer=MAKERS["Adam"], lr=0.1)
 
 
+def test_overrides_reach_the_inner_optimizer():
+    model, bare = make_model(), make_model()
+    bare.load_state_dict(model.state_dict())
+    given = []
+
+    def make(groups):
+        given.extend({key: value for key, value in group.items() if key != "params"} for group in groups)
+        return torch.optim.Adam(groups, lr=0.01)
+
+    overrides = {
+        "head": {"amsgrad": True, "foreach": None},  # of the inner optimizer alone, so for the bias too
+        "head.weight": {"amsgrad": True, "weight_decay": 0.1, "sparsity": 0.0},
+    }
+    opt = FastBiP(model, sparsity=0.0, optimizer=make, levels="joint", mask_lr=0.3, overrides=overrides)
+    own = {name: group for group in opt.param_groups for name, p in model.named_parameters() if any(p is q for q in group["params"])}
+    assert {"amsgrad": True, "weight_decay": 0.1} in given  # and no option of pruning
+    found = {name: (group["amsgrad"], group["weight_decay"]) for name, group in own.items()}
+    assert found == {name: (name.startswith("head"), 0.1 if name == "head.weight" else 0) for name in found}
+    of_bare = dict(bare.named_parameters())
+    of_model = {p: key for key, p in model.named_parameters()}
+    theirs = torch.optim.Adam(
+        [
+            {
+                "params": [of_bare[of_model[p]] for p in group["params"]],
+                "amsgrad": group["amsgrad"],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in opt.param_groups
+        ],
+        lr=0.01,
+    )
+    for i in range(6):
+        fill_gradients(list(model.parameters()), i)
+        for p in model.parameters():
+            of_bare[of_model[p]].grad = p.grad.clone()
+        opt.step()
+        theirs.step()
+    assert all(torch.equal(p, of_bare[key]) for key, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"amsgrad": True, "sparsity": None}, {"density": None}, {"prune": False, "amsgrad": True}, {3: 4}])
+def test_overrides_that_no_group_can_have(wrong):
+    with pytest.raises(ValueError, match="overrides must give"):
+        FastBiP(make_model(), sparsity=0.5, optimizer=MAKERS["Adam"], overrides={"*": wrong})
+
+
+def test_keys_of_another_optimizer_stay_errors_for_the_rules_of_the_kernels():
+    with pytest.raises(ValueError, match="overrides must give options of a parameter group, got 'amsgrad' for"):
+        FastBiP(make_model(), sparsity=0.5, optimizer="adamw", overrides={"*": {"amsgrad": True}})
+
+
 def test_options_of_the_inner_optimizer_are_its_own():
     """One with the name of an option of SGD's need not go with SGD's others, as in AdamP, which has nesterov and no momentum."""
 
