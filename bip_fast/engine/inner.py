@@ -33,6 +33,14 @@ def _same(x: Any, y: Any) -> bool:
     return x is y or (isinstance(x, (bool, int, float, str, tuple)) and x == y)
 
 
+def _goes_with(shape: torch.Size, of: torch.Size) -> bool:
+    """Whether a tensor of ``shape`` can be what an optimizer keeps of a parameter: where it has as many dimensions, it has the same sizes,
+    or 1 as a sum over a dimension has (Adafactor), or is square over one of them (a preconditioner of Shampoo)."""
+    if len(shape) != len(of):
+        return True
+    return all(size in (1, own) for size, own in zip(shape, of, strict=True)) or (len(set(shape)) == 1 and shape[0] in of)
+
+
 class InnerOptimizer:
     """The optimizers that a user's function made, over a theta for every parameter.
 
@@ -182,10 +190,14 @@ class InnerOptimizer:
         return {of_theta[theta]: dict(own) for inner in self.optimizers for theta, own in inner.state.items() if theta in of_theta}
 
     def check_state(self, states: Mapping[Tensor, Any]) -> None:
-        """ValueError unless every state is a dict of named values."""
+        """ValueError unless every state is a dict of named values, whose tensors have shapes that go with the parameter's."""
         for p, own in states.items():
+            what = f"{self.name} for a parameter of shape {tuple(p.shape)}"
             if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
-                raise ValueError(f"state_dict must hold a dict of {self.name} for a parameter of shape {tuple(p.shape)}, got {own!r:.80}")
+                raise ValueError(f"state_dict must hold a dict of {what}, got {own!r:.80}")
+            for key, x in own.items():
+                if isinstance(x, Tensor) and not _goes_with(x.shape, p.shape):
+                    raise ValueError(f"state_dict must hold a state of {what}, got {key} of shape {tuple(x.shape)}")
 
     def load(self, states: Mapping[Tensor, dict[str, Any]], param_groups: Groups) -> None:
         """Continue with saved states and with the options of the groups."""

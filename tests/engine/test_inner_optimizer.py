@@ -378,6 +378,41 @@ def test_states_of_another_optimizer_are_refused():
         second.load_state_dict(copy.deepcopy(first.state_dict()))
 
 
+def test_states_of_other_shapes_are_refused_and_nothing_changes(backend):
+    params, others = networks(backend)
+    first, second = (FastBiP(groups_of(own), sparsity=0.7, optimizer=MAKERS["Adam"], levels="joint") for own in (params, others))
+    step_all([(params, first), (others, second)], 0)
+    saved = copy.deepcopy(first.state_dict())
+    shape = tuple(params[1].shape)
+    for damaged in (torch.zeros(shape[::-1]), torch.zeros(shape[0], shape[1] + 1)):
+        broken = copy.deepcopy(saved)
+        broken["state"][1]["optimizer"]["exp_avg_sq"] = damaged
+        broken["param_groups"][0]["lr"] = 0.5
+        before, weights = copy.deepcopy(second.state_dict()), [p.detach().clone() for p in others]
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
+            second.load_state_dict(broken)
+        of = f"Adam for a parameter of shape {shape}"
+        assert str(caught.value) == f"state_dict must hold a state of {of}, got exp_avg_sq of shape {tuple(damaged.shape)}"
+        assert all(torch.equal(p, q) for p, q in zip(others, weights, strict=True))
+        assert second.param_groups[0]["lr"] == 0.01
+        assert torch.equal(second.state_dict()["state"][1]["optimizer"]["exp_avg"], before["state"][1]["optimizer"]["exp_avg"])
+    second.load_state_dict(saved)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="needs torch >= 2.5, which has Adafactor")
+def test_sums_over_rows_and_columns_are_states_too(backend):
+    """Adafactor keeps a column and a row of every matrix."""
+    params, others = networks(backend)
+    first, second = (
+        FastBiP(groups_of(own), sparsity=0.7, optimizer=lambda g: torch.optim.Adafactor(g), levels="joint") for own in (params, others)
+    )
+    step_all([(params, first)], 0)
+    assert first.state_dict()["state"][1]["optimizer"]["row_var"].dim() == 2
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    step_all([(params, first), (others, second)], 1)
+    assert all(torch.equal(p, q) for p, q in zip(params[:2], others[:2], strict=True))
+
+
 def test_each_group_has_one_optimizer():
     params = make_params([40, 50])
     with pytest.raises(ValueError, match="must have each of the 1 parameter groups that it is given once, got 2"):
