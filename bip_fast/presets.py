@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .engine.options import MASK_RATES, check_count
-from .engine.rules import Rule
+from .engine.rules import GIVEN, Rule
 
 __all__ = ["PRESETS", "preset_options", "preset_rows", "ramp_steps"]
+
+OWN = "optimizer of your own"  # what `GIVEN` is called where people read it
 
 _SGD = {"momentum": 0.9, "nesterov": False}
 _ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -24,12 +26,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "sgd": {**_PAPER, **_SGD, "lr": 0.01, "weight_decay": 1e-4},
         "adamw": {**_PAPER, **_ADAMW, "lr": 1e-3, "weight_decay": 1e-2},
-        "given": _PAPER,
+        GIVEN.name: _PAPER,
     },
     "joint": {
         "sgd": {**_JOINT, **_SGD, "lr": 0.2, "mask_lr_per_lr": 8.0, "weight_decay": 5e-4, "ramp": 0.5},
         "adamw": {**_JOINT, **_ADAMW, "lr": 1e-4, "mask_lr_per_lr": 1e4, "weight_decay": 1e-2, "ramp": 0.6},
-        "given": {**_JOINT, "ramp": 0.6},
+        GIVEN.name: {**_JOINT, "ramp": 0.6},
     },
 }
 
@@ -41,7 +43,7 @@ def preset_rows() -> list[tuple[str, str]]:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     return [
-        (f"{preset}, {rule}", ", ".join(f"{key} {text(value)}" for key, value in options.items()))
+        (f"{preset}, {OWN if rule == GIVEN.name else rule}", ", ".join(f"{key} {text(value)}" for key, value in options.items()))
         for preset, rules in PRESETS.items()
         for rule, options in rules.items()
     ]

@@ -12,6 +12,7 @@ from helpers import use_backend
 import bip_fast
 from bip_fast.commands import cli, doctor, environment
 from bip_fast.engine import native
+from bip_fast.presets import PRESETS
 
 PACKAGES = "scikit-learn, rich, matplotlib, safetensors, pyyaml, pydantic, filelock"
 
@@ -21,6 +22,14 @@ def test_doctor_names_versions_devices_and_build(capsys):
     shown = capsys.readouterr().out
     for part in ("python", torch.__version__, "simd", f"{torch.get_num_threads()} threads", "kernels of bip_fast", "nothing"):
         assert part in shown
+
+
+def test_doctor_says_which_presets_go_with_an_optimizer_of_the_users_own(capsys):
+    cli.main(["doctor"])
+    shown = capsys.readouterr().out
+    for preset in PRESETS:
+        assert f"  {preset}, optimizer of your own  levels " in shown
+    assert ", given " not in shown
 
 
 def test_doctor_survives_missing_kernels_and_packages(monkeypatch, capsys):
