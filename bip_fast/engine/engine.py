@@ -54,8 +54,8 @@ class Engine:
     ) -> None:
         self._groups, self._rule = param_groups, rule
         decided, self.decisions = decide(param_groups, seen)
-        if not any(param.pruned for param in decided):
-            why = "; ".join(f"{row.name}: {row.reason}" for row in self.decisions[:5])
+        if not any(param.pruned and param.numel for param in decided):
+            why = "; ".join(f"{row.name}: {row.reason or 'it has no entries'}" for row in self.decisions[:5])
             raise ValueError(
                 "nothing to prune: params must hold matrices of layers, or parameters of two or more dimensions" + (why and f" ({why})")
             )

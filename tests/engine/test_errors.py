@@ -103,6 +103,13 @@ def test_nothing_to_optimize():
         FastBiP(nn.ReLU(), sparsity=0.5)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)])
+def test_an_empty_matrix_alone(shape):
+    with pytest.raises(ValueError, match=r"nothing to prune: .*parameter 0 of shape .* it has no entries"):
+        FastBiP([nn.Parameter(torch.empty(shape))], sparsity=0.5)
+    assert len(FastBiP([nn.Parameter(torch.empty(shape)), *make_params([10])], sparsity=0.5).pruned_params) == 2
+
+
 def test_a_parameter_twice():
     p = make_params([10])[0]
     with pytest.raises(ValueError, match="more than one parameter group"):
