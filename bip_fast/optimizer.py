@@ -63,7 +63,8 @@ class FastBiP(torch.optim.Optimizer):
             when units differ in size. `report` shows both.
         density: ``1 - sparsity``, instead of it.
         preset: where the options that are not given come from (`bip_fast.presets`). "paper": the steps and the start of the paper, with lr
-            0.01, mask_lr 0.1, gamma 1, momentum 0.9 and weight_decay 1e-4. "joint": what did best in our own comparisons.
+            0.01, mask_lr 0.1, gamma 1, momentum 0.9 and weight_decay 1e-4. "joint": what did best in our own comparisons, with
+            a cosine or another decaying schedule of lr, which starts high under "sgd" (0.2).
         optimizer: of the lower level. "sgd", as `torch.optim.SGD`; "adamw", as `torch.optim.AdamW`; or a function that takes a list of
             parameter groups of theta (fp32, shaped like the parameters) and returns a torch optimizer over them, or several:
             ``lambda groups: torch.optim.Adagrad(groups, lr=0.01)``. Its options appear in the parameter groups here, where schedulers
