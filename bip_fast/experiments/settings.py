@@ -119,8 +119,8 @@ class Settings:
         _told(
             WHAT,
             "S",
-            "fraction of zeros among all Conv and Linear weights, a transformer's head apart, or pruned share of the units of --pattern, "
-            "in [0, 1)",
+            "fraction of zeros among all weights that can be pruned: those of convolutions, Linear layers, attention, recurrent layers and "
+            "experts, but not of a transformer's head; or pruned share of the units of --pattern; in [0, 1)",
         ),
     ] = 0.95
     pattern: Annotated[str, _told(WHAT, "NAME", "unstructured, filter, channel, N:M such as 2:4, or block:RxC")] = "unstructured"

@@ -218,7 +218,7 @@ BAD = {
     "--resume": "nothing to resume: there is no run in runs/digits-resnet20-95-seed0",
     "--resume --overwrite": "give one of them",
     "--resume nowhere --out here": "give one of them",
-    "--model own.py:norm": "has no Conv or Linear layer to prune",
+    "--model own.py:norm": "has no weights to prune: no matrix of a convolution, Linear layer, attention, recurrent layer or experts",
     "--model own.py:narrow": "must give logits of shape (2, 10) for images of shape (2, 1, 8, 8), got (2, 3)",
     "--model own.py:large": "failed on images of shape (2, 1, 8, 8): RuntimeError",
     "--out text.pt": "cannot write to --out text.pt",

@@ -44,7 +44,7 @@ def test_a_label_does_not_end_its_cell():
 @pytest.mark.parametrize(
     ("patterns", "head", "axis"),
     [
-        (["unstructured", "2:4"], "| 50 % | 90 % |", "zeros among all Conv and Linear weights, %"),
+        (["unstructured", "2:4"], "| 50 % | 90 % |", "zeros among the weights of all layers that are pruned, %"),
         (["filter"], "| 50 % of the filters | 90 % of the filters |", "share of the filters that is pruned, %"),
         (["channel", "block:4x4"], "| 50 % of the input channels or blocks |", "share of the input channels or blocks that is pruned, %"),
     ],

@@ -28,6 +28,6 @@ class Kind(NamedTuple):
         return f"{100 * accuracy:.2f} % of the {part} {self.items} right"
 
 
-IMAGES = Kind("images", "all Conv and Linear weights")
+IMAGES = Kind("images", "the weights of all layers that are pruned")
 TEXT = Kind("sentences", "the matrices of the encoder")
 LANGUAGE = Kind("windows of text", "the matrices of the decoder", "tokens")

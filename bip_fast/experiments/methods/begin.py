@@ -103,7 +103,7 @@ def begin(
 
 
 def _scores(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> Scores:
-    """What every Conv and Linear weight is worth by the criterion of the stage."""
+    """What every weight that can be pruned is worth by the criterion of the stage."""
     of = Scored(model, settings, data, float(stage.sparsity or 0.0), _selector(stage, model, settings, data))
     return stage.criterion.scores(of)
 

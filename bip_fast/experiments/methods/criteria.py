@@ -1,4 +1,5 @@
-"""What a weight is worth before a stage trains it: one score for every entry of every Conv and Linear weight, by name; larger is kept.
+"""What a weight is worth before a stage trains it: one score for every entry of every weight that can be pruned, by name;
+larger is kept.
 
 A filter, channel or block has the mean of its entries, also where the papers know single weights only. The criteria of methods that prune
 at one moment are in `at_start`, the start of Hydra's scores in `hydra`; all others go by magnitude.
@@ -57,7 +58,7 @@ class Criterion:
     """A way to score weights.
 
     Args:
-        scores: one for every entry of every Conv and Linear weight, or of every one that competes.
+        scores: one for every entry of every weight that can be pruned, or of every one that competes.
         images: forward and backward passes that it takes, in images.
     """
 
@@ -79,7 +80,7 @@ def to_unit_interval(scores: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def magnitude(model: nn.Module) -> Scores:
-    """|theta| of every Conv and Linear weight."""
+    """|theta| of every weight that can be pruned."""
     return {name: x.detach().abs() for name, x in weights(model)}
 
 

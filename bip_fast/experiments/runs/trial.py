@@ -33,7 +33,9 @@ def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(f"--model {name} must give logits of shape {expected} for {items} of shape {shape}, got {found}")
     if not candidates(model):
-        raise UserError(f"--model {name} has no Conv or Linear layer to prune")
+        raise UserError(
+            f"--model {name} has no weights to prune: no matrix of a convolution, Linear layer, attention, recurrent layer or experts"
+        )
     try:
         trial = copy.deepcopy(model).train()
         optimizer = pruner(trial, settings, data)
