@@ -100,7 +100,7 @@ class FastBiP(torch.optim.Optimizer):
         coupled: for ``pattern="filter"``: lists of parameters whose filters are kept or dropped together: weights whose outputs are
             added in a residual join, and vectors (batch-norm, biases) that are masked with them. A list that contains "<outputs>" names
             filters that the model returns, which are never pruned; where there is such a list, the last layer is no longer taken for the
-            outputs. `bip_fast.export.coupling` finds them all.
+            outputs. `bip_fast.export.coupled_filters` finds them all.
 
     What is about weights is a key of parameter groups too: the options of the lower and upper step, ``sparsity``, ``pattern``, ``scope``,
     ``min_kept``. A group with ``prune=False`` stays dense, and so do frozen parameters. Hyper-parameters may change at any time, by

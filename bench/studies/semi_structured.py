@@ -20,7 +20,7 @@ from bench.networks import Block
 from bench.report import folder_name
 from bench.workload import machine
 from bip_fast import FastBiP
-from bip_fast.export.measure import measure
+from bip_fast.export import measure
 
 
 def main(arguments: list[str] | None = None) -> int:

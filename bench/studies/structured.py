@@ -33,9 +33,8 @@ from bip_fast.experiments.runs.folder import RunFolder
 from bip_fast.experiments.runs.resolve import resolve
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
 from bip_fast.experiments.settings import Settings
-from bip_fast.export.measure import measure
+from bip_fast.export import measure, shrink
 from bip_fast.export.runtimes import RUNTIMES
-from bip_fast.export.shrink import shrink
 from bip_fast.state_dicts import load_into, read_state_dict, write_safetensors
 
 BATCH = 64

@@ -22,7 +22,7 @@ from ..experiments.models.names import build
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.resolve import resolve
 from ..experiments.settings import Settings
-from ..export.measure import measure
+from ..export.measuring import measure
 from ..export.runtimes import RUNTIMES
 from ..state_dicts import load_into, read_state_dict
 from .environment import pick_device

@@ -14,7 +14,7 @@ from ..engine.layers import weights
 from ..errors import one_line
 from .measurement import Variant
 from .semi_structured import OLDEST, Converted, to_semi_structured
-from .shrink import shrink
+from .shrinking import shrink
 
 __all__ = ["device_of", "variants_of"]
 

@@ -10,7 +10,7 @@ from bip_fast.engine.param_groups import OUTPUTS
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 
-from bip_fast.export.coupling import coupled_filters
+from bip_fast.export import coupled_filters
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bip_fast.export import measure as module
+from bip_fast.export import measure, shrink
+from bip_fast.export import measuring as module
 from bip_fast.export.masks import save_masks
-from bip_fast.export.measure import measure
-from bip_fast.export.shrink import shrink
 from bip_fast.state_dicts import write_safetensors
 
 pytest.importorskip("safetensors", reason="file sizes need safetensors")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bip_fast.export import runtimes
-from bip_fast.export.measure import measure
+from bip_fast.export import measure, runtimes
 
 for package in runtimes.NEEDED:
     pytest.importorskip(package, reason=f"needs the package {package}: pip install 'bip-fast[test]'")

@@ -14,8 +14,7 @@ pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pi
 
 from bip_fast import FastBiP
 from bip_fast.experiments.models.names import build
-from bip_fast.export.coupling import coupled_filters
-from bip_fast.export.shrink import shrink
+from bip_fast.export import coupled_filters, shrink
 
 
 class Plain(nn.Module):

@@ -9,8 +9,8 @@ from torch import nn
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 
+from bip_fast.export import shrink
 from bip_fast.export.same import near
-from bip_fast.export.shrink import shrink
 
 
 class Normed(nn.Module):

@@ -10,8 +10,7 @@ from torch import nn
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 
-from bip_fast.export.coupling import coupled_filters
-from bip_fast.export.shrink import shrink
+from bip_fast.export import coupled_filters, shrink
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -37,9 +37,8 @@ class Chain(nn.Module):
 
 def test_exports_say_what_they_leave(table):
     pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
-    from bip_fast.export.coupling import coupled_filters
+    from bip_fast.export import coupled_filters, shrink
     from bip_fast.export.semi_structured import ONLY_LINEAR, to_semi_structured
-    from bip_fast.export.shrink import shrink
 
     torch.manual_seed(0)
     model, x = Chain(), torch.randn(5, 2, 4)

@@ -79,8 +79,7 @@ def test_every_pattern_that_fits(name, pattern, backend):
 @pytest.mark.parametrize("name", ZOO)
 def test_shrunk_networks_compute_the_same(name, pattern):
     pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
-    from bip_fast.export.coupling import coupled_filters
-    from bip_fast.export.shrink import shrink
+    from bip_fast.export import coupled_filters, shrink
 
     model, x = made(name), ZOO[name].example()
     coupled = coupled_filters(model, x) if pattern == "filter" else ()
@@ -112,7 +111,7 @@ def test_other_formats(name, small, tmp_path):
     opt.finalize()
     model.eval()
     if small:
-        from bip_fast.export.shrink import shrink
+        from bip_fast.export import shrink
 
         model = shrink(model, x).model
     with torch.no_grad():
