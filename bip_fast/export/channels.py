@@ -7,11 +7,10 @@ batch-norms and depthwise convolutions in between and the inputs of all layers t
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..engine.layers import Use
 from ..errors import MEMORY, one_line
+from .following import Reached, follow, map_again, tolerant
+from .patience import followed
 
-__all__ = ["Channels", "Reader", "as_inputs", "channels_of", "depthwise", "matrices_of", "torch_pruning", "zero_filters"]
+__all__ = ["Channels", "Cut", "Reader", "as_inputs", "channels_of", "depthwise", "matrices_of", "torch_pruning", "zero_filters"]
+
+
+LEAST = 1024  # places in a node that a walk may reach in any network
 
 
 def torch_pruning() -> Any:
@@ -52,6 +56,14 @@ class Reader:
     inputs: dict[int, list[int]]
 
 
+class Cut(NamedTuple):
+    """A layer that loses entries with the channels: its name, the function of Torch-Pruning that takes them, and its places of channels."""
+
+    name: str
+    take: Callable[[nn.Module, list[int]], object]
+    places: dict[int, list[int]]
+
+
 @dataclass
 class Channels:
     """One set of channels, numbered as the outputs of the layer ``root``.
@@ -60,6 +72,7 @@ class Channels:
         makers: names of layers whose output i is channel i, or is added to it.
         passes: names of batch-norms and depthwise convolutions whose channel i is channel i.
         readers: layers that read them.
+        cuts: all layers that lose entries with them, these and others such as a PReLU.
         joins: names of operations that combine the outputs of two makers, such as "Add" and "Mul".
         refused: why they cannot be removed, if the graph already says so.
     """
@@ -69,6 +82,7 @@ class Channels:
     makers: dict[str, nn.Module] = field(default_factory=dict)
     passes: dict[str, nn.Module] = field(default_factory=dict)
     readers: list[Reader] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
     joins: set[str] = field(default_factory=set)
     refused: str | None = None
 
@@ -80,13 +94,12 @@ class Channels:
 
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
-    """Torch-Pruning follows autograd, so that every parameter must take part; and warns of what it does not know, which we check."""
+    """Torch-Pruning follows autograd, so that every parameter must take part."""
     grads = [p.requires_grad for p in model.parameters()]
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.enable_grad(), tolerant():
             yield
     finally:
         for p, grad in zip(model.parameters(), grads, strict=False):
@@ -102,7 +115,9 @@ def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     graph = torch_pruning().DependencyGraph()
     try:
         with _traceable(model):
-            return graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*x), verbose=False)
+            graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*x), verbose=False)
+            map_again(graph)
+            return graph
     except MEMORY:
         raise
     except Exception as error:  # the model's own code, or whatever the tracing meets in it
@@ -112,41 +127,41 @@ def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 def channels_of(graph: Any, model: nn.Module) -> list[Channels]:
     """All sets of channels that the graph follows from the layers that make them to layers that read them."""
     names = {layer: name for name, layer in model.named_modules()}
-    kinds = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
-    found, made = [], set()
-    for layer in list(graph.module2node):
-        if not isinstance(layer, tuple(kinds)) or layer in made or depthwise(layer):
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    layers: list[nn.Module] = [layer for layer in graph.module2node if isinstance(layer, kinds)]
+    widest = max((count for layer in layers for count in (outputs(layer), inputs(layer))), default=0)
+    found: list[Channels] = []
+    made: set[nn.Module] = set()
+    for layer in followed(layers, "layer {} of {}: where its channels go"):
+        if layer in made or depthwise(layer):
             continue
-        pruner = graph.get_pruner_of_module(layer)
-        count = pruner.get_out_channels(layer)
         try:
-            group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(count)))
+            reached, ended = follow(graph, layer, max(widest, LEAST))
         except MEMORY:
             raise
         except Exception:  # it meets an operation that it cannot index through; these channels are not known then
             continue
-        channels = _channels(group, graph, names, names[layer], count)
+        channels = _channels(reached, graph, names, names[layer], outputs(layer))
+        if not ended:
+            channels.refused = f"the graph loses the order of the channels of {names[layer]}"
         made |= set(channels.makers.values())
         if channels.readers:
             found.append(channels)
     return found
 
 
-def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str, count: int) -> Channels:
+def _channels(group: Sequence[Reached], graph: Any, names: Mapping[nn.Module, str], root: str, count: int) -> Channels:
     channels = Channels(root, count)
-    for number in range(len(group)):
-        item = group[number]
-        layer, handler = item.dep.target.module, item.dep.handler
-        places: dict[int, list[int]] = {}
-        for place, channel in zip(item.idxs, item.root_idxs, strict=True):
-            places.setdefault(channel, []).append(place)
+    for node, handler, places in group:
+        layer = node.module
         if layer not in names:
             if isinstance(layer, nn.Parameter):
                 channels.refused = f"a parameter of shape {tuple(layer.shape)} goes with these channels"
-            elif len(item.dep.target.inputs) > 1 and (operation := getattr(layer, "_grad_fn", "")):  # an elementwise operation of two
+            elif len(node.inputs) > 1 and (operation := getattr(layer, "_grad_fn", "")):  # an elementwise operation of two
                 channels.joins.add(operation.split("Backward")[0])
             continue
         name = names[layer]
+        channels.cuts.append(Cut(name, handler, places))
         if isinstance(layer, (_ConvNd, nn.Linear)) and not depthwise(layer):
             if getattr(layer, "groups", 1) > 1:
                 channels.refused = f"{name} is a grouped convolution"
@@ -170,8 +185,11 @@ def _channels(group: Any, graph: Any, names: Mapping[nn.Module, str], root: str,
 
 def _check_aligned(channels: Channels, name: str, places: Mapping[int, list[int]], size: int) -> None:
     """Whether the channels are exactly those of the layer. If not, a slice or a padding lies between."""
-    if size != channels.count or any(own != [channel] for channel, own in places.items()) or len(places) != size:
-        channels.refused = f"the {size} channels of {name} are not one to one the {channels.count} of {channels.root}"
+    if size == channels.count == len(places) and all(own == [channel] for channel, own in places.items()):
+        return
+    channels.refused = f"the {size} channels of {name} are not one to one the {channels.count} of {channels.root}"
+    if name == channels.root:
+        channels.refused = f"several of the {size} channels of {name} go together, as queries, keys and values do"
 
 
 def traced_copy(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, Any]:
@@ -187,6 +205,16 @@ def traced_copy(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, A
         )
     twin = copy.deepcopy(model).eval()
     return twin, graph_of(twin, inputs)
+
+
+def outputs(layer: nn.Module) -> int:
+    """Output channels of a Conv or Linear layer."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+
+
+def inputs(layer: nn.Module) -> int:
+    """Input channels of a Conv or Linear layer."""
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
 
 
 def weight_of(layer: nn.Module) -> Tensor:

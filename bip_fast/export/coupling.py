@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 from ..engine.layers import uses
 from ..engine.param_groups import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
+from .probes import probes_of
+from .silence import mixed
 
 __all__ = ["coupled_filters"]
 
@@ -21,8 +23,8 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
     Each has the weights of the layers that make them (several where their outputs are added, and depthwise convolutions behind them), and
     the vectors that go with them: biases, and the weights and biases of batch-norms, whose constants would otherwise outlive their filter.
     Lists of channels that the model returns end with the word "<outputs>", and `FastBiP` lets them be: those of all layers that are the
-    last on a way to a tensor that is returned, whether others read them too or not. Channels that a slice or a padding mixes with others
-    are left out.
+    last on a way to a tensor that is returned, whether others read them too or not. Channels that a slice, a padding or a shuffle mixes
+    with others are left out.
 
     Args:
         model: not changed.
@@ -39,9 +41,11 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
     twin, graph = traced_copy(model, inputs)
     last = _last_layers(twin, inputs)
     lists, known = [], set()
-    for channels in channels_of(graph, twin):
+    sets = channels_of(graph, twin)
+    apart = mixed(sets, twin, probes_of(twin, inputs, seeds=1, sizes=False).inputs)
+    for channels in sets:
         layers = channels.makers.keys() | channels.passes.keys()
-        if channels.refused is None:
+        if channels.refused is None and channels.root not in apart:
             lists.append(_names(channels) + [OUTPUTS] * bool(layers & last))
             known |= layers
     modules = dict(model.named_modules())

@@ -42,11 +42,13 @@ class Probes:
 
 
 @torch.no_grad()
-def probes_of(model: nn.Module, example: tuple[Any, ...]) -> Probes:
+def probes_of(model: nn.Module, example: tuple[Any, ...], *, seeds: int = SEEDS, sizes: bool = True) -> Probes:
     """The example, other inputs of its shapes, and one of another size where there are images or sequences and the model takes that.
 
     Args:
         model: in eval mode.
+        seeds: how many others.
+        sizes: whether one of another size, too.
     """
     leaves, spec = tree_flatten(example)
     where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.numel() and x.layout == torch.strided and not x.is_nested]
@@ -63,7 +65,7 @@ def probes_of(model: nn.Module, example: tuple[Any, ...]) -> Probes:
         return takes(tree_unflatten(list(tried), spec))
 
     found = []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         draws = DRAWS if seed else (_of_its_own, *DRAWS)
         drawn = [_drawn(x, draws[0], seed) if i in where else x for i, x in enumerate(leaves)]
         if not accepted(drawn):
@@ -75,7 +77,7 @@ def probes_of(model: nn.Module, example: tuple[Any, ...]) -> Probes:
             found.append(drawn)
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     fixed = [n for n, i in enumerate(tensors, 1) if leaves[i].numel() and all(_equal(own[i], leaves[i]) for own in found)]
-    resized = [tried for tried in _resized(leaves) if accepted(tried)][:1] if found else []
+    resized = [tried for tried in _resized(leaves) if accepted(tried)][:1] if found and sizes else []
     return Probes([example, *(tuple(tree_unflatten(own, spec)) for own in found + resized)], fixed)
 
 

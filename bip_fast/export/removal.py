@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import MEMORY, one_line
-from .channels import Channels, graph_of, weight_of
+from .channels import Channels, weight_of
+from .patience import followed
 from .same import same
+from .silence import mixed
 
 __all__ = ["Removal", "checked", "restore"]
 
@@ -26,7 +28,7 @@ class _Untied(Exception):
     """A shared parameter cannot be shared any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Removal:
     """Channels of one set that are removed, and the constants that are folded into their readers before: (reader, its input, number)."""
 
@@ -36,9 +38,10 @@ class Removal:
 
 
 def checked(
-    model: nn.Module, inputs: tuple[Any, ...], removals: list[Removal], probes: Sequence[tuple[Any, ...]]
+    model: nn.Module, removals: list[Removal], probes: Sequence[tuple[Any, ...]]
 ) -> tuple[nn.Module, list[Removal], list[tuple[Removal, str]]]:
-    """The model without all channels that can be removed. If removing all together changes its outputs, each set is tried by itself.
+    """The model without all channels that can be removed. If removing all together changes its outputs, those that nothing mixes with
+    others are tried together, and then each set by itself.
 
     Returns:
         a copy in eval mode, what was removed from it, and what was not, with the reason.
@@ -46,21 +49,28 @@ def checked(
     with torch.no_grad():
         reference = copy.deepcopy(model).eval()
         expected = [tree_leaves(reference(*probe)) for probe in probes]
-    whole = _attempt(model, inputs, removals, probes, expected)
+    whole = _attempt(model, removals, probes, expected)
     if not isinstance(whole, str):
         return whole, removals, []
     small = reference
     done: list[Removal] = []
     refused: list[tuple[Removal, str]] = []
-    for unit in _units(model, removals):
-        together = _attempt(model, inputs, [*done, *unit], probes, expected)
+    apart = mixed([removal.channels for removal in removals], reference, probes)
+    units = _units(model, removals)
+    unsure = [unit for unit in units if any(removal.channels.root in apart for removal in unit)]
+    sound = [removal for unit in units if unit not in unsure for removal in unit]
+    if 1 < len(sound) < len(removals) and not isinstance(tried := _attempt(model, sound, probes, expected), str):
+        small, done, units = tried, sound, unsure
+    for unit in followed(units, "shrink: set {} of {} of channels is tried by itself"):
+        together = _attempt(model, [*done, *unit], probes, expected)
         if not isinstance(together, str):
             small, done = together, [*done, *unit]
             continue
         for removal in unit:
-            tried = together if len(unit) == 1 else _attempt(model, inputs, [*done, removal], probes, expected)
+            tried = together if len(unit) == 1 else _attempt(model, [*done, removal], probes, expected)
             if isinstance(tried, str):
-                refused.append((removal, tried))
+                why = apart.get(removal.channels.root) if tried == CHANGES else None
+                refused.append((removal, f"{tried}: {why}" if why else tried))
             else:
                 small, done = tried, [*done, removal]
     return small, done, refused
@@ -88,11 +98,11 @@ def _units(model: nn.Module, removals: Sequence[Removal]) -> list[list[Removal]]
 
 
 def _attempt(
-    model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal], probes: Sequence[tuple[Any, ...]], expected: Sequence[list[Any]]
+    model: nn.Module, removals: Sequence[Removal], probes: Sequence[tuple[Any, ...]], expected: Sequence[list[Any]]
 ) -> nn.Module | str:
     """The model without these channels if it computes the same, else why not."""
     try:
-        small = _removed_from(model, inputs, removals)
+        small = _removed_from(model, removals)
         with torch.no_grad():
             equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
     except MEMORY:
@@ -104,18 +114,21 @@ def _attempt(
     return small if equal else CHANGES
 
 
-def _removed_from(model: nn.Module, inputs: tuple[Any, ...], removals: Sequence[Removal]) -> nn.Module:
+def _removed_from(model: nn.Module, removals: Sequence[Removal]) -> nn.Module:
     """A copy of the model, in eval mode, without these channels; parameters that were shared still are, or `_Untied`."""
     small = copy.deepcopy(model).eval()
-    graph = graph_of(small, inputs)
     layers = dict(small.named_modules())
     with torch.no_grad():
         for removal in removals:
             for name, i, number in removal.folds:
                 _fold(layers[name], i, number)
+    taken: dict[tuple[str, Any], set[int]] = {}  # one layer may read several sets, as behind a concatenation
     for removal in removals:
-        root = layers[removal.channels.root]
-        graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, removal.places).prune(record_history=False)
+        for cut in removal.channels.cuts:
+            own = taken.setdefault((cut.name, cut.take), set())
+            own.update(place for channel in removal.places for place in cut.places.get(channel, ()))
+    for (name, take), places in taken.items():
+        take(layers[name], sorted(places))
     for tie in _ties(model):
         first, *others = (layers[name]._parameters[key] for name, key in tie)
         assert first is not None

@@ -25,6 +25,7 @@ from .channels import (
     channels_of,
     depthwise,
     matrices_of,
+    outputs,
     traced_copy,
     weight_of,
     zero_inputs,
@@ -111,12 +112,12 @@ def shrink(model: nn.Module, example_input: Any) -> Shrunk:
     arriving = _arriving([channels for channels in sets if not channels.refused], twin, probes.inputs)
     removals = [removal for channels in sets if (removal := _removal_of(channels, arriving, probes.doubt, kept)) is not None]
     kept += _outside(sets, twin)
-    small, done, refused = checked(model, inputs, removals, probes.inputs)
+    small, done, refused = checked(model, removals, probes.inputs)
     kept += [Kept(removal.channels.root, len(removal.places), reason) for removal, reason in refused]
     restore(model, small)
     layers = dict(small.named_modules())
     removed = [
-        Removed(name, removal.channels.count, _outputs(layers[name]))
+        Removed(name, removal.channels.count, outputs(layers[name]))
         for removal in done
         for name, layer in (removal.channels.makers | removal.channels.passes).items()
         if isinstance(layer, (_ConvNd, nn.Linear))
@@ -293,7 +294,3 @@ def _arriving(sets: Sequence[Channels], twin: nn.Module, probes: Sequence[tuple[
         high = torch.stack([high for _, high in ranges]).amax(0)
         numbers[name] = torch.where(low == high, low, torch.nan).tolist()
     return numbers
-
-
-def _outputs(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]

@@ -300,4 +300,22 @@ def test_channels_that_the_graph_loses_are_not_taken_for_unread():
     drop(model.qkv, [8, 24, 40])  # one each of queries, keys and values
     result = shrink(model, torch.randn(2, 5, 16))
     assert sum(row.channels for row in result.kept if row.name == "qkv") == 3
-    assert "the graph does not follow them to a layer that reads them" in {row.reason for row in result.kept}
+    assert "several of the 48 channels of qkv go together, as queries, keys and values do" in {row.reason for row in result.kept}
+
+
+def test_channels_that_are_read_nowhere_stay():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 5, 1)
+
+        def forward(self, x):
+            first, second = self.a(x).split([4, 4], dim=1)
+            return self.b(first), second
+
+    model = Halves().eval()
+    drop(model.a, [1, 5, 6])
+    result = shrink(model, X)
+    assert ("a", 2, "the graph does not follow them to a layer that reads them") in {row[:3] for row in result.kept}
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model(X), result.model(X), strict=True))
