@@ -21,6 +21,7 @@ from ..engine.layers import Use
 from ..errors import MEMORY, one_line
 from .following import Reached, follow, map_again, tolerant
 from .patience import followed
+from .probes import fresh
 
 __all__ = ["Channels", "Cut", "Reader", "as_inputs", "channels_of", "depthwise", "matrices_of", "torch_pruning", "zero_filters"]
 
@@ -115,7 +116,7 @@ def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     graph = torch_pruning().DependencyGraph()
     try:
         with _traceable(model):
-            graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*x), verbose=False)
+            graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*fresh(x)), verbose=False)
             map_again(graph)
             return graph
     except MEMORY:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ..engine.layers import uses
 from ..engine.param_groups import OUTPUTS
 from .channels import Channels, as_inputs, channels_of, traced_copy
-from .probes import probes_of
+from .probes import fresh, probes_of
 from .silence import mixed
 
 __all__ = ["coupled_filters"]
@@ -61,7 +61,7 @@ def _last_layers(twin: nn.Module, inputs: tuple[Any, ...]) -> set[str]:
     for weight in twin.parameters():
         weight.requires_grad_(weight.is_floating_point())
     with torch.enable_grad():
-        returned = [x.grad_fn for x in tree_leaves(twin(*inputs)) if isinstance(x, Tensor)]
+        returned = [x.grad_fn for x in tree_leaves(twin(*fresh(inputs))) if isinstance(x, Tensor)]
     last: set[str] = set()
     seen: set[Any] = set()
     while returned:

@@ -29,6 +29,7 @@ from ..errors import one_line
 from ..state_dicts import write_safetensors
 from ..timing.clock import calls_in, synchronize
 from .measurement import Measurement, Timing, Variant, sentence
+from .probes import fresh
 from .runtimes import check_runtime, prepared_call, version
 from .variants import device_of, variants_of
 
@@ -181,7 +182,7 @@ def _accuracies(networks: dict[str, nn.Module], data: Iterable[tuple[Any, Tensor
         inputs, labels = _inputs(x, device), y.to(device)
         count += labels.numel()
         for name, network in networks.items():
-            right[name] += int((_answers(network(*inputs), labels) == labels).sum())
+            right[name] += int((_answers(network(*fresh(inputs)), labels) == labels).sum())
     return {name: right[name] / count if count else None for name in networks}
 
 

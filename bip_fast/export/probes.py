@@ -14,9 +14,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["Probes", "probes_of"]
+__all__ = ["Probes", "fresh", "probes_of"]
 
 SEEDS = 3
+
+
+def fresh(arguments: Any) -> Any:
+    """Copies of the tensors: a model may write into what it is given."""
+    return tree_map(lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, arguments)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def _taker(model: nn.Module, example: tuple[Any, ...]) -> Callable[[Any], bool]:
 
     def computes(arguments: Any, nan: bool) -> bool:
         try:
-            outputs = [y for y in tree_leaves(model(*arguments)) if isinstance(y, Tensor)]
+            outputs = [y for y in tree_leaves(model(*fresh(arguments))) if isinstance(y, Tensor)]
             return nan or not any(bool(y.isnan().any()) for y in outputs)
         except Exception:  # the model's way to say that it takes nothing of the kind; or no memory for another size
             return False

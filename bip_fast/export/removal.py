@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import MEMORY, one_line
 from .channels import Channels, weight_of
 from .patience import followed
+from .probes import fresh
 from .same import same
 from .silence import mixed
 
@@ -48,7 +49,7 @@ def checked(
     """
     with torch.no_grad():
         reference = copy.deepcopy(model).eval()
-        expected = [tree_leaves(reference(*probe)) for probe in probes]
+        expected = [tree_leaves(reference(*fresh(probe))) for probe in probes]
     whole = _attempt(model, removals, probes, expected)
     if not isinstance(whole, str):
         return whole, removals, []
@@ -104,7 +105,7 @@ def _attempt(
     try:
         small = _removed_from(model, removals)
         with torch.no_grad():
-            equal = all(same(tree_leaves(small(*probe)), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
+            equal = all(same(tree_leaves(small(*fresh(probe))), leaves, TOLERANCE) for probe, leaves in zip(probes, expected, strict=True))
     except MEMORY:
         raise
     except _Untied as error:

@@ -31,7 +31,7 @@ from .channels import (
     zero_inputs,
     zero_outputs,
 )
-from .probes import probes_of
+from .probes import fresh, probes_of
 from .removal import Removal, checked, restore
 
 __all__ = ["Kept", "Removed", "Shrunk", "shrink"]
@@ -281,7 +281,7 @@ def _arriving(sets: Sequence[Channels], twin: nn.Module, probes: Sequence[tuple[
     try:
         with torch.no_grad():
             for probe in probes:
-                twin(*probe)
+                twin(*fresh(probe))
     finally:
         for handle in handles:
             handle.remove()

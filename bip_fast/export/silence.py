@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .channels import Channels, weight_of
+from .probes import fresh
 
 __all__ = ["mixed"]
 
@@ -77,7 +78,7 @@ def _arriving(
                 if reader.name not in seen:
                     seen[reader.name] = []
                     handles.append(layers[reader.name].register_forward_pre_hook(_noting(seen[reader.name])))
-        model(*probe)
+        model(*fresh(probe))
     finally:
         for handle in handles:
             handle.remove()

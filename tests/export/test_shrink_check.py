@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
 
-from bip_fast.export import shrink
+from bip_fast.export import coupled_filters, measure, shrink
 from bip_fast.export.same import near
 
 
@@ -134,6 +134,27 @@ def test_models_that_restrict_their_input_are_shrunk(case):
     assert result.model.a.out_features == 5
     assert not result.kept
     assert not result.note
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_example():
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    torch.manual_seed(0)
+    model = Scaled(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    before = x.clone()
+    assert coupled_filters(model, x) == [["0.weight", "0.bias"], ["2.weight", "2.bias", "<outputs>"]]
+    assert torch.equal(x, before)
+    drop(model[0], [0, 1, 2])
+    result = shrink(model, x)
+    assert torch.equal(x, before)
+    assert result.model[0].out_features == 5
+    with torch.no_grad():
+        assert torch.allclose(model(x.clone()), result.model(x.clone()), atol=1e-5)
+    assert measure(model, x, data=[(x, y)], seconds=0.01, batch_sizes=[1])["shrunk"].measured
+    assert torch.equal(x, before)
 
 
 def test_a_model_that_takes_the_example_alone_is_shrunk_by_what_nobody_reads():
