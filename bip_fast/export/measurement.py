@@ -47,6 +47,7 @@ class Variant:
         packed_bytes: the same with kept values and one bit per weight for every weight that has zeros.
         accuracy: in [0, 1], if there was data.
         note: why it was not measured, or what must be known of it.
+        doubt: what was not checked of it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Variant:
     packed_bytes: int | None = None
     accuracy: float | None = None
     note: str = ""
+    doubt: str = ""
     sentence: str = ""
 
     @property
@@ -136,7 +138,7 @@ def sentence(dense: Variant, own: Variant) -> str:
         return f"Not measured: {own.note}."
     if own is dense:
         return own.note or "What the others are compared with."
-    return f"{_speeds(own.times)}: {_cause(dense, own)}."
+    return f"{_speeds(own.times)}: {_cause(dense, own)}{f'; {own.doubt}' if own.doubt else ''}."
 
 
 def _speeds(times: dict[int, Timing]) -> str:

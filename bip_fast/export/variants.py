@@ -14,7 +14,7 @@ from ..engine.layers import weights
 from ..errors import one_line
 from .measurement import Variant
 from .semi_structured import OLDEST, Converted, to_semi_structured
-from .shrinking import shrink
+from .shrinking import Shrunk, shrink
 
 __all__ = ["device_of", "variants_of"]
 
@@ -30,9 +30,11 @@ def variants_of(model: nn.Module, dense: nn.Module | None, inputs: tuple[Any, ..
     networks = {"dense": _filled(model) if dense is None else _in_format_of(model, dense), "masked": model}
     rows = {"dense": Variant("dense", note="" if dense is not None else STAND_IN), "masked": Variant("masked")}
     shrunk = _shrunk(model, inputs)
-    rows["shrunk"] = Variant("shrunk", note=shrunk if isinstance(shrunk, str) else "")
-    if isinstance(shrunk, nn.Module):
-        networks["shrunk"] = shrunk
+    if isinstance(shrunk, str):
+        rows["shrunk"] = Variant("shrunk", note=shrunk)
+    else:
+        networks["shrunk"] = shrunk.model
+        rows["shrunk"] = Variant("shrunk", doubt=shrunk.note)
     converted = _converted(model)
     if isinstance(converted, Converted):
         networks["2:4"] = converted.model
@@ -68,15 +70,15 @@ def _filled(model: nn.Module) -> nn.Module:
     return new
 
 
-def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module | str:
+def _shrunk(model: nn.Module, inputs: tuple[Any, ...]) -> Shrunk | str:
     """The network without dead channels, or why there is none."""
     try:
-        small = shrink(model, inputs).model
+        small = shrink(model, inputs)
     except ImportError as error:  # it needs an optional package
         return str(error).rstrip(".")
     except Exception as error:  # a model that cannot be followed may raise anything, and the others can still be measured
         return f"the network cannot be shrunk: {one_line(error)}"
-    if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in model.parameters()):
+    if sum(p.numel() for p in small.model.parameters()) == sum(p.numel() for p in model.parameters()):
         return "no filter or channel can be removed, as none that may go is all zero"
     return small
 

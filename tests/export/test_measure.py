@@ -1,7 +1,6 @@
 """Measured networks: figures against counts made by hand, and what is said of networks that cannot be measured."""
 
 import copy
-import types
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from bip_fast.export import measure, shrink
 from bip_fast.export import measuring as module
 from bip_fast.export.masks import save_masks
+from bip_fast.export.shrinking import Shrunk
 from bip_fast.state_dicts import write_safetensors
 
 pytest.importorskip("safetensors", reason="file sizes need safetensors")
@@ -188,7 +188,7 @@ def test_networks_are_compared_in_one_memory_format(monkeypatch):
     conv = nn.Conv2d.forward
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: formats.append(self.weight.is_contiguous()) or conv(self, x))
     dense, model = network(), pruned().to(memory_format=torch.channels_last)
-    with_shrink(monkeypatch, lambda model, x: types.SimpleNamespace(model=model))  # whose own trials are not of interest
+    with_shrink(monkeypatch, lambda model, x: Shrunk(model))  # whose own trials are not of interest
     measure(model, X, dense=dense, **QUICK)
     assert formats
     assert not any(formats)
@@ -258,15 +258,21 @@ def test_variants_that_cannot_be_are_rows_with_the_reason(monkeypatch):
     assert "\n" not in said
 
 
+def test_what_shrink_could_not_check_is_in_the_sentence(monkeypatch):
+    with_shrink(monkeypatch, lambda model, x: Shrunk(nn.Sequential(nn.Flatten(), nn.Linear(48, 10)), note="half checked"))
+    said = measure(pruned(), X, **QUICK)["shrunk"].sentence
+    assert said.endswith("; half checked.")
+
+
 def test_a_network_with_nothing_to_remove_is_not_timed_again(monkeypatch):
-    with_shrink(monkeypatch, lambda model, x: types.SimpleNamespace(model=copy.deepcopy(model)))
+    with_shrink(monkeypatch, lambda model, x: Shrunk(copy.deepcopy(model)))
     found = measure(pruned(), X, **QUICK)
     assert found["shrunk"].sentence.startswith("Not measured: no filter or channel can be removed")
 
 
 def test_a_shrunk_network_is_measured_like_the_others(monkeypatch):
     small = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10))
-    with_shrink(monkeypatch, lambda model, x: types.SimpleNamespace(model=small))
+    with_shrink(monkeypatch, lambda model, x: Shrunk(small))
     found = measure(pruned(), X, data=[(X, torch.tensor([0, 1]))], **QUICK)
     assert found["shrunk"].parameters == 27 + 2 + 170
     assert found["shrunk"].flops == 2 * (16 * 27 + 160)
