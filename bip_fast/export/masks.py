@@ -32,6 +32,7 @@ from .channels import zero_filters
 __all__ = ["AttachedMasks", "apply_masks", "attach_masks", "load_masks", "masks_of", "save_masks"]
 
 FORMAT, VERSION = "bip_fast.masks", "1"
+RESERVED = "__metadata__"
 NAMELESS = re.compile(r"parameter \d+ of shape ")  # FastBiP's label of a parameter that came without a name
 
 
@@ -109,7 +110,7 @@ def save_masks(path: str | os.PathLike[str], source: nn.Module | Mapping[str, Te
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: the folder of ``path`` does not exist.
-        TypeError, ValueError, RuntimeError: as of `masks_of`.
+        TypeError, ValueError, RuntimeError: as of `masks_of`; ValueError for the name ``__metadata__``, which the format keeps for itself.
     """
     from safetensors.torch import save_file
 
@@ -117,6 +118,8 @@ def save_masks(path: str | os.PathLike[str], source: nn.Module | Mapping[str, Te
     packed: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
     for name, mask in masks_of(source).items():
+        if name == RESERVED:
+            raise ValueError(f"masks must have other names than {RESERVED!r}, which a safetensors file keeps for itself")
         bits = np.packbits(mask.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
         packed[name] = torch.from_numpy(bits)
         about[name] = {"shape": list(mask.shape), "crc32": zlib.crc32(bits.tobytes())}

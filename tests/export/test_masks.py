@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -143,6 +145,24 @@ def test_any_shape_comes_back(shape, tmp_path):
         assert loaded[name].dtype == torch.bool
         assert torch.equal(loaded[name], mask)
         loaded[name].logical_not_()  # an ordinary tensor of its own memory
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes of POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_mode_of_a_file_is_what_the_umask_leaves(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # a new file, and one that is replaced
+            save_masks(tmp_path / "m", pruned())
+            assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+def test_a_name_of_the_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="masks must have other names than '__metadata__'"):
+        save_masks(tmp_path / "m", {"a": torch.ones(3, dtype=torch.bool), "__metadata__": torch.ones(3, dtype=torch.bool)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_has_one_bit_per_weight_in_index_order(tmp_path):
