@@ -32,6 +32,7 @@ class SparsitySchedule:
         begin: calls of `step` before the beginning, at which the sparsity is ``start``.
 
     Raises:
+        TypeError: ``optimizer`` is none.
         ValueError: an argument is out of range, or the optimizer was made with ``steps`` and so has a schedule already.
 
     Example:
@@ -44,6 +45,9 @@ class SparsitySchedule:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, kind: str = "cubic", *, start: float = 0.0, steps: int, begin: int = 0) -> None:
+        groups = getattr(optimizer, "param_groups", None)
+        if not isinstance(groups, list) or not all("sparsity" in group for group in groups):
+            raise TypeError(f"optimizer must be a FastBiP, got {type(optimizer).__name__}")
         if getattr(optimizer, "_ramp", None) is not None:
             raise ValueError("optimizer must be made without steps, with which it makes its sparsity grow itself")
         self._check(kind, start, steps, begin)
@@ -55,7 +59,7 @@ class SparsitySchedule:
     @staticmethod
     def _check(kind: Any, start: Any, steps: Any, begin: Any) -> None:
         """ValueError for an argument out of range."""
-        if kind not in CURVES:
+        if kind not in tuple(CURVES):  # a list has no hash
             raise ValueError(f"kind must be {' or '.join(map(repr, CURVES))}, got {kind!r}")
         if not isinstance(start, Real) or not 0 <= float(start) < 1:
             raise ValueError(f"start must be in [0, 1), got {start!r}")

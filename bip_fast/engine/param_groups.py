@@ -179,9 +179,11 @@ def _coupled(seen: Seen, coupled: Iterable[Iterable[str]], names: Names) -> Seen
     lists: list[list[Tensor]] = []
     outputs: list[list[Tensor]] = []
     listed: set[Tensor] = set()
+    if isinstance(coupled, (str, Mapping)) or not isinstance(coupled, Iterable):
+        raise TypeError(f"coupled must be a list of lists of names, got {coupled!r}")
     for given in coupled:
-        if isinstance(given, str):
-            raise TypeError(f"coupled must hold lists of names, got the string {given!r}")
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(f"coupled must hold lists of names, got {given!r}")
         own = list(given)
         returned = OUTPUTS in own
         own = [name for name in own if name != OUTPUTS]

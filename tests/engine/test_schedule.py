@@ -114,6 +114,8 @@ def test_groups_that_come_later_keep_their_sparsity():
     ("options", "message"),
     [
         ({"kind": "cosine", "steps": 1}, "kind must be 'cubic' or 'linear', got 'cosine'"),
+        ({"kind": ["cubic"], "steps": 1}, r"kind must be 'cubic' or 'linear', got \['cubic'\]"),
+        ({"start": None, "steps": 1}, r"start must be in \[0, 1\), got None"),
         ({"start": 1.0, "steps": 1}, r"start must be in \[0, 1\), got 1.0"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
@@ -127,3 +129,9 @@ def test_arguments_out_of_range(options, message):
     assert sparsities(opt) == [0.8]
     with pytest.raises(ValueError, match=r"state_dict must come from SparsitySchedule\.state_dict"):
         SparsitySchedule(opt, steps=1).load_state_dict({"count": 1})
+
+
+@pytest.mark.parametrize("optimizer", [None, 3, torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1)], ids=["none", "number", "SGD"])
+def test_it_is_for_this_optimizer_alone(optimizer):
+    with pytest.raises(TypeError, match=f"optimizer must be a FastBiP, got {type(optimizer).__name__}"):
+        SparsitySchedule(optimizer, steps=3)
