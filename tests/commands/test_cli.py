@@ -209,6 +209,7 @@ BAD = {
     "--device tpu": "--device must be auto, cpu, cuda or cuda:N, got 'tpu'",
     "--device cuda:99": "--device cuda:99",
     "--checkpoint nowhere.pt": "there is no file nowhere.pt",
+    "--device cpu:3": "--device must be auto, cpu, cuda or cuda:N, got 'cpu:3'",
     "--checkpoint text.pt": "text.pt as weights",
     "--checkpoint text.safetensors": "text.safetensors as weights",
     "--checkpoint list.pt": "list.pt does not hold a state dict",
