@@ -132,6 +132,8 @@ def _check_rewind(settings: Settings) -> None:
 def unused(settings: Settings, names: Iterable[str]) -> str | None:
     """The first of the settings ``names`` that has no meaning for a run; None if all have one."""
     meaningless = {*STEPS} - used(settings) | (set() if METHODS[settings.method].in_rounds else {"per_round"})
+    if "lr" in meaningless and settings.weight_decay != settings.pretrain_weight_decay:  # all its training is as dense training
+        meaningless.add("weight_decay")
     meaningless |= {"momentum"} if settings.optimizer == "adamw" else {"beta1", "beta2", "eps"}
     of_kinds = {IMAGES: {"max_tokens", "test_tokens", "dtype", "calibration"}, TEXT: {"test_tokens", "calibration"}}
     meaningless |= of_kinds.get(source_of(settings.data).kind, set())
