@@ -91,6 +91,9 @@ def test_a_run_whose_files_are_damaged_is_run_again(tmp_path, capsys):
     assert os.path.getsize(folders[3] / "model.safetensors.damaged") == 4000
     assert (folders[4] / "epoch-1.safetensors").read_bytes() == snapshot
     assert len(rows_of(out / "runs.csv")) == len(DAMAGE)
+    (folders[0] / "of-a-person.damaged").write_text("kept")
+    assert compare(config, out) == 0  # all is whole: what was set aside before goes
+    assert [path.name for path in sorted(out.glob("*/*.damaged"))] == ["of-a-person.damaged"]
 
 
 @pytest.mark.parametrize("name", ["report.json", "model.safetensors"])

@@ -71,7 +71,7 @@ class Comparison:
 
     def _discard_damaged(self) -> None:
         """Set damaged files aside. Snapshots are made again beside a finished run. For any other file the whole run is done again, so its
-        report is set aside as well."""
+        report is set aside as well. What an earlier call has set aside goes where all is whole now."""
         for cell in self.grid.cells.values():
             folder = RunFolder(self.folder(cell))
             snapshots = self.grid.snapshots.get(cell.address, ())
@@ -80,6 +80,8 @@ class Comparison:
                 self.shown.say(f"{cell.folder}: {', '.join(damaged.values())}: {'made' if kept else 'run'} again")
                 for path in damaged.keys() | (set() if kept else {folder.path / "report.json"}):
                     folder.set_aside(path)
+            elif folder.finished:
+                folder.remove_set_aside()
 
     def _urgencies(self) -> dict[str, int]:
         """Epochs of every run and of the longest chain of runs that start from it."""

@@ -37,6 +37,7 @@ __all__ = [
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
 LOCK = ".lock"
+DAMAGED = ".damaged"  # ending of files that were set aside
 # Entries of a report that other rooms read.
 REPORT = {
     "layers": list, "kept": int, "total": int, "sparsity": float, "evaluated_on": str, "images": dict, "pruned": dict, "image_passes": dict,
@@ -251,10 +252,16 @@ class RunFolder:
             for path in self.path.glob(f".*-{name}"):
                 path.unlink(missing_ok=True)
 
+    def remove_set_aside(self) -> None:
+        """Delete the damaged files of a run that has been made again."""
+        for name in (*FILES, snapshot_name("*")):
+            for path in self.path.glob(f"{name}{DAMAGED}"):
+                path.unlink(missing_ok=True)
+
     def set_aside(self, path: Path) -> None:
         """Rename a damaged file, which is not read any more, for a person to look at."""
         with suppress(FileNotFoundError):
-            os.replace(path, path.with_name(f"{path.name}.damaged"))
+            os.replace(path, path.with_name(f"{path.name}{DAMAGED}"))
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
