@@ -116,6 +116,16 @@ def test_no_command_and_help_and_unknown_command(capsys):
     assert "plune" in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+def test_an_interrupt_while_torch_is_loaded_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    root = Path(bip_fast.__file__).resolve().parents[1]
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; import bip_fast_cli; sys.exit(bip_fast_cli.main())"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+    assert 'bip-fast = "bip_fast_cli:main"' in (root / "pyproject.toml").read_text()
+
+
 def test_the_core_needs_no_package_of_the_command_line():
     extras = {"rich", "sklearn", "matplotlib", "safetensors", "bip_fast.experiments", "bip_fast.commands.cli"}
     code = f"import sys, bip_fast; print(*(set(sys.modules) & {extras}))"
