@@ -159,6 +159,7 @@ def test_what_a_backend_raises_is_a_reason(monkeypatch):
     assert type(found.model[0].weight) is nn.Parameter
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_meta_lazy_and_empty_layers_have_reasons():
     model = nn.Sequential(nn.Linear(64, 32, device="meta"), nn.LazyLinear(4), nn.utils.skip_init(nn.Linear, 0, 4))
     said = reasons(to_semi_structured(model))
