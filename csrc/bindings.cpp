@@ -44,19 +44,17 @@ py::dtype table_dtype(std::initializer_list<Field> fields, size_t size) {
   return py::dtype(names, formats, offsets, static_cast<py::ssize_t>(size));
 }
 
-// `where` is the number of threads on the CPU and the stream handle on a CUDA device.
-template <class RunStep, class RunTopk>
-void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int64_t (*step_bytes)(int64_t, int64_t, int64_t),
-                    int64_t (*topk_bytes)(int64_t)) {
-  backend.def("step_workspace_bytes", step_bytes, py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_scored_tiles"));
-  backend.def("topk_workspace_bytes", topk_bytes, py::arg("n"));
+// A function that takes the arguments of a step. run(step, sums, where): `where` is the number of threads on the CPU and the stream handle on
+// a CUDA device; `sums` is for groups on several ranks.
+template <class Run>
+void define_step(py::module_ backend, const char* name, Run run) {
   backend.def(
-      "step",
-      [run_step](int phase, int rule, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
-                 int64_t num_groups, uintptr_t unit_sets, int64_t num_unit_sets, uintptr_t parts, int64_t num_parts, int64_t num_items,
-                 int64_t num_scored_tiles, int64_t unit_tile_begin, int64_t unit_tile_end, uintptr_t hypers, const py::array& gradients,
-                 uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace,
-                 uintptr_t where) {
+      name,
+      [run](int phase, int rule, uintptr_t tensors, int64_t num_tensors, uintptr_t tile_tensor, int64_t num_tiles, uintptr_t groups,
+            int64_t num_groups, uintptr_t unit_sets, int64_t num_unit_sets, uintptr_t parts, int64_t num_parts, int64_t num_items,
+            int64_t num_scored_tiles, int64_t unit_tile_begin, int64_t unit_tile_end, uintptr_t hypers, const py::array& gradients,
+            uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace, uintptr_t where,
+            uintptr_t sums) {
         if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
           throw py::value_error("gradients must have one row per tensor");
         const bip::Step step{static_cast<bip::Phase>(phase),
@@ -83,13 +81,21 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
                              at<bip::Counters>(counters),
                              at<void>(workspace)};
         py::gil_scoped_release release;
-        run_step(step, where);
+        return run(step, at<int64_t>(sums), where);
       },
       py::kw_only(), py::arg("phase"), py::arg("rule"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"),
       py::arg("num_tiles"), py::arg("groups"), py::arg("num_groups"), py::arg("unit_sets"), py::arg("num_unit_sets"), py::arg("parts"),
       py::arg("num_parts"), py::arg("num_items"), py::arg("num_scored_tiles"), py::arg("unit_tile_begin"), py::arg("unit_tile_end"),
       py::arg("hypers"), py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_nonfinite"), py::arg("counters"),
-      py::arg("workspace"), py::arg("where"));
+      py::arg("workspace"), py::arg("where"), py::arg("sums") = 0);
+}
+
+template <class RunStep, class RunTopk>
+void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int64_t (*step_bytes)(int64_t, int64_t, int64_t),
+                    int64_t (*topk_bytes)(int64_t)) {
+  backend.def("step_workspace_bytes", step_bytes, py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_scored_tiles"));
+  backend.def("topk_workspace_bytes", topk_bytes, py::arg("n"));
+  define_step(backend, "step", [run_step](const bip::Step& step, int64_t*, uintptr_t where) { run_step(step, where); });
   backend.def(
       "topk",
       [run_topk](uintptr_t scores, int64_t n, int64_t k, uintptr_t mask, uintptr_t workspace, uintptr_t where) {
@@ -109,8 +115,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       {BIP_FIELD(Tensor, param, "u8"), BIP_FIELD(Tensor, theta, "u8"), BIP_FIELD(Tensor, momentum, "u8"), BIP_FIELD(Tensor, square, "u8"),
        BIP_FIELD(Tensor, scores, "u8"), BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"),
        BIP_FIELD(Tensor, steps, "u8"), BIP_FIELD(Tensor, numel, "i8"), BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"),
-       BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"), BIP_FIELD(Tensor, dtype, "i4"), BIP_FIELD(Tensor, keep, "i4"),
-       BIP_FIELD(Tensor, of, "i4")},
+       BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"), BIP_FIELD(Tensor, dtype, "i4"), BIP_FIELD(Tensor, elsewhere, "i4"),
+       BIP_FIELD(Tensor, row_length, "i8"), BIP_FIELD(Tensor, row_stride, "i8"), BIP_FIELD(Tensor, keep, "i4"), BIP_FIELD(Tensor, of, "i4")},
       sizeof(bip::Tensor));
   m.attr("gradient_dtype") = table_dtype({BIP_FIELD(Gradient, data, "u8"), BIP_FIELD(Gradient, dtype, "i4")}, sizeof(bip::Gradient));
   m.attr("hyper_dtype") = table_dtype(
@@ -174,10 +180,22 @@ PYBIND11_MODULE(BIP_MODULE, m) {
     return info;
   });
 
+  py::module_ cpu = m.def_submodule("cpu");
   define_backend(
-      m.def_submodule("cpu"), [](const bip::Step& step, uintptr_t threads) { bip::cpu::step(step, static_cast<int>(threads)); },
+      cpu, [](const bip::Step& step, uintptr_t threads) { bip::cpu::step(step, static_cast<int>(threads)); },
       [](const bip::Topk& topk, uintptr_t threads) { bip::cpu::topk(topk, static_cast<int>(threads)); }, bip::cpu::step_workspace_bytes,
       bip::cpu::topk_workspace_bytes);
+  cpu.attr("SHARD_SUMS") = bip::cpu::kShardSums;
+  cpu.def("shards_workspace_bytes", bip::cpu::shards_workspace_bytes, py::arg("num_groups"), py::arg("num_scored_tiles"));
+  define_step(cpu, "shards_begin", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
+    bip::cpu::shards_begin(step, sums, static_cast<int>(threads));
+  });
+  define_step(cpu, "shards_narrow", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
+    return bip::cpu::shards_narrow(step, sums, static_cast<int>(threads));
+  });
+  define_step(cpu, "shards_end", [](const bip::Step& step, int64_t*, uintptr_t threads) {
+    bip::cpu::shards_end(step, static_cast<int>(threads));
+  });
 #ifdef BIP_WITH_CUDA
   define_backend(
       m.def_submodule("cuda"), [](const bip::Step& step, uintptr_t stream) { bip::cuda::step(step, at<void>(stream)); },

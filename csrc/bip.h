@@ -43,11 +43,13 @@ struct Tensor {
   int64_t* steps;         // t, one value: lower and joint steps with a gradient that were not skipped; null when the rule has none
   int64_t numel;
   int64_t first_tile;  // tiles are numbered over all tensors; this one owns [first_tile, first_tile + ceil(numel/kTile))
-  int64_t index;       // flat index of entry 0 inside its selection group, for the tie order
+  int64_t index;       // of entry 0 inside its selection group, for the tie order; of N:M, inside its matrix
   int32_t group;       // row of `groups`; -1: not pruned, m is 1 everywhere
   int32_t hyper;       // row of `hypers`
   DType dtype;         // of `param`
-  int32_t reserved;
+  int32_t elsewhere;   // 1: another rank has the same entries and counts them; 0 on one device
+  // Some columns of a matrix: entry i has index `index + i / row_length * row_stride + i % row_length`. 0: entry i has `index + i`.
+  int64_t row_length, row_stride;
   // N:M: the `keep` largest of every `of` consecutive entries have m = 1. `of` is 2, 4, 8, 16 or 32 and divides `numel`; `group` is -1, and
   // entry i has index i in the tie order. Both are 0 for every other pattern.
   int32_t keep, of;
@@ -73,7 +75,8 @@ struct Hyper {
   double beta1, beta2;
 };
 
-// A selection group: `kept` of its `numel` < 2^32 entries have m = 1. The caller may change `kept` in place between steps.
+// A selection group: `kept` of its `numel` entries, those of all ranks, have m = 1. On one device `numel` is below 2^32. The caller may change
+// `kept` in place between steps.
 struct Group {
   int64_t numel;
   int64_t kept;
@@ -165,6 +168,17 @@ int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t nu
 int64_t topk_workspace_bytes(int64_t n);
 void step(const Step& args, int threads);
 void topk(const Topk& args, int threads);
+
+// An upper or joint step whose groups have entries on several ranks. The ranks count, and the caller adds up what they have counted:
+//   shards_begin; do { add `sums` of all ranks, in place } while (shards_narrow); shards_end
+// `sums`: [num_groups][kShardSums], written here. shards_narrow returns the same on every rank. The other arguments are those of the whole
+// step in every call. Nothing but `sums` is shared; see cpu/shards.cpp.
+constexpr int64_t kShardSums = 4 + 4096;
+int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles);
+void shards_begin(const Step& args, int64_t* sums, int threads);
+bool shards_narrow(const Step& args, int64_t* sums, int threads);
+void shards_end(const Step& args, int threads);
+
 const char* simd();  // the instruction set chosen at run time
 }  // namespace cpu
 

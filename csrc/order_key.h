@@ -2,7 +2,7 @@
 //
 // Larger score first; equal scores by (index * 2654435761) mod 2^32, lowest first. The multiplier is odd, so the map is a bijection of
 // 32-bit indices: keys are unique, and there is exactly one top-k. Many scores are exactly 0 or 1; if the plain index broke their ties,
-// whole layers would be emptied.
+// whole layers would be emptied. In a group of 2^32 entries or more, entries of one key go by index / 2^32, lowest first.
 #pragma once
 
 #include <cstdint>

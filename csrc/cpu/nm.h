@@ -12,11 +12,11 @@ namespace bip::cpu {
 // shows that: no entry that is not kept beats one that is kept. Otherwise entries are ranked: in each turn one entry of every group is
 // compared with all of its group.
 template <int kOf>
-BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, uint32_t old) {
+BIP_HD uint32_t keep_largest(const float* scores, const uint32_t* index, int keep, uint32_t old) {
   int64_t keys[kBlock], worst_kept[kBlock], best_other[kBlock];
   for (uint32_t i = 0; i < kBlock; ++i) {
     // With their first bit flipped, keys compare as signed numbers do; vector units have instructions for those.
-    keys[i] = static_cast<int64_t>(order_key(scores[i], index + i) ^ 0x8000000000000000ull);
+    keys[i] = static_cast<int64_t>(order_key(scores[i], index[i]) ^ 0x8000000000000000ull);
     worst_kept[i] = old & kBit[i] ? keys[i] : INT64_MAX;
     best_other[i] = old & kBit[i] ? INT64_MIN : keys[i];
   }
@@ -38,7 +38,7 @@ BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, uint
   return word;
 }
 
-BIP_HD uint32_t keep_largest(const float* scores, uint32_t index, int keep, int of, uint32_t old) {
+BIP_HD uint32_t keep_largest(const float* scores, const uint32_t* index, int keep, int of, uint32_t old) {
   switch (of) {
     case 2: return keep_largest<2>(scores, index, keep, old);
     case 4: return keep_largest<4>(scores, index, keep, old);
@@ -60,8 +60,12 @@ BIP_HD void keep_tile(const Tile& tile) {
       std::copy_n(scores, count, last);
       scores = last;
     }
+    uint32_t index[kBlock];
+    for (uint32_t j = 0; j < kBlock; ++j) index[j] = static_cast<uint32_t>(t.index + first) + j;
+    if (t.row_length)
+      for (int j = 0; j < count; ++j) index[j] = static_cast<uint32_t>(index_of(t, first + j));
     const uint32_t exist = count < kBlock ? (1u << count) - 1 : ~0u;
-    const uint32_t old = t.mask[first / kBlock], word = keep_largest(scores, static_cast<uint32_t>(first), t.keep, t.of, old) & exist;
+    const uint32_t old = t.mask[first / kBlock], word = keep_largest(scores, index, t.keep, t.of, old) & exist;
     if (word != old) flip(t, first, word, word ^ old);
   }
 }

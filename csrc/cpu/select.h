@@ -55,10 +55,11 @@ inline int digit_shift(const Window& window) {
 }
 
 // Narrows an open window to the bin of the k-th key.
-inline void narrow(Window& window, const uint32_t* counts) {
+template <class Count>
+void narrow(Window& window, const Count* counts) {
   const int shift = digit_shift(window);
   int bin = kBins - 1;
-  while (bin > 0 && window.wanted > counts[bin]) window.wanted -= counts[bin--];
+  while (bin > 0 && window.wanted > static_cast<int64_t>(counts[bin])) window.wanted -= static_cast<int64_t>(counts[bin--]);
   window.lo += static_cast<uint64_t>(bin) << shift;
   if (window.hi - window.lo > 1ull << shift) window.hi = window.lo + (1ull << shift);
   window.inside = counts[bin];

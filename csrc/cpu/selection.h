@@ -31,9 +31,12 @@ struct Selection {
   bool sampled = false;  // memory had no window, so the step began with a sample
   bool sample = false;   // a sample must be taken
   bool listed = false;   // all keys inside the window are among the candidates
+  bool counting = false;  // the next digit of the keys inside must be counted
+  bool by_index = false;  // and this digit is index / 2^32: the window has one key
   std::mutex mutex{};
   alignas(64) std::atomic<int64_t> found{0};  // keys listed, and those without room in the list; apart from what every thread reads
   std::atomic<int64_t> above{0};              // keys judged to be >= window.hi
+  std::atomic<int64_t> elsewhere{0};          // of the keys found, those that another rank counts
   std::atomic<int64_t> flips{0};              // mask entries changed
 
   // Lists what one tile holds.
@@ -42,6 +45,11 @@ struct Selection {
     if (at + count > capacity) return;
     std::copy(more, more + count, keys + at);
     std::fill(tiles + at, tiles + at + count, static_cast<uint32_t>(tile));
+  }
+
+  // The bin of a key inside: its next digit or, where the window has a single key, the bin of its index, lowest first.
+  int64_t bin(uint64_t key, int64_t index, int shift) const {
+    return by_index ? kBins - 1 - (index >> 32) : static_cast<int64_t>((key - window.lo) >> shift);
   }
 
   // Too many keys inside to be listed.

@@ -12,164 +12,16 @@
 #include <vector>
 
 #include "bip.h"
-#include "cpu/nm.h"
 #include "cpu/parallel.h"
+#include "cpu/pass.h"
 #include "cpu/select.h"
 #include "cpu/selection.h"
-#include "cpu/simd.h"
+#include "cpu/stream.h"
 #include "cpu/units.h"
 #include "cpu/update.h"
 
 namespace bip::cpu {
 namespace {
-
-constexpr int64_t kGrain = 16;  // tiles per piece of parallel work: some 10 microseconds
-
-struct Context {
-  const Step& step;
-  float scale;            // 1 / *grad_scale
-  Selection* selections;  // [num_groups]
-  int stream_width;       // bytes of the registers that write z past the caches; 0: through them
-  std::atomic<int64_t> nonfinite{0};
-};
-
-// An upper step has Rule::none.
-template <Rule kRule, bool kUpper>
-BIP_HD int update_tile(const Context& context, const Tile& tile, const Gradient& gradient, const AdamwFactors& factors) {
-  constexpr bool kLower = kRule != Rule::none;
-  alignas(64) float buffer[kTile];
-  const Tensor& t = *tile.tensor;
-  const bool scored = t.scores != nullptr;
-  if (!gradient.data || (!kLower && !scored)) return 0;
-  const Hyper hyper = context.step.hypers[t.hyper];
-  const float* g = gradients_of(gradient, tile, buffer);
-  int nonfinite = 0;
-  if (kUpper && scored && moves_score_momentum(t, hyper))
-    nonfinite = update_entries<kRule, kUpper, kUpper>(tile, context.scale, hyper, factors, g, context.stream_width);
-  else if (kUpper && scored)
-    nonfinite = update_entries<kRule, kUpper, false>(tile, context.scale, hyper, factors, g, context.stream_width);
-  else if (kLower)
-    nonfinite = update_entries<kRule, false, false>(tile, context.scale, hyper, factors, g, context.stream_width);
-  return nonfinite;
-}
-
-BIP_HD Verdict judge_block(const Tile& tile, int i, const Window& window) {
-  const Tensor& t = *tile.tensor;
-  const float* scores = t.scores + tile.begin + i;
-  const uint32_t index = static_cast<uint32_t>(t.index + tile.begin + i);
-  const int count = tile.count - i;
-  return count >= kBlock ? judge(scores, kBlock, index, window) : judge(scores, count, index, window);
-}
-
-// Mask and z of a tile by its group's window. Candidates keep their old bit until they are settled. z is m*theta whatever the window; if
-// the window was wrong, judging again by a better one repairs both.
-BIP_HD void judge_tile(Selection& selection, const Tile& tile, int64_t index) {
-  const Tensor& t = *tile.tensor;
-  const Window window = selection.window;
-  uint64_t found[kTile];
-  int num_found = 0, above = 0, flips = 0;
-  for (int i = 0; i < tile.count; i += kBlock) {
-    const int64_t first = tile.begin + i;
-    const Verdict verdict = judge_block(tile, i, window);
-    above += count_bits(verdict.above);
-    const uint32_t old = t.mask[first / kBlock];
-    const uint32_t word = verdict.above | (verdict.inside & old);
-    if (word != old) {
-      flip(t, first, word, word ^ old);
-      flips += count_bits(word ^ old);
-    }
-    for (uint32_t inside = verdict.inside; inside; inside &= inside - 1) {
-      const int64_t entry = first + lowest_bit(inside);
-      found[num_found++] = order_key(t.scores[entry], static_cast<uint32_t>(t.index + entry));
-    }
-  }
-  selection.above.fetch_add(above, std::memory_order_relaxed);
-  if (flips) selection.flips.fetch_add(flips, std::memory_order_relaxed);
-  if (num_found) selection.list(found, num_found, index);
-}
-
-template <Rule kRule, bool kUpper>
-BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
-  int64_t nonfinite = 0;
-  const Tensor* last = nullptr;  // whose factors these are
-  AdamwFactors factors{};
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile tile = tile_of(context.step, index);
-    if (kRule == Rule::adamw && tile.tensor != last) {
-      last = tile.tensor;
-      if (last->steps) factors = adamw_factors(context.step.hypers[last->hyper], *last->steps + 1);  // the rows of units have none
-    }
-    nonfinite += update_tile<kRule, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]], factors);
-    if (kUpper && tile.tensor->group >= 0) judge_tile(context.selections[tile.tensor->group], tile, index);
-    if (kUpper && tile.tensor->of) keep_tile(tile);
-  }
-  if (kRule != Rule::none) end_streaming();
-  if (nonfinite) context.nonfinite.fetch_add(nonfinite);
-}
-
-// z = m*theta, as they are.
-BIP_HD void lower_none_body(Context& context, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile tile = tile_of(context.step, index);
-    if (!has_z(tile)) continue;
-    for (int i = 0; i < tile.count; i += kBlock) write_masked(tile, i, tile.word(i / kBlock), 0);
-  }
-}
-
-BIP_SIMD_VARIANTS(lower_none, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-
-#define BIP_UPDATE_TILES(name, rule, upper)                                                                                      \
-  BIP_HD void name##_body(Context& context, int64_t begin, int64_t end) { update_tiles_body<rule, upper>(context, begin, end); } \
-  BIP_SIMD_VARIANTS(name, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-
-BIP_UPDATE_TILES(lower_sgd, Rule::sgd, false)
-BIP_UPDATE_TILES(lower_adamw, Rule::adamw, false)
-BIP_UPDATE_TILES(lower_gradient, Rule::gradient, false)
-BIP_UPDATE_TILES(upper, Rule::none, true)
-BIP_UPDATE_TILES(joint_sgd, Rule::sgd, true)
-BIP_UPDATE_TILES(joint_adamw, Rule::adamw, true)
-BIP_UPDATE_TILES(joint_gradient, Rule::gradient, true)
-#undef BIP_UPDATE_TILES
-
-using Update = void (*)(Context&, int64_t, int64_t);
-
-Update update_of(Phase phase, Rule rule) {
-  constexpr Update kLower[] = {lower_none, lower_sgd, lower_adamw, lower_gradient};
-  constexpr Update kJoint[] = {upper, joint_sgd, joint_adamw, joint_gradient};
-  return phase == Phase::upper ? upper : (phase == Phase::lower ? kLower : kJoint)[static_cast<int>(rule)];
-}
-
-// Fallback: counts the next digit of the keys inside a crowded window.
-BIP_HD void count_inside_body(Context& context, int64_t begin, int64_t end) {
-  Counter counter(context.selections);
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile tile = tile_of(context.step, index);
-    const Tensor& t = *tile.tensor;
-    if (t.group < 0 || !context.selections[t.group].crowded()) continue;
-    const Window window = context.selections[t.group].window;
-    const int shift = digit_shift(window);
-    uint32_t* counts = counter.of(t.group);
-    for (int i = 0; i < tile.count; i += kBlock) {
-      for (uint32_t inside = judge_block(tile, i, window).inside; inside; inside &= inside - 1) {
-        const int64_t entry = tile.begin + i + lowest_bit(inside);
-        ++counts[(order_key(t.scores[entry], static_cast<uint32_t>(t.index + entry)) - window.lo) >> shift];
-      }
-    }
-  }
-}
-
-// Fallback: judges again, by the narrowed window.
-BIP_HD void judge_again_body(Context& context, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile tile = tile_of(context.step, index);
-    if (tile.tensor->group < 0) continue;
-    Selection& selection = context.selections[tile.tensor->group];
-    if (!selection.listed) judge_tile(selection, tile, index);
-  }
-}
-
-BIP_SIMD_VARIANTS(count_inside, (Context & context, int64_t begin, int64_t end), (context, begin, end))
-BIP_SIMD_VARIANTS(judge_again, (Context & context, int64_t begin, int64_t end), (context, begin, end))
 
 // Calls visit(selection, block, gradient) for every sampled block of the tiles [begin, end) whose group needs a sample.
 template <class Visit>
@@ -257,21 +109,19 @@ bool check_windows(Context& context, bool first) {
   return all;
 }
 
-// Judges those groups again whose candidates are not all listed.
-void judge_again(Context& context, int threads) {
-  for (int64_t group = 0; group < context.step.num_groups; ++group)
-    if (!context.selections[group].listed) context.selections[group].found = context.selections[group].above = 0;
-  parallel_for(threads, context.step.num_scored_tiles, kGrain, [&](int64_t first, int64_t last) { judge_again(context, first, last); });
-}
-
 // Narrows the windows of the groups whose guess was wrong until there is room for what they hold, and judges these groups again.
 void fall_back(Context& context, int threads) {
   const Step& step = context.step;
   Selection* const end = context.selections + step.num_groups;
-  while (std::any_of(context.selections, end, [](const Selection& selection) { return selection.crowded(); })) {
-    parallel_for(threads, step.num_scored_tiles, 8 * kGrain, [&](int64_t first, int64_t last) { count_inside(context, first, last); });
+  const auto crowded = [&] {
+    bool any = false;
+    for (Selection* selection = context.selections; selection != end; ++selection) any |= selection->counting = selection->crowded();
+    return any;
+  };
+  while (crowded()) {
+    count_inside(context, threads);
     for (Selection* selection = context.selections; selection != end; ++selection) {
-      if (!selection->crowded()) continue;
+      if (!selection->counting) continue;
       narrow(selection->window, selection->counts);
       std::memset(selection->counts, 0, kBins * sizeof(uint32_t));
     }
@@ -279,27 +129,6 @@ void fall_back(Context& context, int threads) {
   for (Selection* selection = context.selections; selection != end; ++selection)
     if (!selection->listed) selection->judged = selection->window;
   judge_again(context, threads);
-}
-
-// Gives candidates [begin, end) their final bit. Pieces are moved to tile borders, so no mask word has two writers.
-void judge_candidates(const Step& step, Selection& selection, uint64_t threshold, int64_t begin, int64_t end) {
-  const uint32_t* tiles = selection.tiles;
-  const int64_t found = selection.found;
-  const auto to_border = [&](int64_t i) {
-    while (i > 0 && i < found && tiles[i] == tiles[i - 1]) ++i;
-    return i;
-  };
-  end = to_border(end);
-  for (int64_t i = to_border(begin); i < end; ++i) {
-    const Tensor& t = step.tensors[step.tile_tensor[tiles[i]]];
-    const uint64_t key = selection.keys[i];
-    const int64_t entry = static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(key))) - t.index;
-    const uint32_t bit = 1u << (entry % kBlock);
-    const uint32_t word = t.mask[entry / kBlock];
-    if ((key >= threshold) == ((word & bit) != 0)) continue;
-    flip(t, entry / kBlock * kBlock, word ^ bit, bit);
-    selection.flips.fetch_add(1, std::memory_order_relaxed);
-  }
 }
 
 void settle_groups(const Step& step, Selection* selections, int threads) {
@@ -313,13 +142,8 @@ void settle_groups(const Step& step, Selection* selections, int threads) {
       thresholds[static_cast<size_t>(group)] = threshold;
     }
   });
-  for (int64_t group = 0; group < step.num_groups; ++group) {
-    const Selection& selection = selections[group];
-    parallel_for(threads, selection.found, 16 * kTile, [&](int64_t begin, int64_t end) {
-      judge_candidates(step, selections[group], thresholds[static_cast<size_t>(group)], begin, end);
-    });
-    selection.counters->flips += selection.flips;
-  }
+  for (int64_t group = 0; group < step.num_groups; ++group)
+    judge_candidates(step, selections[group], {thresholds[static_cast<size_t>(group)]}, threads);
 }
 
 // After the pass: settles what windows left open and repairs what they got wrong.
@@ -342,11 +166,6 @@ void project(Context& context, int threads) {
   settle_groups(context.step, context.selections, threads);
 }
 
-void count_steps(const Step& step) {
-  for (int64_t i = 0; i < step.num_tensors; ++i)
-    if (step.tensors[i].steps && step.gradients[i].data) ++*step.tensors[i].steps;
-}
-
 }  // namespace
 
 int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_scored_tiles) {
@@ -363,9 +182,7 @@ void step(const Step& args, int threads) {
     score_units(args, threads);
     open_windows(context, threads);
   }
-  const Update update = update_of(args.phase, args.rule);
-  parallel_for(threads, args.phase == Phase::upper ? args.num_scored_tiles : args.num_tiles, kGrain,
-               [&](int64_t begin, int64_t end) { update(context, begin, end); });
+  update_and_judge(context, threads);
   if (args.phase != Phase::lower) {
     project(context, threads);
     spread_units(args, threads);
