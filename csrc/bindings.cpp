@@ -116,7 +116,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
        BIP_FIELD(Tensor, scores, "u8"), BIP_FIELD(Tensor, score_momentum, "u8"), BIP_FIELD(Tensor, mask, "u8"),
        BIP_FIELD(Tensor, steps, "u8"), BIP_FIELD(Tensor, numel, "i8"), BIP_FIELD(Tensor, first_tile, "i8"), BIP_FIELD(Tensor, index, "i8"),
        BIP_FIELD(Tensor, group, "i4"), BIP_FIELD(Tensor, hyper, "i4"), BIP_FIELD(Tensor, dtype, "i4"), BIP_FIELD(Tensor, elsewhere, "i4"),
-       BIP_FIELD(Tensor, row_length, "i8"), BIP_FIELD(Tensor, row_stride, "i8"), BIP_FIELD(Tensor, keep, "i4"), BIP_FIELD(Tensor, of, "i4")},
+       BIP_FIELD(Tensor, row_length, "i8"), BIP_FIELD(Tensor, row_stride, "i8"), BIP_FIELD(Tensor, keep, "i4"),
+       BIP_FIELD(Tensor, of, "i4")},
       sizeof(bip::Tensor));
   m.attr("gradient_dtype") = table_dtype({BIP_FIELD(Gradient, data, "u8"), BIP_FIELD(Gradient, dtype, "i4")}, sizeof(bip::Gradient));
   m.attr("hyper_dtype") = table_dtype(
@@ -193,9 +194,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
   define_step(cpu, "shards_narrow", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
     return bip::cpu::shards_narrow(step, sums, static_cast<int>(threads));
   });
-  define_step(cpu, "shards_end", [](const bip::Step& step, int64_t*, uintptr_t threads) {
-    bip::cpu::shards_end(step, static_cast<int>(threads));
-  });
+  define_step(cpu, "shards_end",
+              [](const bip::Step& step, int64_t*, uintptr_t threads) { bip::cpu::shards_end(step, static_cast<int>(threads)); });
 #ifdef BIP_WITH_CUDA
   define_backend(
       m.def_submodule("cuda"), [](const bip::Step& step, uintptr_t stream) { bip::cuda::step(step, at<void>(stream)); },

@@ -21,6 +21,7 @@ from .. import reference
 from ..reference import Blocks
 from .coverage import Parameter
 from .rules import Rule
+from .shards import Ranks, is_sharded, like, like_units, local_of
 from .units import UnitScores, UnitSet, pack_mask, unpack_mask
 
 __all__ = ["Arena", "in_memory_order"]
@@ -43,6 +44,8 @@ class Arena:
         decided: every parameter once; pruned ones compete in this order.
         device: that of all parameters.
         rule: of the lower level; says which moments there are.
+        ranks: over which the parameters are shared out. Everything here is about what this rank has, but for what `mask_of`, `weight_of`,
+            `scores_of`, `shared` and `kept` give.
 
     Attributes:
         parameters: the records with their places, in the order of the places.
@@ -50,9 +53,9 @@ class Arena:
         num_rows: of the kernels' table of tensors: matrices and sets of units.
     """
 
-    def __init__(self, decided: Sequence[Parameter], device: torch.device, rule: Rule) -> None:
+    def __init__(self, decided: Sequence[Parameter], device: torch.device, rule: Rule, ranks: Ranks) -> None:
         num_sets = max((param.unit_set + param.matrices for param in decided if param.unit_set >= 0), default=0)
-        self.device, self.rule = device, rule
+        self.device, self.rule, self.ranks = device, rule, ranks
         self.parameters: list[Parameter] = []
         start = scored_end = masked_end = theta_end = self.num_rows = self.num_scored = 0
         for param in sorted(decided, key=lambda param: 0 if param.scored else 1 if param.masked else 2 if param.has_theta else 3):
@@ -109,7 +112,7 @@ class Arena:
 
     def theta_of(self, param: Parameter) -> Tensor:
         """View of theta, as those of `state_of`: of its own, or the parameter itself where that is its theta."""
-        return self._view(self.theta, param) if param.has_theta else param.tensor.detach()
+        return self._view(self.theta, param) if param.has_theta else param.local.detach()
 
     def moments_of(self, param: Parameter) -> list[Tensor]:
         """Views of the moments that the rule has, or of the array for ``m*g``."""
@@ -141,36 +144,57 @@ class Arena:
 
     def mask_of(self, param: Parameter) -> Tensor:
         """A new bool tensor shaped like the parameter, with its strides."""
+        return like(param.tensor, self._mask_of(param))
+
+    def _mask_of(self, param: Parameter) -> Tensor:
         own = torch.cat([unpack_mask(self.words(part), part.numel) for part in param.parts])
         return own.as_strided(param.shape, param.stride)
 
     def weight_of(self, param: Parameter) -> Tensor:
         """A new tensor shaped like the parameter, with its strides."""
-        return self._gathered(self.theta, param)
+        return like(param.tensor, self._gathered(self.theta, param))
 
     def scores_of(self, param: Parameter) -> Tensor:
         """A new tensor shaped like the parameter, with its strides: the score of every entry, or of its unit."""
         if isinstance(param.division, Blocks):
             scores = [self.units.state_of(part.unit_set)["scores"] for part in param.parts]
             own = torch.cat([reference.expand(x, param.division) for x in scores])
-            return own.as_strided(param.shape, param.stride)
-        return self._gathered(self.scores, param)
+            return like(param.tensor, own.as_strided(param.shape, param.stride))
+        return like(param.tensor, self._gathered(self.scores, param))
 
     def saved_shapes(self, param: Parameter) -> dict[str, tuple[int, ...]]:
         """Of `saved_state_of`."""
-        words = {"mask": (-(-param.numel // 32),)} if param.masked else {}
-        shaped = {name: param.shape if x.shape == param.place[0] else x.shape for name, x in self.state_of(param).items()}
-        return {name: tuple(shape) for name, shape in (shaped | words).items()}
+        return {name: tuple(x.shape) for name, x in self.saved_state_of(param).items()}
 
     def saved_state_of(self, param: Parameter) -> dict[str, Tensor]:
         """`state_of`, with the mask words in index order (row-major), so that they do not depend on the memory layout, and what has the
-        entries of the parameter in its shape."""
+        entries of the parameter in its shape. Of a sharded parameter the mask is bool, shaped like it, and all are DTensors."""
         state = {name: x.reshape(param.shape) if x.shape == param.place[0] else x for name, x in self.state_of(param).items()}
-        return state | {"mask": pack_mask(self.mask_of(param).flatten())} if param.masked else state
+        if param.masked:
+            mask = self._mask_of(param)
+            state["mask"] = mask if is_sharded(param.tensor) else pack_mask(mask.flatten())
+        return self.shared(param, state)
+
+    def shared(self, param: Parameter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state with DTensors for what the ranks share out as they do the parameter: its entries, and scores of its units."""
+        if not is_sharded(param.tensor):
+            return state
+        units = param.whole_division
+        shared = {}
+        for name, x in state.items():
+            if x.shape == param.shape and name != "step":
+                x = like(param.tensor, x)
+            elif units is not None and name in ("scores", "score_momentum"):
+                x = like_units(param.tensor, x, units)
+            shared[name] = x
+        return shared
 
     def kept(self) -> Tensor:
-        """Number of ones in all masks."""
-        return unpack_mask(self.mask, 32 * self.mask.numel()).sum()
+        """Number of ones in all masks, over all ranks."""
+        kept = [self._mask_of(param).sum() for param in self.parameters if param.masked and not param.elsewhere]
+        total = torch.stack(kept).sum() if kept else torch.zeros((), dtype=torch.int64, device=self.device)
+        self.ranks.add(total)
+        return total
 
     # --- values ----------------------------------------------------------------------------------------------------------------------
 
@@ -184,13 +208,13 @@ class Arena:
         """Start of BiP: theta is the parameter, momenta are 0, scores are `reference.start_scores`; those of units are made by
         `start_units`. The first projection makes the mask."""
         for part in param.parts:
-            theta = in_memory_order(param.tensor)[part.offset :][: part.numel].float()
+            theta = in_memory_order(param.local)[part.offset :][: part.numel].float()
             if param.has_theta:
                 self.theta[part.start :][: part.numel] = theta
             if param.scored:
                 self.scores[part.start :][: part.numel] = reference.start_scores(theta, score_start)
         if param.masked:
-            param.tensor.detach().zero_()  # as the mask words are: the projection writes what it turns on
+            param.local.detach().zero_()  # as the mask words are: the projection writes what it turns on
 
     def start_units(self, number: int, score_start: str) -> None:
         """Start scores of a set whose parameters have begun."""
@@ -201,19 +225,22 @@ class Arena:
         """Take new scores of a parameter whose entries have one each, if there are some."""
         if param.scored and param.tensor in scores:
             view = self._view(self.scores, param)
-            view.copy_(scores[param.tensor].reshape(view.shape))
+            view.copy_(self._own(param, scores[param.tensor]).reshape(view.shape))
 
     def rescore_units(self, number: int, scores: Mapping[Tensor, Tensor]) -> None:
         """Take new scores of a set of units, each the mean over its weights, if there are some for all its `scoring` parameters."""
         scoring = self.units.sets[number].scoring
         if all(param.tensor in scores for param in scoring):
-            given = [in_memory_order(_laid_out_like(param.tensor, scores[param.tensor]))[param.offset :] for param in scoring]
+            given = [
+                in_memory_order(_laid_out_like(param.local, self._own(param, scores[param.tensor])))[param.offset :] for param in scoring
+            ]
             self.units.start(number, [x[: param.numel].float() for x, param in zip(given, scoring, strict=True)])
 
     def load(self, param: Parameter, state: dict[str, Tensor]) -> None:
         """Copy a state such as `saved_state_of` gives, from any layout, device and dtype, and rewrite z = m*theta."""
         if param.masked:
-            mask = unpack_mask(state["mask"].to(self.device), param.numel).view(param.shape)
+            mask = self._own(param, state["mask"]).to(self.device)
+            mask = mask if mask.dtype == torch.bool else unpack_mask(mask, param.numel).view(param.shape)
             in_order = in_memory_order(torch.empty_strided(param.shape, param.stride, dtype=torch.bool, device=self.device).copy_(mask))
             for part in param.parts:
                 own = in_order[part.offset :][: part.numel]
@@ -225,15 +252,29 @@ class Arena:
             self.ensure_score_momentum()
         for name, view in self.state_of(param).items():
             if name in state and name != "mask":
-                view.copy_(state[name].reshape(view.shape))
+                view.copy_(self._own(param, state[name]).reshape(view.shape))
             elif name != "mask":
                 view.zero_()
         if self.rule.counts:
             self._steps[param.row :][: param.matrices] = self._steps[param.row]
         if param.has_theta:
-            theta = self.weight_of(param)
-            z = torch.where(self.mask_of(param), theta, 0.0) if param.masked else theta
-            param.tensor.detach().copy_(z)
+            theta = self._gathered(self.theta, param)
+            z = torch.where(self._mask_of(param), theta, 0.0) if param.masked else theta
+            param.local.detach().copy_(z)
+
+    def _own(self, param: Parameter, x: Tensor) -> Tensor:
+        """What this rank has of a state that may be of the whole parameter, or of all its units."""
+        if is_sharded(x) or param.shard is None or param.shape == param.whole:
+            return local_of(x)
+        if x.shape == param.whole:
+            for d, span in enumerate(param.shard.spans):
+                x = x.narrow(d, span.start, span.length)
+        elif isinstance(param.division, Blocks) and param.whole_division is not None and x.numel() == param.whole_division.units:
+            first, length, stride = param.places
+            length = length or param.division.units
+            rows = param.division.units // max(length, 1)
+            x = x.contiguous().as_strided((rows, length), (stride, 1), first).reshape(-1)
+        return x
 
     # --- foreign writes --------------------------------------------------------------------------------------------------------------
 
@@ -242,19 +283,19 @@ class Arena:
 
     def record(self) -> None:
         """Remember where the parameters are, and that their present contents are ours."""
-        self._storages = [self._storage(param.tensor) for param in self.parameters]
-        self._versions = [param.tensor._version for param in self.parameters]
+        self._storages = [self._storage(param.local) for param in self.parameters]
+        self._versions = [param.local._version for param in self.parameters]
 
     def mark_written(self) -> None:
         """Tell autograd that the kernels wrote the parameters, as an in-place operation of torch would."""
         for param in self.parameters:
-            torch.autograd.graph.increment_version(param.tensor)
-        self._versions = [param.tensor._version for param in self.parameters]
+            torch.autograd.graph.increment_version(param.local)
+        self._versions = [param.local._version for param in self.parameters]
 
     def check_place(self) -> None:
         """RuntimeError when a parameter has moved."""
         for param, storage in zip(self.parameters, self._storages, strict=True):
-            p = param.tensor
+            p = param.local
             if self._storage(p) != storage:
                 if self._storage(p)[1:] == storage[1:]:
                     raise RuntimeError(
@@ -272,7 +313,7 @@ class Arena:
         """RuntimeError when a parameter has moved, or when someone else wrote into one that has a theta of its own."""
         self.check_place()
         for param, version in zip(self.parameters, self._versions, strict=True):
-            if param.has_theta and param.tensor._version != version:
+            if param.has_theta and param.local._version != version:
                 raise RuntimeError(
                     f"{param.name} was written by someone else since the last step; FastBiP keeps its weight in weight_of() and "
                     "would overwrite the new value. Load or change weights before you make FastBiP; to go on from a checkpoint, load the "

@@ -35,8 +35,8 @@ class Budget(NamedTuple):
 
 def budget_of(rival: Parameter | UnitSet, options: Mapping[str, Any]) -> Budget:
     """What a parameter, or a set of units, asks for under the ``options`` of its parameter group."""
-    least = min(int(options["min_kept"]), rival.numel) if isinstance(rival, UnitSet) else 0
-    return Budget(tuple(rival.shape), rival.numel, float(options["sparsity"]), options["scope"], least, rival.pattern)
+    least = min(int(options["min_kept"]), rival.total) if isinstance(rival, UnitSet) else 0
+    return Budget(tuple(rival.whole), rival.total, float(options["sparsity"]), options["scope"], least, rival.pattern)
 
 
 class SelectionGroup(NamedTuple):
@@ -85,14 +85,14 @@ def erk_kept(
     return keeps
 
 
-def selection_groups(budgets: Sequence[Budget]) -> list[SelectionGroup]:
+def selection_groups(budgets: Sequence[Budget], most: int = MAX_GROUP) -> list[SelectionGroup]:
     """Groups of tensors that share one budget.
 
     Scope "layer" makes one group per tensor; scope "global" one group of all tensors with the same sparsity and kind of unit; scope "erk"
     one group per tensor, of which those with the same sparsity and kind together keep what a global group would (`erk_kept`).
 
     Raises:
-        ValueError: a group has 2**32 units or more.
+        ValueError: a group has ``most`` units or more.
     """
     members: dict[Hashable, list[int]] = {}
     together: dict[Hashable, list[int]] = {}
@@ -109,8 +109,9 @@ def selection_groups(budgets: Sequence[Budget]) -> list[SelectionGroup]:
     groups = []
     for positions in members.values():
         numel = sum(budgets[position].units for position in positions)
-        if numel >= MAX_GROUP:
-            raise ValueError(f'a selection group must have fewer than 2**32 weights, got {numel}; scope="layer" makes smaller groups')
+        if numel >= most:
+            fewer = f"2**{most.bit_length() - 1}"
+            raise ValueError(f'a selection group must have fewer than {fewer} weights, got {numel}; scope="layer" makes smaller groups')
         first = positions[0]
         least = sum(budgets[position].least for position in positions)
         groups.append(SelectionGroup(positions, numel, shares.get(first, max(kept(numel, budgets[first].sparsity), least))))

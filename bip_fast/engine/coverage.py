@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from ..reference import Blocks
 from .layers import Layer
 from .native import DTYPES, is_ordinary, kernels
-from .patterns import NofM, Refused, memory_order, parse
+from .patterns import SINGLE, NofM, Refused, memory_order, parse
 from .report import Decision
+from .shards import Ranks, Shard, local_of, shard_of, units_of
 
 __all__ = ["Parameter", "Seen", "decide", "frozen", "would_prune"]
 
@@ -38,8 +39,12 @@ class Parameter:
 
         group: (decided, in `decide`) number of its parameter group.
         pattern: that of the group.
-        shape, stride, dtype: those of the tensor when this was decided.
+        shape, stride, dtype: those of the tensor when this was decided; of what this rank has, if it is sharded.
+        whole: the shape over all ranks.
+        shard: what this rank has of it; None: all, and no other rank counts it.
+        places: of its entries, or of its units if it is in a set, among those of the whole matrix (`Shard.places`).
         division: how the entries of each of its matrices form units; None: every entry is one, or the parameter is dense.
+        whole_division: of a sharded parameter whose `division` is in units of several weights: that over all ranks.
         unit_set: number of the set to which units of its first matrix belong, together with those of coupled parameters; -1: none. Those of
             the next matrix belong to the next set.
 
@@ -58,6 +63,10 @@ class Parameter:
     shape: torch.Size = field(default_factory=torch.Size)
     stride: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    whole: torch.Size = field(default_factory=torch.Size)
+    shard: Shard | None = None
+    places: tuple[int, int, int] = (0, 0, 0)
+    whole_division: Blocks | None = None
     division: Blocks | NofM | None = None
     unit_set: int = -1
     start: int = -1
@@ -67,6 +76,21 @@ class Parameter:
     @property
     def numel(self) -> int:
         return self.shape.numel()
+
+    @property
+    def total(self) -> int:
+        """Entries over all ranks."""
+        return self.whole.numel()
+
+    @property
+    def local(self) -> Tensor:
+        """The tensor that the kernels see: the parameter, or what this rank has of it."""
+        return local_of(self.tensor)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Another rank has the same entries and counts them."""
+        return self.shard is not None and self.shard.elsewhere
 
     @property
     def pruned(self) -> bool:
@@ -123,6 +147,7 @@ class Parameter:
                 name=f"{self.name}[{i}]",
                 layer=self.layer._replace(matrices=1, experts=False),
                 shape=shape,
+                whole=shape,
                 stride=self.stride[len(self.stride) - len(shape) :],
                 unit_set=self.unit_set + i if self.unit_set >= 0 else -1,
                 start=self.start + i * self.pitch,
@@ -207,24 +232,28 @@ def would_prune(param: Parameter, group: Mapping[str, Any]) -> bool:
     return True
 
 
-def decide(param_groups: Sequence[Mapping[str, Any]], seen: Seen) -> tuple[list[Parameter], tuple[Decision, ...]]:
+def decide(param_groups: Sequence[Mapping[str, Any]], seen: Seen) -> tuple[list[Parameter], tuple[Decision, ...], Ranks]:
     """Decide about all parameters of the groups.
 
     Returns:
-        a record for every parameter, each once, in the order of the groups; and for reports what became of those of two or more dimensions.
+        a record for every parameter, each once, in the order of the groups; for reports what became of those of two or more dimensions; and
+        the ranks over which the weights are shared out.
 
     Raises:
         ValueError: the kernels cannot work on a parameter, or coupled parameters do not fit each other; the message names them.
     """
     given = [(number, group, p) for number, group in enumerate(param_groups) for p in group["params"]]
+    ranks = Ranks(p for _, _, p in given)
     decided: dict[Tensor, Parameter] = {}
     for position, (number, group, p) in enumerate(given):
         param = seen.of(p)
         name = param.name or f"parameter {position} of shape {'?' if is_lazy(p) else tuple(p.shape)}"
-        _check_param(p, name, given[0][2].device)
+        local = local_of(p)
+        _check_param(local, name, local_of(given[0][2]).device)
         if p in decided:
             continue
-        param = replace(param, name=name, group=number, pattern=str(group["pattern"]), shape=p.shape, stride=p.stride(), dtype=p.dtype)
+        param = replace(param, name=name, group=number, pattern=str(group["pattern"]), whole=p.shape, dtype=p.dtype)
+        param = _sharded(replace(param, shape=local.shape, stride=local.stride()), group, ranks)
         try:
             decided[p] = replace(param, division=_divided(param, group))
         except Refused as refused:
@@ -232,13 +261,62 @@ def decide(param_groups: Sequence[Mapping[str, Any]], seen: Seen) -> tuple[list[
     _check_apart(decided.values())
     _check_effect(decided, seen)
     outliving = _join_units(decided, seen)
+    if ranks.groups:
+        decided = {p: _placed(param) for p, param in decided.items()}
+        _check_sets(decided.values())
     decisions = [
-        Decision(param.name, tuple(param.shape), param.pattern if param.pruned else None, param.dense)
+        Decision(param.name, tuple(param.whole), param.pattern if param.pruned else None, param.dense)
         for p, param in decided.items()
         if p.dim() >= 2
     ]
     staying = [Decision(seen.of(p).name, tuple(p.shape), None, "it is frozen, and outlives the filters it belongs to") for p in outliving]
-    return list(decided.values()), (*decisions, *seen.left_out, *staying)
+    return list(decided.values()), (*decisions, *seen.left_out, *staying), ranks
+
+
+# --- what this rank has ------------------------------------------------------------------------------------------------------------------
+
+
+def _sharded(param: Parameter, group: Mapping[str, Any], ranks: Ranks) -> Parameter:
+    """With what this rank has of it; ValueError if the kernels cannot work on that."""
+    try:
+        shard = shard_of(param.tensor, ranks)
+    except ValueError as error:
+        raise ValueError(f"{param.name} {error}") from error
+    layer = param.layer
+    if param.shape != param.whole and (layer.matrices > 1 or layer.experts):
+        if group["pattern"] != SINGLE or group["scope"] != "global":
+            raise ValueError(
+                f"{param.name} holds several matrices, and is sharded over ranks: it must have pattern {SINGLE!r} and scope 'global', got "
+                f"{group['pattern']!r} and {group['scope']!r}"
+            )
+        layer = layer._replace(matrices=1, experts=False)  # its entries compete in the same order, wherever the ranks cut
+    return replace(param, shard=shard, layer=layer)
+
+
+def _placed(param: Parameter) -> Parameter:
+    """With the units that this rank has, and their places among all; ValueError where units are split over the ranks."""
+    if param.shard is None or not param.masked:
+        return param
+    if param.shape == param.whole:  # repeated on every rank
+        return replace(param, whole_division=param.division if isinstance(param.division, Blocks) else None)
+    try:
+        if isinstance(param.division, Blocks):
+            own, places = units_of(param.shard, param.division)
+            return replace(param, division=own, places=places, whole_division=param.division)
+        if isinstance(param.division, NofM):
+            units_of(param.shard, Blocks(param.whole[0], param.whole[1:].numel(), 1, param.division.of))
+    except ValueError as error:
+        raise ValueError(f"{param.name} cannot have pattern {param.pattern!r} as it is sharded, {error}") from error
+    return replace(param, places=param.shard.places())
+
+
+def _check_sets(decided: Iterable[Parameter]) -> None:
+    """ValueError unless a rank has the same units of all parameters of a set."""
+    first: dict[int, Parameter] = {}
+    for param in (param for param in decided if param.unit_set >= 0):
+        other = first.setdefault(param.unit_set, param)
+        if (param.places, _units_of(param), param.elsewhere) != (other.places, _units_of(other), other.elsewhere):
+            raise ValueError(f"{param.name} and {other.name} share their filters and must be sharded alike, along these")
 
 
 # --- units of several parameters -----------------------------------------------------------------------------------------------------
@@ -327,7 +405,7 @@ def _check_param(p: Tensor, name: str, device: torch.device) -> None:
     if is_lazy(p):
         raise ValueError(f"{name} has no shape yet; run the model once on an example before you make the optimizer")
     if not is_ordinary(p):
-        raise ValueError(f"{name} must be an ordinary tensor, got {type(p).__name__}")
+        raise ValueError(f"{name} must be an ordinary tensor or a DTensor, got {type(p).__name__}")
     if p.layout != torch.strided or p.dtype not in DTYPES:
         raise ValueError(f"{name} must be a dense tensor of float32, bfloat16 or float16, got {p.layout} of {p.dtype}")
     if p.device != device:
@@ -340,7 +418,7 @@ def _check_param(p: Tensor, name: str, device: torch.device) -> None:
 
 def _check_apart(decided: Iterable[Parameter]) -> None:
     """ValueError when two parameters share memory: each would be pruned as if the other did not exist."""
-    placed = sorted((x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), param.name) for param in decided for x in [param.tensor])
+    placed = sorted((x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), param.name) for param in decided for x in [param.local])
     placed = [place for place in placed if place[0] < place[1] and place[0]]
     for (_, end, first), (begin, _, second) in pairwise(placed):
         if begin < end:

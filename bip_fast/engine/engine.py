@@ -11,7 +11,7 @@ from torch import Tensor
 from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
 from .coverage import Parameter, Seen, decide
-from .native import backend, not_capturing
+from .native import MAX_GROUP, MAX_SHARDED_GROUP, backend, not_capturing
 from .options import check_group, group_keys, hyper_table
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
@@ -53,20 +53,20 @@ class Engine:
         score_start: str,
     ) -> None:
         self._groups, self._rule = param_groups, rule
-        decided, self.decisions = decide(param_groups, seen)
-        if not any(param.pruned and param.numel for param in decided):
+        decided, self.decisions, ranks = decide(param_groups, seen)
+        if not any(param.pruned and param.total for param in decided):
             why = "; ".join(f"{row.name}: {row.reason or 'it has no entries'}" for row in self.decisions[:5])
             raise ValueError(
                 "nothing to prune: params must hold matrices of layers, or parameters of two or more dimensions" + (why and f" ({why})")
             )
         self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
         self._need_sparsity = [param for param in decided if param.pruned and not isinstance(param.division, NofM)]
-        device = decided[0].tensor.device
+        device = decided[0].local.device
         backend(device)
         self._checked: Any = None  # the options that were last found valid
         self._check_options()
         # Nothing is written before all memory is there.
-        self.arena = Arena(decided, device, rule)
+        self.arena = Arena(decided, device, rule, ranks)
         self.replan()
         for param in self.arena.parameters:
             if param.tensor in states:
@@ -137,7 +137,8 @@ class Engine:
 
     def _select(self) -> list[SelectionGroup]:
         """What competes for how many places, under the options as they are now."""
-        return selection_groups([budget_of(rival, self._groups[rival.group]) for rival in self.arena.rivals])
+        most = MAX_SHARDED_GROUP if self.arena.ranks.groups else MAX_GROUP
+        return selection_groups([budget_of(rival, self._groups[rival.group]) for rival in self.arena.rivals], most)
 
     def replan(self) -> None:
         """Make the plan for the options as they are now.
@@ -233,22 +234,27 @@ class Engine:
 
     def report(self) -> Report:
         """The layers, and how their masks came about; waits for the device."""
-        kept = [self.arena.units.kept(number) for number in range(len(self.arena.units.sets))]
+        sets, ranks = self.arena.units.sets, self.arena.ranks
+        counts = ranks.added([0 if own.elsewhere else self.arena.units.kept(number) for number, own in enumerate(sets)], self.arena.device)
+        kept = list(zip(counts, (own.total for own in sets), strict=True))
+        nonzero = ranks.added(
+            [0 if param.elsewhere else layer_row(param.name, param.local).kept for param in self.arena.pruned], self.arena.device
+        )
 
-        def row(param: Parameter) -> Row:
+        def row(param: Parameter, nonzero: int) -> Row:
             own = [kept[part.unit_set] for part in param.parts if not part.scored]
             units = (sum(count for count, _ in own), sum(total for _, total in own)) if own else None
-            return layer_row(param.name, param.tensor)._replace(pattern=param.pattern, units=units)
+            return Row(param.name, tuple(param.whole), nonzero, param.total, pattern=param.pattern, units=units)
 
         totals: dict[str, UnitCount] = {}
-        for units, (count, total) in zip(self.arena.units.sets, kept, strict=True):
+        for units, (count, total) in zip(sets, kept, strict=True):
             before = totals.get(units.pattern, UnitCount(units.pattern, 0, 0))
             totals[units.pattern] = UnitCount(units.pattern, before.kept + count, before.total + total)
-        return Report(tuple(map(row, self.arena.pruned)), self.selections(), self.decisions, tuple(totals.values()))
+        return Report(tuple(map(row, self.arena.pruned, nonzero)), self.selections(), self.decisions, tuple(totals.values()))
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""
-        return {param.tensor: self.arena.state_of(param) for param in self.arena.parameters}
+        return {param.tensor: self.arena.shared(param, self.arena.state_of(param)) for param in self.arena.parameters}
 
     def saved_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """`state`, in the form that a checkpoint has."""

@@ -31,14 +31,15 @@ else:
         )
 
 __all__ = [
-    "BACKENDS", "DTYPES", "MAX_GROUP", "PHASES", "backend", "build_info", "is_ordinary", "kernels", "launch_guard", "launch_where",
-    "not_capturing", "topk_mask",
+    "BACKENDS", "DTYPES", "MAX_GROUP", "MAX_SHARDED_GROUP", "PHASES", "backend", "build_info", "is_ordinary", "kernels",
+    "launch_guard", "launch_where", "not_capturing", "topk_mask",
 ]  # fmt: skip
 
 BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # bip::DType
 PHASES = {"lower": 0, "upper": 1, "joint": 2}  # bip::Phase
 MAX_GROUP = 2**32  # a tie key has 32 bits
+MAX_SHARDED_GROUP = 2**40  # over several ranks, of which none has as many as one device could
 
 
 def kernels() -> ModuleType:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from ..reference import Blocks
 from .arena import Arena
 from .budgets import SelectionGroup
 from .coverage import Parameter
-from .native import DTYPES, PHASES, backend, kernels, launch_guard, launch_where, not_capturing
+from .native import DTYPES, MAX_GROUP, PHASES, backend, kernels, launch_guard, launch_where, not_capturing
 from .patterns import NofM
+from .shards import gradient_of
 from .units import UnitSet, blocks_of
 
 __all__ = ["StepPlan", "gradient_table", "no_gradients"]
@@ -86,6 +87,7 @@ def gradient_table(arena: Arena) -> tuple[np.ndarray, list[Tensor]]:
         g = param.tensor.grad
         if g is None:
             continue
+        g = gradient_of(param.tensor, g)
         if g.layout != torch.strided or g.device != arena.device or g.dtype not in DTYPES:
             kind = "sparse" if g.layout != torch.strided else "dense"
             raise RuntimeError(
@@ -112,12 +114,15 @@ def _tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarr
         index = 0
         for i in group.members:
             rival = arena.rivals[i]
-            table["group"][rival.row], table["index"][rival.row] = number, index
-            index += rival.numel
+            place, length, stride = rival.places
+            table["group"][rival.row], table["index"][rival.row] = number, index + place
+            table["row_length"][rival.row], table["row_stride"][rival.row] = length, stride
+            index += rival.total
     for param in (part for whole in arena.parameters for part in whole.parts):
         row = table[param.row]
-        row["param"] = row["theta"] = param.tensor.data_ptr() + param.offset * param.tensor.element_size()
-        row["numel"], row["hyper"], row["dtype"] = param.numel, param.group, DTYPES[param.dtype]
+        local = param.local
+        row["param"] = row["theta"] = local.data_ptr() + param.offset * local.element_size()
+        row["elsewhere"], row["numel"], row["hyper"], row["dtype"] = param.elsewhere, param.numel, param.group, DTYPES[param.dtype]
         state = arena.state_of(param)
         for name in ("theta", "mask", "scores", "score_momentum"):
             if name in state and (param.scored or name not in ("scores", "score_momentum")):  # those of units are in the row of their set
@@ -128,9 +133,11 @@ def _tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarr
             row["steps"] = steps.data_ptr()
         if isinstance(param.division, NofM):
             row["keep"], row["of"] = param.division
+            row["index"], row["row_length"], row["row_stride"] = param.places
     for number, units in enumerate(arena.units.sets):  # their scores, as the selection sees them, are in the scratch
         row = table[units.row]
         row["numel"], row["hyper"], row["mask"] = units.numel, units.group, arena.units.state_of(number)["mask"].data_ptr()
+        row["elsewhere"] = units.elsewhere
     tiles = _tiles(table)
     table["first_tile"] = np.cumsum(tiles) - tiles
     return table
@@ -231,6 +238,16 @@ def _strips(blocks: Blocks) -> int:
     return -(-min(blocks.block_rows, blocks.rows) // kernels().STRIP)
 
 
+def check_sharded(backend: Any, tensors: np.ndarray) -> None:
+    """RuntimeError or ValueError where the kernels cannot select over several ranks."""
+    if not hasattr(backend, "shards_begin"):
+        raise RuntimeError("parameters that are sharded over ranks must be on the CPU: bip_fast has no kernels for them on other devices")
+    for number in np.unique(tensors["group"][tensors["group"] >= 0]):
+        own = int(tensors["numel"][tensors["group"] == number].sum())
+        if own >= MAX_GROUP:
+            raise ValueError(f"a selection group must have fewer than 2**32 weights on a rank, got {own}; use more ranks")
+
+
 # --- the plan ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +287,13 @@ class StepPlan:
         self._group_rows, self._groups = groups, DeviceTable(groups, device)
         self._unit_sets, self._parts = DeviceTable(units.sets, device), DeviceTable(units.parts, device)
         self._hypers = DeviceTable(hypers, device)
-        size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
+        self._ranks = arena.ranks
+        if self._ranks.groups:
+            check_sharded(self.backend, tensors)
+            size = self.backend.shards_workspace_bytes(self.num_groups, self.num_scored_tiles)
+            self._sums = torch.zeros(self.num_groups, self.backend.SHARD_SUMS, dtype=torch.int64, device=device)
+        else:
+            size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
         self._unit_scratch = units.scratch
         self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
@@ -337,7 +360,7 @@ class StepPlan:
     def _launch(
         self, phase: str, rule: int, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        self.backend.step(
+        arguments: dict[str, Any] = dict(
             phase=PHASES[phase],
             rule=rule,
             tensors=self._tensors.address,
@@ -359,3 +382,16 @@ class StepPlan:
             workspace=self._workspace.data_ptr(),
             where=launch_where(self.device),
         )
+        if phase == "lower" or not self._ranks.groups:
+            self.backend.step(**arguments)
+        else:
+            self._select_over_ranks(arguments)
+
+    def _select_over_ranks(self, arguments: dict[str, Any]) -> None:
+        """An upper or joint step whose groups have entries on several ranks: a pass, sums until all windows are narrow enough, an end."""
+        arguments["sums"] = self._sums.data_ptr()
+        self.backend.shards_begin(**arguments)
+        self._ranks.add(self._sums)
+        while self.backend.shards_narrow(**arguments):
+            self._ranks.add(self._sums)
+        self.backend.shards_end(**arguments)

@@ -57,8 +57,22 @@ class UnitSet:
         return blocks_of(self.parameters[0]).units
 
     @property
-    def shape(self) -> torch.Size:
-        return self.parameters[0].shape
+    def total(self) -> int:
+        """Units over all ranks."""
+        whole = self.parameters[0].whole_division
+        return self.numel if whole is None else whole.units
+
+    @property
+    def whole(self) -> torch.Size:
+        return self.parameters[0].whole
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        return self.parameters[0].places
+
+    @property
+    def elsewhere(self) -> bool:
+        return self.parameters[0].elsewhere
 
     @property
     def group(self) -> int:
@@ -116,11 +130,13 @@ class UnitScores:
         pitch = self.sets[number + 1].start - first.start
         return {name: flat.as_strided((count, first.numel), (pitch, 1), first.start) for name, flat in arrays.items()}
 
-    def kept(self, number: int) -> tuple[int, int]:
-        """How many units of a set are kept, and of how many. Waits for the device."""
-        return int(unpack_mask(self.state_of(number)["mask"], self.sets[number].numel).sum()), self.sets[number].numel
+    def kept(self, number: int) -> int:
+        """How many units of a set are kept, of those that this rank has. Waits for the device."""
+        return int(unpack_mask(self.state_of(number)["mask"], self.sets[number].numel).sum())
 
     def start(self, number: int, values: Sequence[Tensor]) -> None:
         """Start scores of a set: means of ``values``, in memory order of each of its `scoring` parameters."""
         blocks = [blocks_of(param) for param in self.sets[number].scoring]
+        if not self.sets[number].numel:
+            return
         self.state_of(number)["scores"].copy_(reference.unit_means(values, blocks))

@@ -94,7 +94,8 @@ BIP_HD void update_tiles_body(Context& context, int64_t begin, int64_t end) {
       last = tile.tensor;
       if (last->steps) factors = adamw_factors(context.step.hypers[last->hyper], *last->steps + 1);  // the rows of units have none
     }
-    nonfinite += update_tile<kRule, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]], factors);
+    const int skipped = update_tile<kRule, kUpper>(context, tile, context.step.gradients[context.step.tile_tensor[index]], factors);
+    nonfinite += tile.tensor->elsewhere ? 0 : skipped;
     if (kUpper && tile.tensor->group >= 0) judge_tile(context.selections[tile.tensor->group], tile, index);
     if (kUpper && tile.tensor->of) keep_tile(tile);
   }
@@ -208,8 +209,7 @@ void update_and_judge(Context& context, int threads) {
 }
 
 void count_inside(Context& context, int threads) {
-  parallel_for(threads, context.step.num_scored_tiles, 8 * kGrain,
-               [&](int64_t begin, int64_t end) { count_inside(context, begin, end); });
+  parallel_for(threads, context.step.num_scored_tiles, 8 * kGrain, [&](int64_t begin, int64_t end) { count_inside(context, begin, end); });
 }
 
 void judge_again(Context& context, int threads) {

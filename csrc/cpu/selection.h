@@ -27,10 +27,10 @@ struct Selection {
   Memory* memory;    // from step to step
   Counters* counters;
   Window window{};
-  Window judged{};       // the window that the candidates were judged by
-  bool sampled = false;  // memory had no window, so the step began with a sample
-  bool sample = false;   // a sample must be taken
-  bool listed = false;   // all keys inside the window are among the candidates
+  Window judged{};        // the window that the candidates were judged by
+  bool sampled = false;   // memory had no window, so the step began with a sample
+  bool sample = false;    // a sample must be taken
+  bool listed = false;    // all keys inside the window are among the candidates
   bool counting = false;  // the next digit of the keys inside must be counted
   bool by_index = false;  // and this digit is index / 2^32: the window has one key
   std::mutex mutex{};

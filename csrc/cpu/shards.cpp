@@ -33,14 +33,14 @@ static_assert(sizeof(Sums) == kShardSums * sizeof(int64_t), "the caller makes th
 
 // How far the selection of a group has come; the same on every rank, but for `found`.
 struct Search {
-  Window window;       // as narrow as it is by now
-  uint64_t lo, hi;     // that of the next step
-  int64_t found;       // candidates of this rank
-  int64_t end;         // Threshold::end
-  bool begun;          // the sums of the pass have been read
-  bool listed;         // the window of the pass was right, so its candidates are all that is open
+  Window window;    // as narrow as it is by now
+  uint64_t lo, hi;  // that of the next step
+  int64_t found;    // candidates of this rank
+  int64_t end;      // Threshold::end
+  bool begun;       // the sums of the pass have been read
+  bool listed;      // the window of the pass was right, so its candidates are all that is open
   bool settled;
-  bool by_index;       // Selection
+  bool by_index;            // Selection
   bool bound_lo, bound_hi;  // `lo`, `hi` are set
 };
 
@@ -247,8 +247,7 @@ bool shards_narrow(const Step& args, int64_t* sums, int threads) {
   std::memset(layout.counts, 0, static_cast<size_t>(args.num_groups * kBins) * sizeof(uint32_t));
   count_inside(context, threads);
   for (int64_t group = 0; group < args.num_groups; ++group)
-    if (layout.selections[static_cast<size_t>(group)].counting)
-      std::copy_n(layout.counts + group * kBins, kBins, row(sums, group)->counts);
+    if (layout.selections[static_cast<size_t>(group)].counting) std::copy_n(layout.counts + group * kBins, kBins, row(sums, group)->counts);
   return open;
 }
 

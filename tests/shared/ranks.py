@@ -1,0 +1,36 @@
+"""Several processes that are the ranks of a job, over gloo, for tests of sharded parameters."""
+
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def _rank(rank, world, folder, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on(world, function, *arguments):
+    """What ``function(*arguments)`` returns on every rank of a job of ``world`` processes. It must be at the top of a module."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            torch.multiprocessing.spawn(_rank, (world, folder, function, arguments), nprocs=world)
+        except Exception:
+            errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
+            raise AssertionError("\n".join(errors) or "a rank ended without a word") from None
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

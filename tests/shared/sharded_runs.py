@@ -1,0 +1,93 @@
+"""Runs of an optimizer whose weights are shared out over ranks, and the same run in one process.
+
+Gradients are seeded by step and parameter and are made whole before they are cut, so they do not depend on the layout.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from bip_fast import FastBiP
+
+PHASES = ("upper", "joint", "lower", "joint", "upper")
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def weights(shapes, kind="normal"):
+    """fp32 weights, of which many are alike if ``kind`` says so."""
+    random = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=random) for shape in shapes]
+    if kind == "equal":
+        made = [torch.full_like(x, 0.5) for x in made]
+    if kind == "atoms":
+        made = [torch.where(x > 0.5, 2.0, torch.where(x < -0.5, 0.0, x)) for x in made]
+    return made
+
+
+def gradient(shape, step, number, kind="normal"):
+    random = torch.Generator().manual_seed(1000 * step + number)
+    g = torch.randn(shape, generator=random)
+    if kind == "equal":
+        g = torch.zeros(shape)
+    g[torch.rand(shape, generator=random) < 0.01] = math.nan
+    if kind == "one rank":  # the first rows, which one rank has
+        g[: max(shape[0] // 4, 1)] = math.nan
+    return g
+
+
+def placed(x, mesh, placements):
+    return distribute_tensor(x, mesh, placements, src_data_rank=None) if mesh is not None else x
+
+
+def mesh_of(sizes):
+    return init_device_mesh("cpu", sizes) if sizes else None
+
+
+def placements_of(layout, x):
+    """Of a layout such as "0": dimension 0 over the only mesh dimension; "r0": replicas outside. "01": FSDP by tensor parallelism."""
+    return [Replicate() if c == "r" or int(c) >= x.dim() else Shard(int(c)) for c in layout]
+
+
+def run(case, sizes=(), layout="", steps=20):
+    """The whole state after ``steps`` mixed steps."""
+    mesh = mesh_of(sizes)
+    made = weights(case["shapes"], case.get("weights", "normal"))
+    params = [nn.Parameter(placed(x.clone(), mesh, placements_of(layout, x))) for x in made]
+    dense = nn.Parameter(placed(torch.linspace(-1, 1, 77), mesh, placements_of(layout, torch.empty(77))))
+    groups = [{"params": params}, {"params": [dense], "prune": False}]
+    options = {"lr": 0.03, "mask_lr": 0.3, "gamma": 0.7, "weight_decay": 0.013} | case["options"]
+    opt = FastBiP(groups, **options)
+    for step in range(steps):
+        for number, p in enumerate([*params, dense]):
+            g = gradient(tuple(p.shape), step, number, case.get("gradients", "normal"))
+            p.grad = placed(g.to(p.dtype), mesh, placements_of(layout, g))
+        with getattr(opt, PHASES[step % len(PHASES)])():
+            opt.step()
+        opt.zero_grad()
+    found = {}
+    for number, p in enumerate([*params, dense]):
+        found[f"{number}.value"] = whole(p.detach())
+        if number < len(params):
+            found |= {
+                f"{number}.mask": whole(opt.mask_of(p)),
+                f"{number}.scores": whole(opt.scores_of(p)),
+                f"{number}.theta": whole(opt.weight_of(p)),
+            }
+        found |= {f"{number}.{name}": whole(x) for name, x in opt.state[p].items() if tuple(x.shape) == tuple(p.shape) or name == "step"}
+    report = opt.report()
+    found["kept"] = torch.tensor([[row.kept, row.total] for row in report.rows])
+    found["selections"] = torch.tensor([[row.steps, row.first, row.missed, row.crowded] for row in report.selections])
+    return found
+
+
+def run_cases(cases, sizes, layout):
+    """`run` of several cases, on every rank; None on all but the first."""
+    found = [run(case, sizes, layout) for case in cases]
+    return found if dist.get_rank() == 0 else None
