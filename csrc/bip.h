@@ -170,11 +170,15 @@ void step(const Step& args, int threads);
 void topk(const Topk& args, int threads);
 
 // An upper or joint step whose groups have entries on several ranks. The ranks count, and the caller adds up what they have counted:
+//   shards_score; for (lifted < the largest min_kept) { shards_offer; the maximum of `keys` of all ranks, in place; shards_lift }
 //   shards_begin; do { add `sums` of all ranks, in place } while (shards_narrow); shards_end
-// `sums`: [num_groups][kShardSums], written here. shards_narrow returns the same on every rank. The other arguments are those of the whole
-// step in every call. Nothing but `sums` is shared; see cpu/shards.cpp.
+// `sums`: [num_groups][kShardSums], `keys`: [num_unit_sets], written here. shards_narrow returns the same on every rank. The other arguments
+// are those of the whole step in every call. Nothing but `sums` and `keys` is shared; see cpu/shards.cpp.
 constexpr int64_t kShardSums = 4 + 4096;
 int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles);
+void shards_score(const Step& args, int threads);
+void shards_offer(const Step& args, int64_t* keys, int32_t lifted);
+void shards_lift(const Step& args, const int64_t* keys);
 void shards_begin(const Step& args, int64_t* sums, int threads);
 bool shards_narrow(const Step& args, int64_t* sums, int threads);
 void shards_end(const Step& args, int threads);

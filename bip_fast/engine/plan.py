@@ -200,7 +200,7 @@ def _least_kept(arena: Arena, selection: Sequence[SelectionGroup], min_kept: Seq
     least: dict[UnitSet, int] = dict.fromkeys(arena.units.sets, 0)
     for group in selection:
         rivals = [arena.rivals[i] for i in group.members]
-        least |= {param: min(min_kept[param.group], param.numel) for param in rivals if isinstance(param, UnitSet) and len(rivals) > 1}
+        least |= {param: min(min_kept[param.group], param.total) for param in rivals if isinstance(param, UnitSet) and len(rivals) > 1}
     return least
 
 
@@ -291,6 +291,8 @@ class StepPlan:
         if self._ranks.groups:
             check_sharded(self.backend, tensors)
             size = self.backend.shards_workspace_bytes(self.num_groups, self.num_scored_tiles)
+            self._most_needed = int(units.sets["min_kept"].max(initial=0))
+            self._keys = torch.zeros(len(units.sets), dtype=torch.int64, device=device)
             self._sums = torch.zeros(self.num_groups, self.backend.SHARD_SUMS, dtype=torch.int64, device=device)
         else:
             size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
@@ -389,6 +391,12 @@ class StepPlan:
 
     def _select_over_ranks(self, arguments: dict[str, Any]) -> None:
         """An upper or joint step whose groups have entries on several ranks: a pass, sums until all windows are narrow enough, an end."""
+        self.backend.shards_score(**arguments)
+        for lifted in range(self._most_needed):
+            keys = arguments | {"sums": self._keys.data_ptr()}
+            self.backend.shards_offer(**keys | {"where": lifted})
+            self._ranks.maximum(self._keys)
+            self.backend.shards_lift(**keys)
         arguments["sums"] = self._sums.data_ptr()
         self.backend.shards_begin(**arguments)
         self._ranks.add(self._sums)

@@ -1,5 +1,7 @@
 // Upper and joint steps whose selection groups have entries on several ranks.
 //
+//   score    every rank scores its units; of those that a set must keep whatever the scores of others, all ranks offer their best, and the
+//            one that is best of all is lifted;
 //   begin    the pass of step.cpp: every rank moves its entries, judges them by the window that all ranks share, and lists its candidates;
 //   narrow   with the sums over all ranks, each finds the same bin of the k-th key, and counts the next digit of its candidates inside;
 //   end      each gives its candidates their bits.
@@ -20,6 +22,8 @@
 
 namespace bip::cpu {
 namespace {
+
+constexpr uint64_t kSign = 1ull << 63;  // keys without it are compared as signed numbers
 
 // A group's row of `sums`.
 struct Sums {
@@ -203,13 +207,27 @@ int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles) {
          capacity * static_cast<int64_t>(sizeof(uint64_t) + sizeof(uint32_t));
 }
 
+void shards_score(const Step& args, int threads) {
+  const int64_t nonfinite = sum_units(args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, threads);
+  if (args.phase == Phase::upper && args.num_nonfinite) *args.num_nonfinite += nonfinite;  // in a joint step the update counts them
+  score_units(args, threads);
+}
+
+void shards_offer(const Step& args, int64_t* keys, int32_t lifted) {
+  for (int64_t i = 0; i < args.num_unit_sets; ++i) {
+    const UnitSet& set = args.unit_sets[i];
+    keys[i] = static_cast<int64_t>((lifted < set.min_kept ? best_unit(args, set) : 0) ^ kSign);
+  }
+}
+
+void shards_lift(const Step& args, const int64_t* keys) {
+  for (int64_t i = 0; i < args.num_unit_sets; ++i) lift_unit(args, args.unit_sets[i], static_cast<uint64_t>(keys[i]) ^ kSign);
+}
+
 void shards_begin(const Step& args, int64_t* sums, int threads) {
   std::memset(sums, 0, static_cast<size_t>(args.num_groups * kShardSums) * sizeof(int64_t));
   Layout layout = lay_out(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, layout.selections.data(), stream_width(args.num_tiles)};
-  const int64_t nonfinite = sum_units(args, context.scale, threads);
-  if (args.phase == Phase::upper) context.nonfinite += nonfinite;  // in a joint step the update counts them
-  score_units(args, threads);
   for (int64_t group = 0; group < args.num_groups; ++group) {
     Selection& selection = layout.selections[static_cast<size_t>(group)];
     layout.searches[group] = opened(selection);

@@ -180,6 +180,7 @@ void step(const Step& args, int threads) {
     const int64_t nonfinite = sum_units(args, context.scale, threads);
     if (args.phase == Phase::upper) context.nonfinite += nonfinite;  // in a joint step the update counts them
     score_units(args, threads);
+    lift_units(args, threads);
     open_windows(context, threads);
   }
   update_and_judge(context, threads);

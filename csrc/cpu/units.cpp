@@ -193,8 +193,13 @@ BIP_HD uint64_t best_key(const Tensor& units, int64_t tile) {
   float best = -1.0f;
   for (int i = 0; i < count; ++i) best = scores[i] > best && scores[i] < kNeeded ? scores[i] : best;
   uint32_t tie = 0;
-  const uint32_t first = static_cast<uint32_t>(units.index + begin);
-  for (int i = 0; i < count; ++i) tie = std::max(tie, scores[i] == best ? tie_key(first + static_cast<uint32_t>(i)) : 0u);
+  if (units.row_length) {
+    for (int i = 0; i < count; ++i)
+      tie = std::max(tie, scores[i] == best ? tie_key(static_cast<uint32_t>(index_of(units, begin + i))) : 0u);
+  } else {
+    const uint32_t first = static_cast<uint32_t>(units.index + begin);
+    for (int i = 0; i < count; ++i) tie = std::max(tie, scores[i] == best ? tie_key(first + static_cast<uint32_t>(i)) : 0u);
+  }
   return best < 0.0f ? 0 : static_cast<uint64_t>(score_key(best)) << 32 | tie;
 }
 
@@ -232,18 +237,6 @@ BIP_HD void score_tiles_body(const Step& step, int64_t begin, int64_t end) {
 
 BIP_SIMD_VARIANTS(score_tiles, (const Step& step, int64_t begin, int64_t end), (step, begin, end))
 
-// Lifts the best `min_kept` units of a set above all others.
-void lift_needed(const Step& step, const UnitSet& set) {
-  const Tensor& units = step.tensors[set.tensor];
-  uint64_t* const end = set.best + (units.numel + kTile - 1) / kTile;
-  for (int32_t i = 0; i < set.min_kept; ++i) {
-    uint64_t* const best = std::max_element(set.best, end);
-    if (*best == 0) return;  // no unit is left
-    units.scores[static_cast<int64_t>(index_of_tie_key(static_cast<uint32_t>(*best))) - units.index] = kNeeded;
-    *best = best_key(units, best - set.best);
-  }
-}
-
 void spread_unit(const Part& part, const Tensor& tensor, int64_t unit, bool kept) {
   const Extent extent(part, unit);
   for (int64_t row = extent.row; row < extent.row + extent.rows; ++row) {
@@ -267,8 +260,30 @@ void score_units(const Step& step, int threads) {
   const int64_t first = step.unit_tile_begin;
   parallel_for(threads, step.unit_tile_end - first, kGrain,
                [&](int64_t begin, int64_t end) { score_tiles(step, first + begin, first + end); });
+}
+
+uint64_t best_unit(const Step& step, const UnitSet& set) {
+  const int64_t tiles = (step.tensors[set.tensor].numel + kTile - 1) / kTile;
+  return tiles ? *std::max_element(set.best, set.best + tiles) : 0;
+}
+
+void lift_unit(const Step& step, const UnitSet& set, uint64_t key) {
+  const Tensor& units = step.tensors[set.tensor];
+  uint64_t* const end = set.best + (units.numel + kTile - 1) / kTile;
+  uint64_t* const best = std::find(set.best, end, key);
+  if (key == 0 || best == end) return;
+  int64_t unit = (best - set.best) * kTile;
+  while (key_of(units, unit) != key) ++unit;
+  units.scores[unit] = kNeeded;
+  *best = best_key(units, best - set.best);
+}
+
+void lift_units(const Step& step, int threads) {
   parallel_for(threads, step.num_unit_sets, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t set = begin; set < end; ++set) lift_needed(step, step.unit_sets[set]);
+    for (int64_t i = begin; i < end; ++i) {
+      const UnitSet& set = step.unit_sets[i];
+      for (int32_t lifted = 0; lifted < set.min_kept; ++lifted) lift_unit(step, set, best_unit(step, set));
+    }
   });
 }
 
