@@ -188,9 +188,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       bip::cpu::topk_workspace_bytes);
   cpu.attr("SHARD_SUMS") = bip::cpu::kShardSums;
   cpu.def("shards_workspace_bytes", bip::cpu::shards_workspace_bytes, py::arg("num_groups"), py::arg("num_scored_tiles"));
-  define_step(cpu, "shards_score", [](const bip::Step& step, int64_t*, uintptr_t threads) {
-    bip::cpu::shards_score(step, static_cast<int>(threads));
-  });
+  define_step(cpu, "shards_score",
+              [](const bip::Step& step, int64_t*, uintptr_t threads) { bip::cpu::shards_score(step, static_cast<int>(threads)); });
   define_step(cpu, "shards_offer", [](const bip::Step& step, int64_t* keys, uintptr_t lifted) {
     bip::cpu::shards_offer(step, keys, static_cast<int32_t>(lifted));
   });

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .arena import Arena
 from .options import SHARED_KEYS
+from .shards import like, point_at
 
 __all__ = ["INNER", "InnerOptimizer"]
 
@@ -137,9 +138,9 @@ class InnerOptimizer:
         for p, theta in self._thetas.items():
             param = arena.place_of[p]
             own = arena.theta_of(param)
-            self._gradients[p] = arena.moments_of(param)[0]
-            if own.shape == p.shape and own.stride() == p.stride():
-                theta.data = own
+            self._gradients[p] = like(p, arena.moments_of(param)[0])
+            if own.shape == param.shape and own.stride() == param.stride:
+                point_at(theta, own)
             else:  # stacked matrices with room between them
                 theta.data, self._apart[p] = arena.weight_of(param), own
 

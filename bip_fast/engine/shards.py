@@ -20,7 +20,7 @@ from .native import is_ordinary
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Ranks", "Shard", "Span", "gradient_of", "is_sharded", "like", "like_units", "local_of", "shard_of", "units_of"]
+__all__ = ["Ranks", "Shard", "Span", "gradient_of", "is_sharded", "like", "like_units", "local_of", "point_at", "shard_of", "units_of"]
 
 
 def is_sharded(p: Any) -> bool:
@@ -50,6 +50,14 @@ def like(p: Tensor, x: Tensor, shape: Sequence[int] | None = None, placements: S
     return DTensor.from_local(
         x, whole.device_mesh, whole.placements if placements is None else placements, run_check=False, shape=size, stride=stride
     )
+
+
+def point_at(p: Tensor, memory: Tensor) -> None:
+    """Let ``p`` have its entries, those of this rank, in ``memory``."""
+    if is_sharded(p):
+        p._local_tensor = memory  # type: ignore[attr-defined]  # as FSDP2 does when it moves shards
+    else:
+        p.data = memory
 
 
 def gradient_of(p: Tensor, g: Tensor) -> Tensor:

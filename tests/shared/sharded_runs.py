@@ -59,15 +59,16 @@ def run(case, sizes=(), layout="", steps=20):
     """The whole state after ``steps`` mixed steps."""
     mesh = mesh_of(sizes)
     made = weights(case["shapes"], case.get("weights", "normal"))
-    params = [nn.Parameter(placed(x.clone(), mesh, placements_of(layout, x))) for x in made]
+    dtype = case.get("dtype", torch.float32)
+    params = [nn.Parameter(placed(x.to(dtype, copy=True), mesh, placements_of(layout, x))) for x in made]
     dense = nn.Parameter(placed(torch.linspace(-1, 1, 77), mesh, placements_of(layout, torch.empty(77))))
     groups = [{"params": params}, {"params": [dense], "prune": False}]
     options = {"lr": 0.03, "mask_lr": 0.3, "gamma": 0.7, "weight_decay": 0.013} | case["options"]
     opt = FastBiP(groups, **options)
     for step in range(steps):
         for number, p in enumerate([*params, dense]):
-            g = gradient(tuple(p.shape), step, number, case.get("gradients", "normal"))
-            p.grad = placed(g.to(p.dtype), mesh, placements_of(layout, g))
+            g = gradient(tuple(p.shape), step, number, case.get("gradients", "normal")).to(p.dtype)
+            p.grad = placed(g, mesh, placements_of(layout, g))
         with getattr(opt, PHASES[step % len(PHASES)])():
             opt.step()
         opt.zero_grad()
@@ -75,11 +76,8 @@ def run(case, sizes=(), layout="", steps=20):
     for number, p in enumerate([*params, dense]):
         found[f"{number}.value"] = whole(p.detach())
         if number < len(params):
-            found |= {
-                f"{number}.mask": whole(opt.mask_of(p)),
-                f"{number}.scores": whole(opt.scores_of(p)),
-                f"{number}.theta": whole(opt.weight_of(p)),
-            }
+            look = {"mask": opt.mask_of, "scores": opt.scores_of, "theta": opt.weight_of}
+            found |= {f"{number}.{name}": whole(of(p)) for name, of in look.items()}
         found |= {f"{number}.{name}": whole(x) for name, x in opt.state[p].items() if tuple(x.shape) == tuple(p.shape) or name == "step"}
     report = opt.report()
     found["kept"] = torch.tensor([[row.kept, row.total] for row in report.rows])

@@ -1,0 +1,71 @@
+"""Weights that ranks share out: every bit of masks, scores and theta is that of one process, whatever the layout."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on
+from sharded_runs import run, run_cases
+
+if not dist.is_available():
+    pytest.skip("needs torch.distributed", allow_module_level=True)
+
+SHAPES = [(65, 40), (33, 31), (3, 7)]
+LARGE = [(65, 400), (330, 310), (3, 7)]
+UNITS = [(64, 3, 3, 3), (48, 64), (33, 9)]
+PLAIN = {
+    "global": {"shapes": SHAPES, "options": {"sparsity": 0.7}},
+    "layer, adamw": {"shapes": SHAPES, "options": {"sparsity": 0.7, "scope": "layer", "optimizer": "adamw"}},
+    "erk": {"shapes": LARGE, "options": {"sparsity": 0.9, "scope": "erk"}},
+    "momenta": {"shapes": LARGE, "options": {"sparsity": 0.9, "mask_lr": 1e-3, "mask_momentum": 0.9, "nesterov": True}},
+    "all equal": {"shapes": SHAPES, "options": {"sparsity": 0.7}, "weights": "equal", "gradients": "equal"},
+    "atoms": {"shapes": LARGE, "options": {"sparsity": 0.9}, "weights": "atoms"},
+    "NaN on one rank": {"shapes": SHAPES, "options": {"sparsity": 0.7}, "gradients": "one rank"},
+    "half precision": {"shapes": SHAPES, "options": {"sparsity": 0.7}, "dtype": torch.bfloat16},
+}
+ROWS = {
+    "filters": {"shapes": UNITS, "options": {"sparsity": 0.6, "pattern": "filter"}},
+    "few filters": {
+        "shapes": UNITS,
+        "options": {"sparsity": 0.95, "pattern": "filter", "min_kept": 3, "mask_lr": 3.0, "optimizer": "adamw"},
+    },
+    "2:4": {"shapes": [(64, 32), (47, 64)], "options": {"pattern": "2:4"}},
+    "4:8, equal": {"shapes": [(64, 32), (48, 64)], "options": {"pattern": "4:8"}, "weights": "equal", "gradients": "one rank"},
+    "blocks": {"shapes": [(64, 32), (48, 64)], "options": {"pattern": "block:4x4", "sparsity": 0.5}},
+    "blocks, layer": {
+        "shapes": [(64, 32), (48, 64)],
+        "options": {"pattern": "block:2x8", "scope": "layer", "sparsity": 0.5, "mask_momentum": 0.9},
+    },
+}
+COLUMNS = {
+    "2:4": {"shapes": [(65, 32), (48, 64)], "options": {"pattern": "2:4"}},
+    "4:8, equal": {"shapes": [(64, 32), (48, 64)], "options": {"pattern": "4:8"}, "weights": "equal"},
+    "blocks": {"shapes": [(64, 32), (48, 64)], "options": {"pattern": "block:4x4", "sparsity": 0.5}},
+    "channels": {"shapes": [(64, 4, 3, 3), (48, 64)], "options": {"pattern": "channel", "sparsity": 0.5}},
+}
+# mesh, how it shards (`sharded_runs.placements_of`), cases
+LAYOUTS = [
+    ((1,), "0", PLAIN),
+    ((2,), "0", PLAIN | ROWS),
+    ((3,), "0", PLAIN),
+    ((4,), "0", PLAIN | ROWS),
+    ((2, 2), "r0", PLAIN | ROWS),
+    ((2,), "1", PLAIN | COLUMNS),
+    ((2, 2), "01", PLAIN),
+]
+
+
+def differences(given, expected):
+    def bits(x):
+        return x.contiguous().view(torch.int32) if x.dtype == torch.float32 else x
+
+    names = [name for name in expected if name != "selections"]
+    assert given.keys() == expected.keys()
+    return [name for name in names if given[name].shape != expected[name].shape or not torch.equal(bits(given[name]), bits(expected[name]))]
+
+
+@pytest.mark.parametrize(("mesh", "layout", "cases"), LAYOUTS, ids=[f"{'x'.join(map(str, mesh))}-{layout}" for mesh, layout, _ in LAYOUTS])
+def test_every_bit_is_that_of_one_process(mesh, layout, cases):
+    world = torch.Size(mesh).numel()
+    found = run_on(world, run_cases, list(cases.values()), mesh, layout)[0]
+    for (name, case), given in zip(cases.items(), found, strict=True):
+        assert not differences(given, run(case)), name

@@ -1,0 +1,173 @@
+"""Selection over several ranks, its kernels alone: all ranks in one process, whose sums are added up between the calls."""
+
+import numpy as np
+import pytest
+
+from bip_fast.engine.native import kernels
+
+MULTIPLIER = 2654435761
+
+
+class Rank:
+    """What one rank has of a single selection group: tensors of scores, each with the index of its first entry.
+
+    Args:
+        pieces: scores (values in [0, 1]), index, row_length and row_stride of every tensor.
+        total, kept: of the group, over all ranks.
+    """
+
+    def __init__(self, pieces, total, kept):
+        module = kernels()
+        self.cpu, self.pieces = module.cpu, pieces
+        self.scores = [np.ascontiguousarray(scores, np.float32) for scores, *_ in pieces]
+        self.theta = [np.ones_like(scores) for scores in self.scores]
+        self.z = [np.zeros_like(scores) for scores in self.scores]
+        self.mask = [np.zeros(max(-(-len(scores) // 32), 1), np.uint32) for scores in self.scores]
+        self.tensors = np.zeros(len(pieces), module.tensor_dtype)
+        tiles = [-(-len(scores) // module.TILE) for scores in self.scores]
+        for i, (row, (_, index, length, stride)) in enumerate(zip(self.tensors, pieces, strict=True)):
+            row["param"], row["theta"] = self.z[i].ctypes.data, self.theta[i].ctypes.data
+            row["scores"], row["mask"], row["numel"] = self.scores[i].ctypes.data, self.mask[i].ctypes.data, len(self.scores[i])
+            row["index"], row["row_length"], row["row_stride"], row["first_tile"] = index, length, stride, sum(tiles[:i])
+        self.tiles = np.repeat(np.arange(len(pieces), dtype=np.int32), tiles)
+        self.groups = np.zeros(1, module.group_dtype)
+        self.groups["numel"], self.groups["kept"], self.groups["tile_end"] = total, kept, len(self.tiles)
+        self.hypers = np.zeros(1, module.hyper_dtype)
+        self.gradients = np.zeros(len(pieces), module.gradient_dtype)
+        self.counters = np.zeros(1, module.counters_dtype)
+        self.sums = np.zeros((1, self.cpu.SHARD_SUMS), np.int64)
+        self.workspace = np.zeros(self.cpu.shards_workspace_bytes(1, len(self.tiles)), np.uint8)
+        self.nonfinite = np.zeros(1, np.int64)
+
+    def call(self, name):
+        return getattr(self.cpu, name)(
+            phase=1, rule=0, tensors=self.tensors.ctypes.data, num_tensors=len(self.tensors), tile_tensor=self.tiles.ctypes.data,
+            num_tiles=len(self.tiles), num_scored_tiles=len(self.tiles), groups=self.groups.ctypes.data, num_groups=1, unit_sets=0,
+            num_unit_sets=0, unit_tile_begin=0, unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=self.hypers.ctypes.data,
+            gradients=self.gradients, grad_scale=0, found_inf=0, num_nonfinite=self.nonfinite.ctypes.data,
+            counters=self.counters.ctypes.data, workspace=self.workspace.ctypes.data, where=2, sums=self.sums.ctypes.data,
+        )  # fmt: skip
+
+    def bits(self):
+        unpacked = [np.unpackbits(mask.view(np.uint8), bitorder="little") for mask in self.mask]
+        return np.concatenate([bits[: len(scores)] for bits, scores in zip(unpacked, self.scores, strict=True)])
+
+    def indices(self):
+        found = []
+        for scores, index, length, stride in self.pieces:
+            entries = np.arange(len(scores), dtype=object)
+            found += [index + (int(i) // length * stride + int(i) % length if length else int(i)) for i in entries]
+        return found
+
+
+def select(ranks):
+    """One upper step without gradients, and how often the ranks added up."""
+    for rank in ranks:
+        rank.call("shards_begin")
+    rounds = 0
+    while True:
+        total = sum(rank.sums for rank in ranks)
+        rounds += 1
+        for rank in ranks:
+            rank.sums[:] = total
+        going = {rank.call("shards_narrow") for rank in ranks}
+        assert len(going) == 1
+        if not going.pop():
+            break
+    for rank in ranks:
+        rank.call("shards_end")
+    return rounds
+
+
+def expected(ranks, kept):
+    """Of all ranks together: 1 for the ``kept`` that come first by score, then by (index * multiplier) mod 2**32, then by index / 2**32."""
+    scores = np.concatenate([scores for rank in ranks for scores in rank.scores])
+    indices = [index for rank in ranks for index in rank.indices()]
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], indices[i] * MULTIPLIER % 2**32, indices[i] >> 32))
+    bits = np.zeros(len(scores), np.uint8)
+    bits[order[:kept]] = 1
+    return bits
+
+
+def check(ranks, kept):
+    bits = np.concatenate([rank.bits() for rank in ranks])
+    np.testing.assert_array_equal(bits, expected(ranks, kept))
+    values = np.concatenate([z for rank in ranks for z in rank.z])
+    np.testing.assert_array_equal(values, bits.astype(np.float32))
+
+
+SCORES = {
+    "different": lambda random, n: random.random(n),
+    "equal": lambda random, n: np.full(n, 0.5),
+    "atoms": lambda random, n: np.clip(random.normal(0.5, 1.0, n), 0, 1),
+    "close": lambda random, n: 0.5 + random.integers(0, 3, n) * 2.0**-24,
+}
+LAYOUTS = {
+    "contiguous": [[(700, 0, 0, 0)], [(701, 700, 0, 0)], [(0, 1401, 0, 0), (33, 1401, 0, 0)]],
+    "columns": [[(60 * 11, 0, 11, 40)], [(60 * 29, 11, 29, 40)]],
+    "beyond 32 bits": [[(900, 2**32 - 300, 0, 0)], [(900, 2**33 + 5, 0, 0)], [(55, 2**39 + 1, 0, 0)]],
+    "one key on two ranks": [[(600, 7, 0, 0)], [(600, 2**32 + 7, 0, 0)], [(600, 2**38 + 7, 0, 0)], [(64, 2**33 + 200, 0, 0)]],
+    "columns beyond 32 bits": [[(50 * 9, 2**31, 9, 2**27 + 9)], [(50 * 9, 2**31 + 9, 9, 2**27 + 9)]],
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_finds_its_part_of_the_one_mask(layout, kind):
+    random = np.random.default_rng(0)
+    total = sum(piece[0] for rank in LAYOUTS[layout] for piece in rank)
+    for kept in (0, 1, 2, total // 3, total // 2, total - 1, total):
+        ranks = [Rank([(SCORES[kind](random, n), *place) for n, *place in pieces], total, kept) for pieces in LAYOUTS[layout]]
+        for step in range(4):  # the first has no window, the others have
+            select(ranks)
+            check(ranks, kept)
+            for rank in ranks:
+                for scores in rank.scores:
+                    scores += np.float32(1e-3 * step) * random.standard_normal(len(scores)).astype(np.float32)
+                    np.clip(scores, 0, 1, out=scores)
+
+
+@pytest.mark.parametrize("jump", ["small", "large", "to one rank"])
+def test_windows_that_are_right_wrong_and_crowded(jump):
+    """Long enough for a list that is shorter than the entries."""
+    random = np.random.default_rng(1)
+    sizes, kept = (90_000, 110_000, 3), 41_000
+    starts = np.cumsum([0, *sizes[:-1]])
+    ranks = [Rank([(random.random(n), int(start), 0, 0)], sum(sizes), kept) for n, start in zip(sizes, starts, strict=True)]
+    select(ranks)
+    check(ranks, kept)
+    for step in range(6):
+        for number, rank in enumerate(ranks):
+            (scores,) = rank.scores
+            if jump == "small":
+                scores += np.float32(1e-5) * random.standard_normal(len(scores)).astype(np.float32)
+            elif jump == "large":
+                scores[:] = random.random(len(scores)) * (0.3 + 0.1 * step)
+            else:
+                scores[:] = 0.5 + 1e-6 * random.random(len(scores)) if number == step % 2 else random.random(len(scores)) * 0.4
+            np.clip(scores, 0, 1, out=scores)
+        rounds = select(ranks)
+        check(ranks, kept)
+        assert rounds <= 7, "a pass, and the digits of a key of 64 bits"
+    rows = {name: int(ranks[0].counters[name][0]) for name in ("steps", "first", "missed", "crowded", "candidates")}
+    assert rows["steps"] == 7
+    if jump == "small":
+        assert rows["first"] == 1
+        assert rows["missed"] == rows["crowded"] == 0
+        assert 0 < rows["candidates"] < 6 * sum(sizes) / 100
+    else:
+        assert rows["missed"] + rows["crowded"] > 0
+
+
+def test_what_is_on_several_ranks_is_counted_once():
+    random = np.random.default_rng(2)
+    own = [random.random(5000), random.random(5000)]
+    again = random.random(3000)
+    ranks = [Rank([(scores, 5000 * i, 0, 0), (again, 10_000, 0, 0)], 13_000, 4000) for i, scores in enumerate(own)]
+    ranks[1].tensors["elsewhere"][1] = 1
+    for _ in range(3):
+        select(ranks)
+        bits = [rank.bits() for rank in ranks]
+        np.testing.assert_array_equal(bits[0][5000:], bits[1][5000:])
+        whole = Rank([(np.concatenate([*own, again]), 0, 0, 0)], 13_000, 4000)
+        np.testing.assert_array_equal(np.concatenate([bits[0][:5000], bits[1]]), expected([whole], 4000))
