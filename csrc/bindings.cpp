@@ -181,26 +181,27 @@ PYBIND11_MODULE(BIP_MODULE, m) {
     return info;
   });
 
-  py::module_ cpu = m.def_submodule("cpu");
   define_backend(
-      cpu, [](const bip::Step& step, uintptr_t threads) { bip::cpu::step(step, static_cast<int>(threads)); },
+      m.def_submodule("cpu"), [](const bip::Step& step, uintptr_t threads) { bip::cpu::step(step, static_cast<int>(threads)); },
       [](const bip::Topk& topk, uintptr_t threads) { bip::cpu::topk(topk, static_cast<int>(threads)); }, bip::cpu::step_workspace_bytes,
       bip::cpu::topk_workspace_bytes);
-  cpu.attr("SHARD_SUMS") = bip::cpu::kShardSums;
-  cpu.def("shards_workspace_bytes", bip::cpu::shards_workspace_bytes, py::arg("num_groups"), py::arg("num_scored_tiles"));
-  define_step(cpu, "shards_score",
+  // For groups with entries on several ranks. `sums` also takes the keys of units, and `where` of `offer` is how many are lifted.
+  py::module_ shards = m.def_submodule("cpu_shards");
+  shards.attr("SUMS") = bip::cpu::kShardSums;
+  shards.def("workspace_bytes", bip::cpu::shards_workspace_bytes, py::arg("num_groups"), py::arg("num_scored_tiles"));
+  define_step(shards, "score",
               [](const bip::Step& step, int64_t*, uintptr_t threads) { bip::cpu::shards_score(step, static_cast<int>(threads)); });
-  define_step(cpu, "shards_offer", [](const bip::Step& step, int64_t* keys, uintptr_t lifted) {
+  define_step(shards, "offer", [](const bip::Step& step, int64_t* keys, uintptr_t lifted) {
     bip::cpu::shards_offer(step, keys, static_cast<int32_t>(lifted));
   });
-  define_step(cpu, "shards_lift", [](const bip::Step& step, int64_t* keys, uintptr_t) { bip::cpu::shards_lift(step, keys); });
-  define_step(cpu, "shards_begin", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
+  define_step(shards, "lift", [](const bip::Step& step, int64_t* keys, uintptr_t) { bip::cpu::shards_lift(step, keys); });
+  define_step(shards, "begin", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
     bip::cpu::shards_begin(step, sums, static_cast<int>(threads));
   });
-  define_step(cpu, "shards_narrow", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
+  define_step(shards, "narrow", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
     return bip::cpu::shards_narrow(step, sums, static_cast<int>(threads));
   });
-  define_step(cpu, "shards_end",
+  define_step(shards, "end",
               [](const bip::Step& step, int64_t*, uintptr_t threads) { bip::cpu::shards_end(step, static_cast<int>(threads)); });
 #ifdef BIP_WITH_CUDA
   define_backend(

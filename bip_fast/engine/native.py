@@ -32,7 +32,7 @@ else:
 
 __all__ = [
     "BACKENDS", "DTYPES", "MAX_GROUP", "MAX_SHARDED_GROUP", "PHASES", "backend", "build_info", "is_ordinary", "kernels",
-    "launch_guard", "launch_where", "not_capturing", "topk_mask",
+    "launch_guard", "launch_where", "not_capturing", "shard_kernels", "topk_mask",
 ]  # fmt: skip
 
 BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
@@ -70,6 +70,13 @@ def backend(device: torch.device) -> Any:
             "`BIP_FAST_CUDA=1 python3 -m pip install --force-reinstall --no-deps` on its source, or move the model to the CPU"
         )
     raise RuntimeError(f"bip_fast has kernels for {sorted(BACKENDS)}, got tensors on {device}")
+
+
+def shard_kernels(device: torch.device) -> Any:
+    """Kernels for parameters that are sharded over ranks; RuntimeError when there are none for ``device``."""
+    if device.type != "cpu":
+        raise RuntimeError(f"parameters that are sharded over ranks must be on the CPU: bip_fast has no kernels for them on {device} yet")
+    return kernels().cpu_shards
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ from ..reference import Blocks
 from .arena import Arena
 from .budgets import SelectionGroup
 from .coverage import Parameter
-from .native import DTYPES, MAX_GROUP, PHASES, backend, kernels, launch_guard, launch_where, not_capturing
+from .native import DTYPES, MAX_GROUP, PHASES, backend, kernels, launch_guard, launch_where, not_capturing, shard_kernels
 from .patterns import NofM
 from .shards import gradient_of
 from .units import UnitSet, blocks_of
@@ -238,10 +238,8 @@ def _strips(blocks: Blocks) -> int:
     return -(-min(blocks.block_rows, blocks.rows) // kernels().STRIP)
 
 
-def check_sharded(backend: Any, tensors: np.ndarray) -> None:
-    """RuntimeError or ValueError where the kernels cannot select over several ranks."""
-    if not hasattr(backend, "shards_begin"):
-        raise RuntimeError("parameters that are sharded over ranks must be on the CPU: bip_fast has no kernels for them on other devices")
+def _check_own_part(tensors: np.ndarray) -> None:
+    """ValueError where this rank has more of a selection group than it can count."""
     for number in np.unique(tensors["group"][tensors["group"] >= 0]):
         own = int(tensors["numel"][tensors["group"] == number].sum())
         if own >= MAX_GROUP:
@@ -289,11 +287,12 @@ class StepPlan:
         self._hypers = DeviceTable(hypers, device)
         self._ranks = arena.ranks
         if self._ranks.groups:
-            check_sharded(self.backend, tensors)
-            size = self.backend.shards_workspace_bytes(self.num_groups, self.num_scored_tiles)
+            _check_own_part(tensors)
+            self._shards = shard_kernels(device)
+            size = self._shards.workspace_bytes(self.num_groups, self.num_scored_tiles)
             self._most_needed = int(units.sets["min_kept"].max(initial=0))
             self._keys = torch.zeros(len(units.sets), dtype=torch.int64, device=device)
-            self._sums = torch.zeros(self.num_groups, self.backend.SHARD_SUMS, dtype=torch.int64, device=device)
+            self._sums = torch.zeros(self.num_groups, self._shards.SUMS, dtype=torch.int64, device=device)
         else:
             size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
@@ -391,15 +390,15 @@ class StepPlan:
 
     def _select_over_ranks(self, arguments: dict[str, Any]) -> None:
         """An upper or joint step whose groups have entries on several ranks: a pass, sums until all windows are narrow enough, an end."""
-        self.backend.shards_score(**arguments)
+        self._shards.score(**arguments)
         for lifted in range(self._most_needed):
             keys = arguments | {"sums": self._keys.data_ptr()}
-            self.backend.shards_offer(**keys | {"where": lifted})
+            self._shards.offer(**keys | {"where": lifted})
             self._ranks.maximum(self._keys)
-            self.backend.shards_lift(**keys)
+            self._shards.lift(**keys)
         arguments["sums"] = self._sums.data_ptr()
-        self.backend.shards_begin(**arguments)
+        self._shards.begin(**arguments)
         self._ranks.add(self._sums)
-        while self.backend.shards_narrow(**arguments):
+        while self._shards.narrow(**arguments):
             self._ranks.add(self._sums)
-        self.backend.shards_end(**arguments)
+        self._shards.end(**arguments)

@@ -18,7 +18,7 @@ class Rank:
 
     def __init__(self, pieces, total, kept):
         module = kernels()
-        self.cpu, self.pieces = module.cpu, pieces
+        self.kernels, self.pieces = module.cpu_shards, pieces
         self.scores = [np.ascontiguousarray(scores, np.float32) for scores, *_ in pieces]
         self.theta = [np.ones_like(scores) for scores in self.scores]
         self.z = [np.zeros_like(scores) for scores in self.scores]
@@ -35,12 +35,12 @@ class Rank:
         self.hypers = np.zeros(1, module.hyper_dtype)
         self.gradients = np.zeros(len(pieces), module.gradient_dtype)
         self.counters = np.zeros(1, module.counters_dtype)
-        self.sums = np.zeros((1, self.cpu.SHARD_SUMS), np.int64)
-        self.workspace = np.zeros(self.cpu.shards_workspace_bytes(1, len(self.tiles)), np.uint8)
+        self.sums = np.zeros((1, self.kernels.SUMS), np.int64)
+        self.workspace = np.zeros(self.kernels.workspace_bytes(1, len(self.tiles)), np.uint8)
         self.nonfinite = np.zeros(1, np.int64)
 
     def call(self, name):
-        return getattr(self.cpu, name)(
+        return getattr(self.kernels, name)(
             phase=1, rule=0, tensors=self.tensors.ctypes.data, num_tensors=len(self.tensors), tile_tensor=self.tiles.ctypes.data,
             num_tiles=len(self.tiles), num_scored_tiles=len(self.tiles), groups=self.groups.ctypes.data, num_groups=1, unit_sets=0,
             num_unit_sets=0, unit_tile_begin=0, unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=self.hypers.ctypes.data,
@@ -63,19 +63,19 @@ class Rank:
 def select(ranks):
     """One upper step without gradients, and how often the ranks added up."""
     for rank in ranks:
-        rank.call("shards_begin")
+        rank.call("begin")
     rounds = 0
     while True:
         total = sum(rank.sums for rank in ranks)
         rounds += 1
         for rank in ranks:
             rank.sums[:] = total
-        going = {rank.call("shards_narrow") for rank in ranks}
+        going = {rank.call("narrow") for rank in ranks}
         assert len(going) == 1
         if not going.pop():
             break
     for rank in ranks:
-        rank.call("shards_end")
+        rank.call("end")
     return rounds
 
 

@@ -297,3 +297,4 @@ def test_stubs_match_the_module() -> None:
             signature = getattr(backend, name).__doc__.splitlines()[0].rpartition("->")[0]
             arguments = [argument.arg for argument in method.args.args[1:] + method.args.kwonlyargs]
             assert re.findall(r"(\w+):", signature) == arguments, name
+    assert public(_C.cpu_shards) == names_in(classes["_Shards"].body)
