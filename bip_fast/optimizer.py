@@ -242,7 +242,12 @@ class FastBiP(torch.optim.Optimizer):
         self._engine = engine
         if self._inner is not None:
             self._inner.bind(engine.arena)
-        self.state.update(engine.state())
+        self._show_state(engine)
+
+    def _show_state(self, engine: Engine) -> None:
+        """Let `state` have views of it all, and every key of saved states: by these `torch.distributed.checkpoint` loads flattened ones."""
+        keys: dict[str, Any] = {EXTRA: {}} if self._inner is None else {EXTRA: {}, INNER: {}}
+        self.state.update({p: own | keys for p, own in engine.state().items()})
 
     def _running(self, what: str) -> Engine:
         if self._engine is None:
@@ -299,7 +304,7 @@ class FastBiP(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
         if engine.refresh(phase):
-            self.state.update(engine.state())
+            self._show_state(engine)
         launch(engine.plan)
         inner = self._inner if phase != "upper" and not (found_inf is not None and bool(found_inf)) else None
         try:
@@ -350,8 +355,9 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def num_nonfinite(self) -> int:
-        """Entries skipped so far because their gradient was not finite. Reading it waits for the device."""
-        return int(self._arena_of("count").num_nonfinite)
+        """Entries skipped so far because their gradient was not finite. Reading it waits for the device, and where parameters are sharded
+        for all ranks, which must read it too."""
+        return self._arena_of("count").total_nonfinite()
 
     def report(self) -> Report:
         """Table of the pruned parameters (name, shape, kept of total, sparsity; pattern and units where they differ from layer to layer, or
@@ -383,7 +389,7 @@ class FastBiP(torch.optim.Optimizer):
         if self._phases.frozen:
             raise RuntimeError("cannot set scores: masks are frozen since freeze_masks()")
         if engine.rescore(scores):
-            self.state.update(engine.state())
+            self._show_state(engine)
 
     # --- the end of a run ------------------------------------------------------------------------------------------------------------
 
@@ -419,16 +425,18 @@ class FastBiP(torch.optim.Optimizer):
 
         Per pruned parameter: ``theta``, ``scores`` and the moments of the lower level (fp32, shaped like it; ``momentum``, or ``exp_avg``
         and ``exp_avg_sq`` with the number of steps in ``step``, or under ``optimizer`` what another optimizer keeps), ``mask`` (int32
-        words: bit i%32 of word i/32 is entry i of the flattened parameter) and ``score_momentum`` if one is used. The key "bip" holds
-        the phase.
+        words: bit i%32 of word i/32 is entry i of the flattened parameter) and ``score_momentum`` if one is used. Under "bip" every
+        parameter has the phase and what else belongs to none, because `torch.distributed.checkpoint` keeps nothing but states and groups.
+        Of a sharded parameter all are DTensors, the mask a bool one of its shape; every rank must call this then.
         """
         engine = self._running("save")
         state = super().state_dict()
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        state["state"] = {number[p]: saved for p, saved in engine.saved_state().items()}
+        own = extra(engine.arena, self._phases, self._ramp)
+        state["state"] = {number[p]: saved | {EXTRA: copy.deepcopy(own)} for p, saved in engine.saved_state().items()}
         for p, saved in self._inner.saved_state().items() if self._inner is not None else ():
             state["state"][number[p]][INNER] = saved
-        return state | {EXTRA: extra(engine.arena, self._phases, self._ramp)}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -446,22 +454,22 @@ class FastBiP(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = dict(changed) if changed is not None else state_dict
-        groups, states = fitting(engine.arena, self._phases, self._ramp, self.param_groups, state_dict)
+        groups, states, saved_extra = fitting(engine.arena, self._phases, self._ramp, self.param_groups, state_dict)
         engine.arena.check_place()
         inner: dict[Tensor, Any] = {
-            param.tensor: state[INNER] for param, state in zip(engine.arena.parameters, states, strict=True) if INNER in state
+            param.tensor: state[INNER] for param, state in zip(engine.arena.parameters, states, strict=True) if state.get(INNER)
         }
         if self._inner is not None:
             self._inner.check_state(inner)
         if self._ramp is not None:
-            self._ramp.load_state_dict(state_dict[EXTRA]["ramp"])  # first: the sparsity of the groups is theirs
+            self._ramp.load_state_dict(saved_extra["ramp"])  # first: the sparsity of the groups is theirs
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
-        engine.load(states, state_dict[EXTRA]["num_nonfinite"])
+        engine.load(states, saved_extra["num_nonfinite"])
         if self._inner is not None:
             self._inner.load(inner, self.param_groups)
-        self._phases.load(state_dict[EXTRA])
-        self.state.update(engine.state())
+        self._phases.load(saved_extra)
+        self._show_state(engine)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

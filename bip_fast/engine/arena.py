@@ -179,15 +179,23 @@ class Arena:
         """A state with DTensors for what the ranks share out as they do the parameter: its entries, and scores of its units."""
         if not is_sharded(param.tensor):
             return state
-        units = param.whole_division
+        units = param.whole_division or param.division  # a mesh of one rank divides nothing
         shared = {}
         for name, x in state.items():
             if x.shape == param.shape and name != "step":
                 x = like(param.tensor, x)
-            elif units is not None and name in ("scores", "score_momentum"):
+            elif isinstance(units, Blocks) and name in ("scores", "score_momentum"):
                 x = like_units(param.tensor, x, units)
             shared[name] = x
         return shared
+
+    def total_nonfinite(self) -> int:
+        """`num_nonfinite` of all ranks. Waits for the device."""
+        return self.ranks.added([int(self.num_nonfinite)], self.device)[0]
+
+    def set_nonfinite(self, total: int) -> None:
+        """Go on from so many, over all ranks."""
+        self.num_nonfinite.fill_(0 if self.ranks.repeats(()) else total)
 
     def kept(self) -> Tensor:
         """Number of ones in all masks, over all ranks."""
@@ -239,8 +247,7 @@ class Arena:
     def load(self, param: Parameter, state: dict[str, Tensor]) -> None:
         """Copy a state such as `saved_state_of` gives, from any layout, device and dtype, and rewrite z = m*theta."""
         if param.masked:
-            mask = self._own(param, state["mask"]).to(self.device)
-            mask = mask if mask.dtype == torch.bool else unpack_mask(mask, param.numel).view(param.shape)
+            mask = self.mask_in(param, state).to(self.device)
             in_order = in_memory_order(torch.empty_strided(param.shape, param.stride, dtype=torch.bool, device=self.device).copy_(mask))
             for part in param.parts:
                 own = in_order[part.offset :][: part.numel]
@@ -261,6 +268,11 @@ class Arena:
             theta = self._gathered(self.theta, param)
             z = torch.where(self._mask_of(param), theta, 0.0) if param.masked else theta
             param.local.detach().copy_(z)
+
+    def mask_in(self, param: Parameter, state: Mapping[str, Tensor]) -> Tensor:
+        """The mask of a saved state, bool, shaped like what this rank has of the parameter."""
+        mask = self._own(param, state["mask"])
+        return mask if mask.dtype == torch.bool else unpack_mask(mask, param.numel).view(param.shape)
 
     def _own(self, param: Parameter, x: Tensor) -> Tensor:
         """What this rank has of a state that may be of the whole parameter, or of all its units."""

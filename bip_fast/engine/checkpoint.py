@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,30 +18,91 @@ from .inner import INNER
 from .options import check_group
 from .patterns import NofM
 from .phases import Phases
-from .units import unpack_mask
+from .shards import local_of
 
 __all__ = ["EXTRA", "extra", "fitting"]
 
-EXTRA = "bip"  # the key of a state_dict for what belongs to no parameter
-_KINDS = {"mask": "int32", "step": "int64"}  # all else is floating-point
+EXTRA = "bip"  # the key of every parameter's state for what belongs to no parameter
+_KINDS = {"mask": ("int32", "bool"), "step": ("int64",)}  # all else is floating-point
 _MAY_BE_MISSING = "score_momentum"  # zero until a mask_momentum asks for it
+
+
+# --- what belongs to no parameter ----------------------------------------------------------------------------------------------------
+#
+# `torch.distributed.checkpoint` keeps nothing of an optimizer but the states of its parameters and the parameter groups, so each parameter
+# has a copy. In flattened states it takes only tensors, numbers and dicts of these: a word is saved as the key of a dict.
+
+
+def _word(word: str) -> dict[str, int]:
+    return {word: 1}
+
+
+def _read_word(saved: Any) -> str:
+    if not isinstance(saved, Mapping) or len(saved) != 1:
+        raise ValueError(f"state_dict must hold a word as the one key of a dict, got {saved!r:.80}")
+    return str(next(iter(saved)))
 
 
 def extra(arena: Arena, phases: Phases, ramp: Any) -> dict[str, Any]:
     """What is saved under `EXTRA`: the cycle of phases, where the ramp of the sparsity stands, the rule of the lower level, the count of
-    non-finite gradients, and that of kept weights, to notice damage."""
-    counts = {"num_nonfinite": arena.num_nonfinite.clone(), "kept": int(arena.kept())}
-    return {**phases.state(), "ramp": ramp and ramp.state_dict(), "optimizer": arena.rule.name, **counts}
+    non-finite gradients, and that of kept weights, to notice damage. Ranks that share out the parameters add up their counts."""
+    cycle = phases.state()
+    saved = {
+        "levels": _word(cycle["levels"]),
+        "lower_steps": int(cycle["lower_steps"]),
+        "cycle": int(cycle["cycle"]),
+        "frozen": int(cycle["frozen"]),
+        "optimizer": _word(arena.rule.name),
+        "num_nonfinite": arena.total_nonfinite(),
+        "kept": int(arena.kept()),
+    }
+    if ramp is not None:
+        state = ramp.state_dict()
+        ends = {str(number): math.nan if end is None else float(end) for number, end in enumerate(state["ends"])}
+        saved["ramp"] = {**state, "kind": _word(state["kind"]), "ends": ends}
+    return saved
+
+
+def _read_extra(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same with words as words, of a whole ``state_dict``. That of version 0.1 has it beside the states, as words."""
+    if EXTRA in state_dict:
+        old = dict(state_dict[EXTRA])
+        return old | {"num_nonfinite": _count("num_nonfinite", old["num_nonfinite"])}
+    first = next((state for state in state_dict["state"].values() if EXTRA in state), None)
+    if first is None:
+        raise ValueError(f"state_dict must come from FastBiP.state_dict(), got states without {EXTRA!r}")
+    found = dict(first[EXTRA])
+    for key in ("levels", "optimizer"):
+        found[key] = _read_word(found[key])
+    for key in ("lower_steps", "cycle", "num_nonfinite", "kept", "frozen"):
+        found[key] = _count(key, found[key])
+    ramp = found.get("ramp") or None
+    if ramp is not None:
+        ends = [ramp["ends"][str(number)] for number in range(len(ramp["ends"]))]
+        ramp = {**ramp, "kind": _read_word(ramp["kind"]), "ends": [None if isinstance(x, float) and math.isnan(x) else x for x in ends]}
+    return found | {"ramp": ramp}
+
+
+def _count(name: str, x: Any) -> int:
+    number = isinstance(x, Integral) or (
+        isinstance(x, Tensor)
+        and x.numel() == 1
+        and x.layout == torch.strided
+        and not (x.is_complex() or x.is_floating_point() or x.is_meta)
+    )
+    if not number:
+        raise ValueError(f"state_dict must hold a whole number as {name}, got {x!r:.80}")
+    return int(x)
 
 
 def _expected(own: Mapping[str, Any]) -> dict[str, Any]:
     """Without what a state may have or not."""
-    return {name: value for name, value in own.items() if name not in (_MAY_BE_MISSING, INNER)}
+    return {name: value for name, value in own.items() if name not in (_MAY_BE_MISSING, INNER, EXTRA)}
 
 
 def fitting(
     arena: Arena, phases: Phases, ramp: Any, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
-) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any]]:
     """`_fitting`, with every way in which a damaged state can fail as a ValueError."""
     try:
         return _fitting(arena, phases, ramp, param_groups, state_dict)
@@ -49,25 +112,24 @@ def fitting(
 
 def _fitting(
     arena: Arena, phases: Phases, ramp: Any, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
-) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]]]:
-    """Groups, and the state of every parameter of ``arena``, of a ``state_dict`` that fits an optimizer with ``param_groups``.
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any]]:
+    """Groups, the state of every parameter of ``arena``, and what belongs to none, of a ``state_dict`` that fits an optimizer with
+    ``param_groups``.
 
     Raises:
         ValueError: it is from another optimizer, for other parameters or groups, damaged, or has options out of range.
     """
-    if not {EXTRA, "state", "param_groups"} <= state_dict.keys() or not extra(arena, phases, ramp).keys() <= state_dict[EXTRA].keys():
+    if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"state_dict must come from FastBiP.state_dict(), got one with the keys {list(state_dict)}")
-    phases.check_state(state_dict[EXTRA])
-    if state_dict[EXTRA]["optimizer"] != arena.rule.name:
-        raise ValueError(f"state_dict must be of optimizer={arena.rule.name!r}, got one of {state_dict[EXTRA]['optimizer']!r}")
-    if (ramp is None) != (state_dict[EXTRA]["ramp"] is None):
+    saved = _read_extra(state_dict)
+    phases.check_state(saved)
+    if saved["optimizer"] != arena.rule.name:
+        raise ValueError(f"state_dict must be of optimizer={arena.rule.name!r}, got one of {saved['optimizer']!r}")
+    if (ramp is None) != (saved["ramp"] is None):
         made = {True: "without steps", False: "with steps"}
         raise ValueError(f"state_dict must be of an optimizer that was made {made[ramp is None]}, got one {made[ramp is not None]}")
     if ramp is not None:
-        ramp.check_state(state_dict[EXTRA]["ramp"])
-    count = state_dict[EXTRA]["num_nonfinite"]
-    if not isinstance(count, Tensor) or count.numel() != 1 or count.layout != torch.strided or count.is_complex() or count.is_meta:
-        raise ValueError(f"state_dict must hold a dense tensor of one number as num_nonfinite, got {count!r:.80}")
+        ramp.check_state(saved["ramp"])
     groups = state_dict["param_groups"]
     expected, given = (
         [(len(group["params"]), group.get("prune"), group.get("pattern")) for group in side] for side in (param_groups, groups)
@@ -84,35 +146,37 @@ def _fitting(
         shapes = {name: tuple(x.shape) for name, x in _expected(state).items()}
         if shapes != own_shapes:
             raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {shapes}")
-        _check_values(param, state)
+        _check_values(arena, param, state)
         if param.pruned and groups[param.group].get("sparsity") is None and param_groups[param.group]["sparsity"] is not None:
             raise ValueError(f"state_dict must have a sparsity for {param.name}, got None")
-        kept += int(unpack_mask(state["mask"], param.numel).sum()) if param.masked else 0
-        states.append(state)
-    if kept != state_dict[EXTRA]["kept"]:
-        raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {state_dict[EXTRA]['kept']} were saved")
-    return groups, states
+        kept += int(arena.mask_in(param, state).sum()) if param.masked and not param.elsewhere else 0
+        states.append({name: value for name, value in state.items() if name != EXTRA})
+    (kept,) = arena.ranks.added([kept], arena.device)
+    if kept != saved["kept"]:
+        raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {saved['kept']} were saved")
+    return groups, states, saved
 
 
-def _check_values(param: Parameter, state: dict[str, Tensor]) -> None:
+def _check_values(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> None:
     """ValueError for a tensor of another kind than was saved."""
     for name, x in state.items():
-        if name == INNER:
+        if name in (INNER, EXTRA):
             continue
-        expected = _KINDS.get(name, "a floating-point type")
-        kind = x.is_floating_point() if name not in _KINDS else str(x.dtype) == f"torch.{expected}"
+        expected = " or ".join(_KINDS.get(name, ("a floating-point type",)))
+        kind = x.is_floating_point() if name not in _KINDS else str(x.dtype).removeprefix("torch.") in _KINDS[name]
         if not kind or x.layout != torch.strided or x.device.type == "meta":
             raise ValueError(f"state_dict must hold {name} as a dense tensor of {expected} for {param.name}, got {x.dtype} on {x.device}")
     if "step" in state and int(state["step"]) < 0:
         raise ValueError(f"state_dict must hold a step of at least 0 for {param.name}, got {int(state['step'])}")
-    if param.pruned and not bool(((state["scores"] >= 0) & (state["scores"] <= 1)).all()):  # false for NaN too
+    scores = local_of(state["scores"]) if param.pruned else None
+    if scores is not None and not bool(((scores >= 0) & (scores <= 1)).all()):  # false for NaN too
         raise ValueError(f"state_dict must hold scores in [0, 1] for {param.name}, got others")
     u = state.get(_MAY_BE_MISSING)
     if u is not None and (not param.pruned or u.shape != state["scores"].shape):
         shape = tuple(state["scores"].shape) if param.pruned else "none"
         raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {param.name}, got {tuple(u.shape)}")
     if param.division is not None:
-        _check_division(param, unpack_mask(state["mask"].cpu(), param.numel).view(param.shape), param.division)
+        _check_division(param, arena.mask_in(param, state).cpu(), param.division)
 
 
 def _check_division(param: Parameter, mask: Tensor, division: Blocks | NofM) -> None:

@@ -116,13 +116,13 @@ class Engine:
         self._project()
         return new
 
-    def load(self, states: Sequence[dict[str, Tensor]], num_nonfinite: Tensor) -> None:
+    def load(self, states: Sequence[dict[str, Tensor]], num_nonfinite: int) -> None:
         """Take a saved state for every parameter of the arena, and make the plan for the options as they are now."""
         for param, state in zip(self.arena.parameters, states, strict=True):
             self.arena.load(param, state)
         self.arena.record()
         self.replan()
-        self.arena.num_nonfinite.copy_(num_nonfinite.reshape(()))
+        self.arena.set_nonfinite(num_nonfinite)
 
     # --- options and the plan --------------------------------------------------------------------------------------------------------
 

@@ -145,8 +145,8 @@ def test_a_state_with_and_one_without_steps_do_not_go_together():
         grows.load_state_dict(copy.deepcopy(stays.state_dict()))
 
 
-DAMAGED = [{"steps": 0}, {"begin": None}, {"start": 1.0}, {"kind": "square"}]
-DAMAGED += [{"count": "x"}, {"count": -1}, {"ends": [7.0]}, {"ends": ["x"]}]
+DAMAGED = [{"steps": 0}, {"begin": None}, {"start": 1.0}, {"kind": {"square": 1}}, {"kind": "cubic"}]
+DAMAGED += [{"count": "x"}, {"count": -1}, {"ends": {"0": 7.0}}, {"ends": {"0": "x"}}, {"ends": [0.9]}]
 
 
 @pytest.mark.parametrize("damage", [None, *DAMAGED], ids=str)
@@ -155,14 +155,15 @@ def test_a_damaged_ramp_changes_nothing(damage):
     opt = FastBiP(params, sparsity=0.9, preset="joint", steps=20)
     train(params, opt, 3)
     damaged = copy.deepcopy(opt.state_dict())
-    damaged["bip"]["ramp"] = {"count": 3} if damage is None else damaged["bip"]["ramp"] | damage
+    for state in damaged["state"].values():
+        state["bip"]["ramp"] = {"count": 3} if damage is None else state["bip"]["ramp"] | damage
     damaged["param_groups"][0]["lr"] = 0.77
     before = copy.deepcopy(opt.param_groups[0])
     with pytest.raises(ValueError, match="must"):
         opt.load_state_dict(damaged)
     after = opt.param_groups[0]
     assert {key: before[key] for key in before if key != "params"} == {key: after[key] for key in after if key != "params"}
-    assert opt.state_dict()["bip"]["ramp"]["count"] == 3
+    assert opt.state_dict()["state"][0]["bip"]["ramp"]["count"] == 3
 
 
 def test_after_the_ramp_the_sparsity_is_what_is_set(backend):

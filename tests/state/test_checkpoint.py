@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_bits, assert_same_snapshot, fill_gradients, make_model, make_params, pruned_of, snapshot
 from lockstep import MOVING, after_steps
+from torch import nn
 
 from bip_fast import FastBiP
 
@@ -21,7 +23,8 @@ def test_a_state_does_not_depend_on_anyones_layout(backend):
         fill_gradients(model.parameters(), i)
         opt.step()
     saved = copy.deepcopy(opt.state_dict())
-    saved["state"] = {i: {name: x.contiguous() for name, x in state.items()} for i, state in saved["state"].items()}
+    for state in saved["state"].values():
+        state |= {name: x.contiguous() for name, x in state.items() if isinstance(x, torch.Tensor)}
     for layout in (torch.channels_last, torch.contiguous_format):
         fresh = make_model(5, device=backend.device).to(memory_format=layout)
         other = FastBiP(fresh, **MOVING)
@@ -59,8 +62,14 @@ def _state(name, change):
     return damage
 
 
-def _top(key, name, value):
-    return lambda saved: saved[key].__setitem__(name, value)
+def _extra(name, value):
+    """In what belongs to no parameter, of which every state has a copy."""
+
+    def damage(saved):
+        for state in saved["state"].values():
+            state["bip"][name] = value
+
+    return damage
 
 
 DAMAGE = {
@@ -76,16 +85,20 @@ DAMAGE = {
     "a state that is none": lambda saved: saved["state"].update({1: 5}),
     "score momentum of another shape": lambda saved: saved["state"][1].update(score_momentum=torch.zeros(3)),
     "score momentum none": lambda saved: saved["state"][1].update(score_momentum=None),
-    "no extra": lambda saved: saved.update(bip=None),
-    "cycle a text": _top("bip", "cycle", "abc"),
-    "cycle too far": _top("bip", "cycle", 7),
-    "other levels": _top("bip", "levels", "joint"),
-    "other lower steps": _top("bip", "lower_steps", 3),
-    "counter none": _top("bip", "num_nonfinite", None),
-    "counters": _top("bip", "num_nonfinite", torch.zeros(2)),
-    "counter sparse": _top("bip", "num_nonfinite", torch.zeros(1).to_sparse()),
-    "counter on meta": _top("bip", "num_nonfinite", torch.zeros((), device="meta")),
-    "counter of numpy": _top("bip", "num_nonfinite", torch.zeros(()).numpy()),
+    "no extra": lambda saved: [state.pop("bip") for state in saved["state"].values()],
+    "extra none": lambda saved: [state.update(bip=None) for state in saved["state"].values()],
+    "extra beside the states": lambda saved: saved.update(bip=None),
+    "levels a number": _extra("levels", 3),
+    "kept of another": _extra("kept", 1),
+    "cycle a text": _extra("cycle", "abc"),
+    "cycle too far": _extra("cycle", 7),
+    "other levels": _extra("levels", {"joint": 1}),
+    "other lower steps": _extra("lower_steps", 3),
+    "counter none": _extra("num_nonfinite", None),
+    "counters": _extra("num_nonfinite", torch.zeros(2)),
+    "counter sparse": _extra("num_nonfinite", torch.zeros(1).to_sparse()),
+    "counter on meta": _extra("num_nonfinite", torch.zeros((), device="meta")),
+    "counter of numpy": _extra("num_nonfinite", torch.zeros(()).numpy()),
     "sparsity none": lambda saved: saved["param_groups"][0].update(sparsity=None),
     "lr negative": lambda saved: saved["param_groups"][0].update(lr=-1.0),
     "prune false": lambda saved: saved["param_groups"][0].update(prune=False),
@@ -112,11 +125,29 @@ def test_a_count_of_one_dimension(backend):
     (p,) = make_params([300], device=backend.device)
     opt = after_steps([p])
     saved = copy.deepcopy(opt.state_dict())
-    saved["bip"]["num_nonfinite"] = torch.tensor([7])
+    _extra("num_nonfinite", torch.tensor([7]))(saved)
     opt.load_state_dict(saved)
     assert opt.num_nonfinite == 7
     with pytest.raises(TypeError, match="state_dict must be a dict, got NoneType"):
         opt.load_state_dict(None)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_a_checkpoint_of_version_0_1_goes_on(rule):
+    """One that has what belongs to no parameter beside the states."""
+    saved = torch.load(Path(__file__).parent / "data" / "saved_by_0.1.pt", weights_only=True)[rule]
+    model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 6))
+    model.load_state_dict(saved["model"])
+    options = {"sgd": {"steps": 10, "preset": "joint"}, "adamw": {"optimizer": "adamw"}}[rule]
+    opt = FastBiP(model, sparsity=0.6, **options)
+    opt.load_state_dict(saved["optimizer"])
+    for i in range(5, 9):
+        random = torch.Generator().manual_seed(i)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=random)
+        opt.step()
+    for name, expected in saved["after"].items():
+        assert_bits(model.state_dict()[name], expected, name)
 
 
 def test_load_hooks_may_change_the_state(backend):
