@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from ..engine.layers import Use
 from ..errors import MEMORY, one_line
@@ -116,13 +117,29 @@ def graph_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     graph = torch_pruning().DependencyGraph()
     try:
         with _traceable(model):
-            graph.build_dependency(model, example_inputs=inputs, forward_fn=lambda m, x: m(*fresh(x)), verbose=False)
+            graph.build_dependency(model, inputs, lambda m, x: m(*fresh(x)), _tensors, verbose=False)
             map_again(graph)
             return graph
     except MEMORY:
         raise
     except Exception as error:  # the model's own code, or whatever the tracing meets in it
-        raise ValueError(f"example_input must be what the model takes, and the model traceable, got: {one_line(error)}") from error
+        raise ValueError(_why_not(model, inputs, error)) from error
+
+
+def _tensors(returned: Any) -> Any:
+    """Those that a model returns; Torch-Pruning takes nothing else."""
+    return [x for x in tree_leaves(returned) if isinstance(x, Tensor)] or returned
+
+
+@torch.no_grad()
+def _why_not(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
+    """Whether it is the model that does not take the inputs, or Torch-Pruning that does not take the model."""
+    try:
+        model(*fresh(inputs))
+    except Exception as own:  # in whatever way the model says so
+        return f"example_input must be what the model takes, got: {one_line(own)}"
+    told = one_line(error, named=True)
+    return f'Torch-Pruning cannot follow the model, got: {told}; pattern="filter" without coupled prunes it, without making it smaller'
 
 
 def channels_of(graph: Any, model: nn.Module) -> list[Channels]:

@@ -139,6 +139,33 @@ def test_wrong_inputs_are_one_error():
         shrink(Plain(), torch.randn(2, 5, 8, 8))
 
 
+def test_a_model_that_cannot_be_followed_is_not_blamed_on_the_input():
+    class Inference(nn.Sequential):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                raise RuntimeError("for inference only")
+            return super().forward(x)
+
+    expected = 'Torch-Pruning cannot follow the model, got: RuntimeError: for inference only; pattern="filter" without coupled prunes it'
+    for function in (shrink, coupled_filters):
+        with pytest.raises(ValueError, match=expected):
+            function(Inference(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4))
+
+
+def test_what_a_model_returns_beside_tensors_is_no_matter():
+    class Told(nn.Sequential):
+        def forward(self, x):
+            return {"logits": super().forward(x), "by": "a model", "size": 3, "none": None}
+
+    model = Told(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 4)
+    assert coupled_filters(model, x) == [["0.weight", "0.bias"], ["2.weight", "2.bias", "<outputs>"]]
+    drop(model[0], [0, 1])
+    small = shrink(model, x).model
+    assert small[0].out_features == 6
+    assert_same(nn.Sequential(*model), nn.Sequential(*small), x)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_empty_inputs_and_torchscript_are_refused():
     with pytest.raises(ValueError, match=r"example_input must have at least one sample, got shape \(0, 3, 8, 8\)"):
