@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report, targets
-from bench.studies import compare, digits, memory, paper, patterns, structured, window
+from bench.studies import compare, digits, memory, paper, patterns, structured, window, zoo
 from bip_fast.experiments.methods import table
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
     "memory": ("memory.json", lambda results, _: _where(results) + "\n\n" + memory.table(results)),
+    "zoo": ("zoo.json", lambda results, _: _where(results) + " " + zoo.summary(results) + "\n\n" + zoo.table(results)),
     "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
     "methods": ("", lambda results, _: table.table()),
     "window": ("window.json", lambda results, _: window.summary(results["steps"]) + "."),
