@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -86,19 +86,25 @@ def map_again(graph: Any) -> None:
 
 @contextmanager
 def tolerant() -> Iterator[None]:
-    """Lets Torch-Pruning go on without a mapping where it would divide by a number of channels that it could not infer, as behind a channel
-    shuffle, and silences its warnings of what it does not know. All of it is checked here, and said where channels stay."""
-    rooms = _mappings()
-    own = rooms.update_reshape_index_mapping
+    """Lets Torch-Pruning go on without the mapping of an operation where it reckons with a number of channels that it could not infer, as
+    behind a channel shuffle or a roll, and silences its warnings of what it does not know. All of it is checked here, and said where
+    channels stay."""
+    room = _mappings()
+    own = {name: function for name, function in vars(room).items() if name.startswith("update_") and name != "update_index_mapping"}
 
-    def careful(graph: Any, node: Any) -> None:
-        with suppress(ZeroDivisionError):
-            own(graph, node)
+    def careful(function: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def update(graph: Any, node: Any) -> None:
+            with suppress(ArithmeticError, LookupError, TypeError):
+                function(graph, node)
 
-    rooms.update_reshape_index_mapping = careful
+        return update
+
     try:
+        for name, function in own.items():
+            setattr(room, name, careful(function))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch_pruning(\.|$)")
             yield
     finally:
-        rooms.update_reshape_index_mapping = own
+        for name, function in own.items():
+            setattr(room, name, function)

@@ -26,10 +26,11 @@ def mixed(sets: Sequence[Channels], model: nn.Module, probes: Sequence[tuple[Any
     """Sets, by their roots, whose places get something of other channels, and what that is in words.
 
     Args:
-        sets: of this model or of one that it is a copy of.
+        sets: of this model or of one that it is a copy of; those that the graph has refused, whose places may be wrong, are left out.
         model: in eval mode.
         probes: arguments of the model; only the first two are used, and with one nothing can be found out.
     """
+    sets = [channels for channels in sets if channels.refused is None]
     layers = dict(model.named_modules())
     found: dict[str, str] = {}
     for half in (0, 1):

@@ -16,6 +16,8 @@ pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pi
 
 from bip_fast import FastBiP
 from bip_fast.export import coupled_filters, patience, shrink
+from bip_fast.export.channels import Channels, Reader
+from bip_fast.export.silence import mixed
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -147,6 +149,15 @@ def test_windows_and_rolls_take_seconds_and_warn_of_nothing():
         f"stages.{i}.mlp.0": width for i, width in ((0, 32), (1, 32), (3, 64), (4, 64))
     }
     assert_same(model, small.model, X)
+
+
+def test_sets_with_wrong_places_are_left_out():
+    a, b = nn.Linear(6, 8), nn.Linear(8, 4)
+    model, inputs = nn.Sequential(a, b).eval(), [(torch.randn(2, 6),), (torch.randn(2, 6),)]
+    for shift, refused in ((0, None), (99, "in another order"), (1, None)):
+        reader = Reader("1", b, {i: [(i + shift) % 8 if shift < 8 else i + shift] for i in range(8)})
+        found = mixed([Channels("0", 8, {"0": a}, readers=[reader], refused=refused)], model, inputs)
+        assert found == ({"0": "a shuffle, a slice or a norm mixes them with others before 1"} if shift == 1 else {})
 
 
 @pytest.mark.parametrize("terminal", [True, False])
