@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .binding import Origin, check_agreement, check_memory, members_of, replacements, same_members, with_tensors
 from .engine.arena import Arena
-from .engine.checkpoint import EXTRA, extra, fitting
+from .engine.checkpoint import fitting_groups
 from .engine.coverage import Seen, would_prune
 from .engine.engine import Engine
-from .engine.inner import INNER, InnerOptimizer
+from .engine.inner import InnerOptimizer
 from .engine.options import (
     LOWER_KEYS,
     check_group,
@@ -33,6 +33,7 @@ from .engine.plan import StepPlan
 from .engine.report import Report
 from .engine.rules import rule_of
 from .presets import preset_options, ramp_steps
+from .saving import compact_states, load_options, load_states, saved_states, shown_states, whole_state
 from .schedule import SparsitySchedule
 
 __all__ = ["FastBiP"]
@@ -106,9 +107,15 @@ class FastBiP(torch.optim.Optimizer):
     ``min_kept``. A group with ``prune=False`` stays dense, and so do frozen parameters. Hyper-parameters may change at any time, by
     schedulers or by hand. A new sparsity or scope counts from the next upper or joint step; a density is turned into a sparsity once.
 
+    Making the optimizer binds it: it takes hold of the parameters and prunes them. It waits with that (`bind`) while they are not final: on
+    the meta device, or plain tensors in a job of several ranks that did not come through DistributedDataParallel, as someone may be about
+    to shard them. If others take their place before the first step (``fully_shard``, accelerate, ``to_empty``), it binds to these, by
+    position, or by name where it was given the Module. Under DistributedDataParallel every rank finds the same masks by itself.
+
     Raises:
-        ValueError: an argument is out of range, or nothing is there to prune.
-        RuntimeError: (from `step`) a parameter was moved or written by someone else. Writes through ``param.data`` cannot be seen.
+        ValueError: an argument is out of range, nothing is there to prune, or the ranks of a job were given different arguments.
+        RuntimeError: (from `step`) a parameter was moved, written or, after a step, replaced by someone else. Writes through
+            ``param.data`` cannot be seen.
 
     Example:
         >>> opt = FastBiP(model, sparsity=0.95)
@@ -183,21 +190,86 @@ class FastBiP(torch.optim.Optimizer):
         groups, self._seen = param_groups_of(params, exclude, overrides, coupled, inner=callable(optimizer))
         for group in groups:
             refuse_count(group)
+        self._origin = Origin(params)
+        named = all(self._seen.of(p).name for group in groups for p in group["params"]) and not isinstance(params, nn.Module)
         self._inner: InnerOptimizer | None = None
         if callable(optimizer):
             self._inner = InnerOptimizer(optimizer, groups)
             self._rule = self._rule._replace(name=self._inner.name)
             defaults |= self._inner.defaults
         self._reset()
+        if named:  # torch keeps the names that named_parameters() gives
+            groups = [{**group, "params": [(self._seen.of(p).name, p) for p in group["params"]]} for group in groups]
         super().__init__(groups, defaults)
         self._ramp = SparsitySchedule(self, "cubic", steps=ramp) if ramp else None
         self._building = False
-        self._build({}, project=True)
+        self._members = members_of(self.param_groups)
+        self._late = not self._origin.final(self.param_groups)
+        if self._late:
+            Engine.check(self.param_groups, self._seen, self._rule)
+        else:
+            self.bind()
 
     def _reset(self) -> None:
         self._building = True  # add_param_group only collects
-        self._engine: Engine | None = None  # None: not yet made, or finalized
+        self._engine: Engine | None = None  # None: not yet bound, or finalized
         self._finished: Report | None = None
+        self._stepped = False
+
+    # --- the parameters --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """As torch shows it: views of the state, by parameter. Binds, so that it is never empty while there is something to train."""
+        if not self._building and self._engine is None and self._finished is None:
+            self.bind()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = state
+
+    def bind(self) -> None:
+        """Take hold of the parameters that the groups have now, and prune them; nothing happens where that is done.
+
+        The constructor does it, but for parameters that may not be final (see above). Then the first `step` does, or whatever asks for
+        masks, weights or a report.
+
+        Raises:
+            RuntimeError: parameters are on the meta device, or others have taken the place of those that the optimizer knows after it has
+                taken a step, or others of another number or shape. Nothing has changed then.
+            ValueError: the ranks of a job were given different arguments.
+        """
+        if self._finished is not None:
+            raise RuntimeError("cannot bind: finalize() was called, the optimizer has let go of the model")
+        if self._engine is None or not same_members(self._members, self.param_groups):
+            self._take(self._origin.replaced())
+
+    def _take(self, moved: Mapping[Tensor, Tensor]) -> None:
+        """Bind to the parameters of the groups, where those in ``moved`` have others in their place."""
+        groups = [{**group, "params": [moved.get(p, p) for p in group["params"]]} for group in self.param_groups]
+        new = {**moved, **replacements(self._members, groups, self._seen)}
+        if new and self._stepped:
+            name = self._seen.of(next(iter(new))).name or f"a parameter of shape {tuple(next(iter(new)).shape)}"
+            raise RuntimeError(
+                f"{name} was replaced by another parameter after a step was taken. Wrap or shard the model before the first step, or "
+                "make a new FastBiP and load the state_dict() of this one"
+            )
+        seen = with_tensors(self._seen, new)
+        check_memory(groups, seen)
+        check_agreement(self._origin, groups, seen, self._rule.name, (self._phases.levels, self._phases.lower_steps))
+        old = self._engine
+        states = {new.get(p, p): whole_state(p, own, new.get(p, p)) for p, own in (old.saved_state() if old else {}).items()}
+        before = [group["params"] for group in self.param_groups]
+        for group, now in zip(self.param_groups, groups, strict=True):
+            group["params"] = now["params"]
+        try:
+            self._build(states, project=old is None, seen=seen, new=new)
+        except BaseException:
+            for group, params in zip(self.param_groups, before, strict=True):
+                group["params"] = params
+            raise
+        self._origin.follow(new)
 
     # --- parameter groups ------------------------------------------------------------------------------------------------------------
 
@@ -214,9 +286,11 @@ class FastBiP(torch.optim.Optimizer):
         resolve_pattern(group)
         check_group(self.defaults | group, self._rule)
         if self._building:  # __init__ builds once for all groups
-            super().add_param_group(group)
+            super().add_param_group(_with_names(group, names))
             return
-        self._arena_of("add a parameter group").check_untouched()
+        waits = self._engine is None and self._finished is None
+        if not waits:
+            self._arena_of("add a parameter group").check_untouched()
         seen = seen_in_group(self._seen, group["params"], names)
         if self._phases.frozen and any(would_prune(seen.of(p), self.defaults | group) for p in group["params"]):
             raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
@@ -224,8 +298,13 @@ class FastBiP(torch.optim.Optimizer):
         try:
             if self._inner is not None:
                 self._inner.add(group)
-            super().add_param_group(group)
-            self._build(self._running("add a parameter group").saved_state(), project=not self._phases.frozen)
+            named = all("param_names" in own for own in self.param_groups)
+            super().add_param_group(_with_names(group, names) if named else group)
+            if waits:
+                self._members = members_of(self.param_groups)
+                return
+            assert self._engine is not None
+            self._build(self._engine.saved_state(), project=not self._phases.frozen)
         except BaseException:
             del self.param_groups[count:]  # as it was
             if self._inner is not None:
@@ -233,25 +312,30 @@ class FastBiP(torch.optim.Optimizer):
             self._seen = before
             raise
 
-    def _build(self, states: Mapping[Tensor, dict[str, Tensor]], project: bool) -> None:
-        """The engine for the groups as they are now."""
+    def _build(
+        self,
+        states: Mapping[Tensor, dict[str, Tensor]],
+        project: bool,
+        seen: Seen | None = None,
+        new: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
+        """The engine for the groups as they are now; ``new`` are parameters in the place of others, of which ``seen`` knows."""
         old = self._engine
-        engine = Engine(self.param_groups, self._seen, states, project, self._rule, self._score_start)
+        engine = Engine(self.param_groups, seen or self._seen, states, project, self._rule, self._score_start)
         if old is not None:
             engine.arena.num_nonfinite.copy_(old.arena.num_nonfinite)
-        self._engine = engine
+        self._engine, self._seen, self._members = engine, seen or self._seen, members_of(self.param_groups)
         if self._inner is not None:
+            self._inner.replace(new or {})
             self._inner.bind(engine.arena)
-        self._show_state(engine)
-
-    def _show_state(self, engine: Engine) -> None:
-        """Let `state` have views of it all, and every key of saved states: by these `torch.distributed.checkpoint` loads flattened ones."""
-        keys: dict[str, Any] = {EXTRA: {}} if self._inner is None else {EXTRA: {}, INNER: {}}
-        self.state.update({p: own | keys for p, own in engine.state().items()})
+        self._state.clear()
+        self._state.update(shown_states(engine, self._inner))
 
     def _running(self, what: str) -> Engine:
-        if self._engine is None:
+        if self._finished is not None:
             raise RuntimeError(f"cannot {what}: finalize() was called, the optimizer has let go of the model")
+        self.bind()
+        assert self._engine is not None
         return self._engine
 
     def _arena_of(self, what: str) -> Arena:
@@ -299,12 +383,15 @@ class FastBiP(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine, phase = self._running("step"), self._phases.check()
+        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            engine = self._without_gradients()
         engine.arena.check_untouched()
         # grad_scale and found_inf: set by torch.amp.GradScaler for the time of the step
         found_inf = getattr(self, "found_inf", None)
         launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
         if engine.refresh(phase):
-            self._show_state(engine)
+            self._state.update(shown_states(engine, self._inner))
+        self._stepped = True
         launch(engine.plan)
         inner = self._inner if phase != "upper" and not (found_inf is not None and bool(found_inf)) else None
         try:
@@ -318,6 +405,20 @@ class FastBiP(torch.optim.Optimizer):
         if self._ramp is not None:
             self._ramp.step()
         return loss
+
+    def _without_gradients(self) -> Engine:
+        """Before a step in which no parameter has a gradient: that is how it looks when the model has others by now."""
+        moved = self._origin.replaced()
+        if moved:
+            self._take(moved)
+        elif self._late and not self._stepped:
+            first = self.param_groups[0]["params"][0]
+            name = self._seen.of(first).name or f"a parameter of shape {tuple(first.shape)}"
+            raise RuntimeError(
+                f"no parameter has a gradient in the first step, as {name}: if the model was wrapped or sharded since the optimizer was "
+                "made, it has other parameters now. Give FastBiP the Module, or make it afterwards"
+            )
+        return self._running("step")
 
     @property
     def inner_optimizers(self) -> Sequence[torch.optim.Optimizer]:
@@ -389,7 +490,32 @@ class FastBiP(torch.optim.Optimizer):
         if self._phases.frozen:
             raise RuntimeError("cannot set scores: masks are frozen since freeze_masks()")
         if engine.rescore(scores):
-            self._show_state(engine)
+            self._state.update(shown_states(engine, self._inner))
+
+    # --- modes of an optimizer of the user's -----------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """``train()`` of the `inner_optimizers` that have one, as schedule-free ones do, which moves theta; then parameters are m*theta."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """``eval()`` of the `inner_optimizers` that have one; then parameters are m*theta. Call it before you evaluate or save a model."""
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        engine = self._running(mode)
+        engine.arena.check_untouched()
+        for inner in self.inner_optimizers:
+            if callable(switch := getattr(inner, mode, None)):
+                switch()
+        self._rewrite(engine)
+
+    def _rewrite(self, engine: Engine) -> None:
+        """Parameters are m*theta again, after an optimizer of the user's has moved theta outside of a step."""
+        if self._inner is not None:
+            self._inner.settle(self.param_groups)
+            engine.write_masked()
+            engine.arena.mark_written()
 
     # --- the end of a run ------------------------------------------------------------------------------------------------------------
 
@@ -405,15 +531,18 @@ class FastBiP(torch.optim.Optimizer):
         Raises:
             RuntimeError: a parameter was moved or written by someone else, so its zeros are not certain. Nothing has changed then.
         """
-        if self._engine is None:
+        if self._finished is not None:
             return
-        self._engine.arena.check_untouched()
+        engine = self._running("finish")
+        engine.arena.check_untouched()
+        self._rewrite(engine)
         self._finished = self.report()
-        if self._ramp is not None and (self._ramp.left or self._engine.waits):
+        if self._ramp is not None and (self._ramp.left or engine.waits):
             what = f"finalize() came {self._ramp.left + 1} steps before the sparsity had grown to its end, at {self._finished.sparsity:.4f}"
             warnings.warn(f"{what}: steps must be the number of optimizer steps that the run has", stacklevel=2)
         self._engine = self._inner = None
-        self.state.clear()
+        self._state.clear()
+        self._members, self._origin = [], Origin(None)
         for group in self.param_groups:
             group["params"] = []
         self._seen = Seen()
@@ -428,48 +557,48 @@ class FastBiP(torch.optim.Optimizer):
         words: bit i%32 of word i/32 is entry i of the flattened parameter) and ``score_momentum`` if one is used. Under "bip" every
         parameter has the phase and what else belongs to none, because `torch.distributed.checkpoint` keeps nothing but states and groups.
         Of a sharded parameter all are DTensors, the mask a bool one of its shape; every rank must call this then.
+
+        Before the optimizer is bound the state is empty, as that of other optimizers before their first step: trainers call this while
+        they prepare a model. Rewrites parameters as m*theta where an optimizer of the user's makes the steps.
         """
+        if self._finished is None and self._engine is None:
+            self._building = True  # nothing binds
+            try:
+                return super().state_dict()
+            finally:
+                self._building = False
         engine = self._running("save")
+        self._rewrite(engine)
         state = super().state_dict()
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        own = extra(engine.arena, self._phases, self._ramp)
-        state["state"] = {number[p]: saved | {EXTRA: copy.deepcopy(own)} for p, saved in engine.saved_state().items()}
-        for p, saved in self._inner.saved_state().items() if self._inner is not None else ():
-            state["state"][number[p]][INNER] = saved
-        return state
+        states = saved_states(engine, self._phases, self._ramp, self._inner)
+        return state | {"state": {number[p]: own for p, own in states.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue bit for bit where ``state_dict`` was taken. Rewrites pruned parameters as m*theta; load the model's own file first.
+
+        Files of version 0.1 load too. A state from before the optimizer was bound has options only.
 
         Raises:
             TypeError: it is no dict.
             ValueError: it belongs to other parameters, groups or another optimizer. Nothing has changed then.
             RuntimeError: a parameter was moved by someone else.
         """
-        engine = self._running("load")
+        if self._finished is not None:
+            self._running("load")
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = dict(changed) if changed is not None else state_dict
-        groups, states, saved_extra = fitting(engine.arena, self._phases, self._ramp, self.param_groups, state_dict)
-        engine.arena.check_place()
-        inner: dict[Tensor, Any] = {
-            param.tensor: state[INNER] for param, state in zip(engine.arena.parameters, states, strict=True) if state.get(INNER)
-        }
-        if self._inner is not None:
-            self._inner.check_state(inner)
-        if self._ramp is not None:
-            self._ramp.load_state_dict(saved_extra["ramp"])  # first: the sparsity of the groups is theirs
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update(copy.deepcopy({key: value for key, value in saved.items() if key != "params"}))
-        engine.load(states, saved_extra["num_nonfinite"])
-        if self._inner is not None:
-            self._inner.load(inner, self.param_groups)
-        self._phases.load(saved_extra)
-        self._show_state(engine)
+        if not self._stepped and state_dict.get("state") == {} and state_dict.keys() == {"state", "param_groups"}:
+            load_options(self.param_groups, fitting_groups(self._rule, self.param_groups, state_dict))
+        else:
+            engine = self._running("load")
+            load_states(engine, self._phases, self._ramp, self._inner, self.param_groups, state_dict)
+            self._state.update(shown_states(engine, self._inner))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -477,22 +606,24 @@ class FastBiP(torch.optim.Optimizer):
         """For copy and pickle. A copy trains copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
         arena = self._arena_of("copy")
         arena.check_untouched()  # the copy makes its parameters from the state
-        state = super().__getstate__() | {"state": self._running("copy").saved_state()}
-        own = {
-            "_rule": self._rule,
-            "_score_start": self._score_start,
-            "_phases": self._phases,
-            "_ramp": self._ramp,
-            "_seen": self._seen,
-            "_inner": self._inner,
-        }
-        return state | own | {"num_nonfinite": arena.num_nonfinite}
+        names = ("_rule", "_score_start", "_phases", "_ramp", "_seen", "_inner", "_stepped")
+        own = {name: getattr(self, name) for name in names}
+        states = compact_states(self._running("copy").saved_state())
+        return super().__getstate__() | own | {"state": states, "num_nonfinite": arena.num_nonfinite}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
-        num_nonfinite = state.pop("num_nonfinite")
-        super().__setstate__(state)
+        num_nonfinite, states, stepped = state.pop("num_nonfinite"), state.pop("state"), state.pop("_stepped")
         self._reset()
-        self._building = False
-        self._build(dict(self.state), project=False)
+        self._state = {}
+        super().__setstate__(state)
+        self._building, self._late, self._stepped, self._origin = False, False, stepped, Origin(None)
+        self._build(states, project=False)
         self._arena_of("copy").num_nonfinite.copy_(num_nonfinite)
+
+
+def _with_names(group: dict[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """The group as torch takes it, with the names of its parameters if they all have one."""
+    if not group["params"] or not all(isinstance(p, Tensor) and p in names for p in group["params"]):
+        return group
+    return {**group, "params": [(names[p], p) for p in group["params"]]}

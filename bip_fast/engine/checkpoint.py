@@ -18,9 +18,10 @@ from .inner import INNER
 from .options import check_group
 from .patterns import NofM
 from .phases import Phases
+from .rules import Rule
 from .shards import local_of
 
-__all__ = ["EXTRA", "extra", "fitting"]
+__all__ = ["EXTRA", "extra", "fitting", "fitting_groups"]
 
 EXTRA = "bip"  # the key of every parameter's state for what belongs to no parameter
 _KINDS = {"mask": ("int32", "bool"), "step": ("int64",)}  # all else is floating-point
@@ -130,19 +131,15 @@ def _fitting(
         raise ValueError(f"state_dict must be of an optimizer that was made {made[ramp is None]}, got one {made[ramp is not None]}")
     if ramp is not None:
         ramp.check_state(saved["ramp"])
-    groups = state_dict["param_groups"]
-    expected, given = (
-        [(len(group["params"]), group.get("prune"), group.get("pattern")) for group in side] for side in (param_groups, groups)
-    )
-    if expected != given:
-        raise ValueError(f"state_dict must have parameter groups of (length, prune, pattern) {expected}, got {given}")
-    for group, own in zip(groups, param_groups, strict=True):
-        check_group({**own, **group}, arena.rule)
+    groups = fitting_groups(arena.rule, param_groups, state_dict)
     params = [p for group in param_groups for p in group["params"]]
     number = dict(zip(params, (i for group in groups for i in group["params"]), strict=True))
     states, kept = [], 0
     for param in arena.parameters:
         state, own_shapes = state_dict["state"].get(number[param.tensor], {}), _expected(arena.saved_shapes(param))
+        if not state and not param.tensor.requires_grad and not param.masked:
+            state = arena.saved_state_of(param)  # of frozen ones `torch.distributed.checkpoint` loads nothing: they stay as they are
+        state = {name: x for name, x in state.items() if not (isinstance(x, dict) and not x)}  # it makes these of keys that were not saved
         shapes = {name: tuple(x.shape) for name, x in _expected(state).items()}
         if shapes != own_shapes:
             raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {shapes}")
@@ -155,6 +152,19 @@ def _fitting(
     if kept != saved["kept"]:
         raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {saved['kept']} were saved")
     return groups, states, saved
+
+
+def fitting_groups(rule: Rule, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    """The groups of a ``state_dict``; ValueError unless they fit ``param_groups``."""
+    groups: Sequence[dict[str, Any]] = state_dict["param_groups"]
+    expected, given = (
+        [(len(group["params"]), group.get("prune"), group.get("pattern")) for group in side] for side in (param_groups, groups)
+    )
+    if expected != given:
+        raise ValueError(f"state_dict must have parameter groups of (length, prune, pattern) {expected}, got {given}")
+    for group, own in zip(groups, param_groups, strict=True):
+        check_group({**own, **group}, rule)
+    return groups
 
 
 def _check_values(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> None:

@@ -15,8 +15,9 @@ from .native import MAX_GROUP, MAX_SHARDED_GROUP, backend, not_capturing
 from .options import check_group, group_keys, hyper_table
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
-from .report import Report, Row, Selection, UnitCount, layer_row
+from .report import Decision, Report, Row, Selection, UnitCount, layer_row
 from .rules import NONE, Rule
+from .shards import Ranks
 
 __all__ = ["Engine"]
 
@@ -24,6 +25,16 @@ __all__ = ["Engine"]
 def _value(option: Any) -> Any:
     """A tensor's value at this moment, so that a change in place is seen."""
     return option.tolist() if isinstance(option, Tensor) and option.device.type != "meta" else option
+
+
+def _need_sparsity(decided: Sequence[Parameter]) -> list[Parameter]:
+    return [param for param in decided if param.pruned and not isinstance(param.division, NofM)]
+
+
+def _check_sparsity(param_groups: Sequence[dict[str, Any]], needing: Sequence[Parameter]) -> None:
+    for param in needing:
+        if param_groups[param.group]["sparsity"] is None:
+            raise ValueError(f"give one of sparsity and density, got neither, for {param.name}")
 
 
 class Engine:
@@ -53,14 +64,9 @@ class Engine:
         score_start: str,
     ) -> None:
         self._groups, self._rule = param_groups, rule
-        decided, self.decisions, ranks = decide(param_groups, seen)
-        if not any(param.pruned and param.total for param in decided):
-            why = "; ".join(f"{row.name}: {row.reason or 'it has no entries'}" for row in self.decisions[:5])
-            raise ValueError(
-                "nothing to prune: params must hold matrices of layers, or parameters of two or more dimensions" + (why and f" ({why})")
-            )
+        decided, self.decisions, ranks = self.check(param_groups, seen, rule)
         self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
-        self._need_sparsity = [param for param in decided if param.pruned and not isinstance(param.division, NofM)]
+        self._need_sparsity = _need_sparsity(decided)
         device = decided[0].local.device
         backend(device)
         self._checked: Any = None  # the options that were last found valid
@@ -79,6 +85,20 @@ class Engine:
         self.arena.record()
         if project:
             self._project()
+
+    @staticmethod
+    def check(param_groups: Sequence[dict[str, Any]], seen: Seen, rule: Rule) -> tuple[list[Parameter], tuple[Decision, ...], Ranks]:
+        """`decide`; ValueError where nothing would be pruned, or a weight has no sparsity."""
+        decided, decisions, ranks = decide(param_groups, seen)
+        if not any(param.pruned and param.total for param in decided):
+            why = "; ".join(f"{row.name}: {row.reason or 'it has no entries'}" for row in decisions[:5])
+            raise ValueError(
+                "nothing to prune: params must hold matrices of layers, or parameters of two or more dimensions" + (why and f" ({why})")
+            )
+        for group in param_groups:
+            check_group(group, rule)
+        _check_sparsity(param_groups, _need_sparsity(decided))
+        return decided, decisions, ranks
 
     def _project(self) -> None:
         """Masks from the scores as they are."""
@@ -191,9 +211,7 @@ class Engine:
                 raise ValueError(f"pattern of a parameter group cannot change any more, was {pattern!r}, got {group['pattern']!r}")
             if bool(group["prune"]) != prune:
                 raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r}")
-        for param in self._need_sparsity:
-            if self._groups[param.group]["sparsity"] is None:
-                raise ValueError(f"give one of sparsity and density, got neither, for {param.name}")
+        _check_sparsity(self._groups, self._need_sparsity)
         self._checked = values
 
     # --- a step ----------------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class InnerOptimizer:
             if not isinstance(p, Tensor):
                 raise TypeError(f"params must hold parameters, got {type(p).__name__}")
             self._thetas.setdefault(p, nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True))
-        own = {key: value for key, value in group.items() if key not in (*SHARED_KEYS, "density", "params")}
+        own = {key: value for key, value in group.items() if key not in (*SHARED_KEYS, "density", "params", "param_names")}
         return own | {"params": [self._thetas[p] for p in group["params"]]}
 
     def _match(self, param_groups: Groups) -> None:
@@ -130,6 +130,12 @@ class InnerOptimizer:
         for group, inner, pulled in zip(param_groups, self._groups, self._pulled, strict=True):
             inner |= {key: group[key] for key in inner if key in group and key in pulled and not _same(group[key], pulled[key])}
 
+    def settle(self, param_groups: Groups) -> None:
+        """Bring theta home and the options into the groups, after an optimizer has changed them outside of a step."""
+        for p, own in self._apart.items():
+            own.copy_(self._thetas[p].data.reshape(own.shape))
+        self.pull(param_groups)
+
     # --- steps -------------------------------------------------------------------------------------------------------------------------
 
     def bind(self, arena: Arena) -> None:
@@ -143,6 +149,20 @@ class InnerOptimizer:
                 point_at(theta, own)
             else:  # stacked matrices with room between them
                 theta.data, self._apart[p] = arena.weight_of(param), own
+
+    @torch.inference_mode(False)
+    def replace(self, new: Mapping[Tensor, Tensor]) -> None:
+        """Let parameters take the place of others, or of themselves on another device: each has a new theta, with the state of the old
+        one's."""
+        now: dict[Tensor, Tensor] = {theta: new.get(p, p) for p, theta in self._thetas.items()}
+        moved = [theta for p, theta in self._thetas.items() if p in new or theta.device != p.device]
+        changed: dict[Tensor, nn.Parameter] = {theta: nn.Parameter(now[theta].detach().to(torch.float32, copy=True)) for theta in moved}
+        self._thetas = {new.get(p, p): changed.get(theta, theta) for p, theta in self._thetas.items()}
+        for inner in self.optimizers:
+            for group in inner.param_groups:
+                group["params"] = [changed.get(theta, theta) for theta in group["params"]]
+            for theta in [theta for theta in inner.state if theta in changed]:
+                inner.state[changed[theta]] = inner.state.pop(theta)
 
     def step(self, param_groups: Groups) -> None:
         """One step of theta by the gradients ``m*g`` of the parameters that have one."""
@@ -211,3 +231,22 @@ class InnerOptimizer:
             inner.load_state_dict({"state": saved, "param_groups": inner.state_dict()["param_groups"]})
         self._match(param_groups)  # torch has made new groups
         self.pull(param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, until the next `bind`: thetas without values, which are in the flat arrays that a copy makes anew."""
+        empty: dict[Tensor, nn.Parameter] = {theta: nn.Parameter(theta.detach().new_empty(0)) for theta in self._thetas.values()}
+        twins = []
+        for inner in self.optimizers:
+            twin = copy.copy(inner)
+            groups = [{**group, "params": [empty[theta] for theta in group["params"]]} for group in inner.param_groups]
+            twin.__setstate__({"state": {empty[theta]: own for theta, own in inner.state.items()}, "param_groups": groups})
+            twins.append((inner, twin))
+        new_groups = {id(group): own for inner, twin in twins for group, own in zip(inner.param_groups, twin.param_groups, strict=True)}
+        return {
+            "_thetas": {p: empty[theta] for p, theta in self._thetas.items()},
+            "_gradients": {},
+            "_apart": {},
+            "optimizers": [twin for _, twin in twins],
+            "_groups": [new_groups[id(group)] for group in self._groups],
+            "_pulled": self._pulled,
+        }

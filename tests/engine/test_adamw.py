@@ -143,7 +143,7 @@ def test_resuming_and_copying_go_on_bit_for_bit(backend):
             optimizer.step()
     for others in (copied, loaded):
         assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    assert set(opt.state[params[0]]) == {"exp_avg", "exp_avg_sq", "step", "theta", "mask", "scores"}
+    assert set(opt.state[params[0]]) == {"exp_avg", "exp_avg_sq", "step", "theta", "mask", "scores", "bip"}
 
 
 def test_a_group_that_comes_later_begins_its_own_count():

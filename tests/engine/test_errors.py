@@ -142,8 +142,9 @@ def test_two_devices():
 
 
 def test_a_device_without_kernels():
-    with pytest.raises((ValueError, RuntimeError), match="meta"):
-        FastBiP([nn.Parameter(torch.ones(4, 4, device="meta"))], sparsity=0.5)
+    opt = FastBiP([nn.Parameter(torch.zeros(40, 40, device="meta"))], sparsity=0.5)  # may get memory yet
+    with pytest.raises(RuntimeError, match="meta"):
+        opt.step()
 
 
 def test_a_tensor_that_is_no_leaf():

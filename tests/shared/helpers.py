@@ -249,6 +249,16 @@ def snapshot(opt) -> dict[str, Tensor]:
     return seen
 
 
+def whole_state(opt) -> dict[str, Tensor]:
+    """Every tensor of an optimizer's parameters and of its saved state, copied."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    seen = {f"{i} param": p.detach().clone() for i, p in enumerate(params)}
+    for i, state in opt.state_dict()["state"].items():
+        own = state | state.get("optimizer", {})
+        seen |= {f"{i} {name}": x.clone() for name, x in own.items() if isinstance(x, Tensor)}
+    return seen
+
+
 def assert_same_snapshot(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert given.keys() == expected.keys()
     for name in expected:

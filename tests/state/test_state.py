@@ -90,7 +90,7 @@ def test_state_dict_has_the_standard_shape(backend):
     opt = FastBiP(model, **MOVING)
     advance(model, opt, 2, 0)
     state = opt.state_dict()
-    assert {"state", "param_groups"} <= state.keys()
+    assert state.keys() == {"state", "param_groups"}
     numbers = [i for group in state["param_groups"] for i in group["params"]]
     assert numbers == list(range(len(numbers)))
     assert set(state["state"]) <= set(numbers)
