@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report, targets
-from bench.studies import compare, digits, memory, paper, patterns, structured, window, zoo
+from bench.studies import compare, digits, distributed, memory, paper, patterns, structured, window, zoo
 from bip_fast.experiments.methods import table
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "digits": ("digits.json", lambda results, _: _where(results) + "\n\n" + digits.table(results)),
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
+    "distributed": ("distributed.json", lambda results, _: _where(results) + "\n\n" + distributed.table(results)),
     "memory": ("memory.json", lambda results, _: _where(results) + "\n\n" + memory.table(results)),
     "zoo": ("zoo.json", lambda results, _: _where(results) + " " + zoo.summary(results) + "\n\n" + zoo.table(results)),
     "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
