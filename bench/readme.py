@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "patterns": ("patterns.json", lambda results, _: _where(results) + "\n\n" + patterns.table(results)),
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
     "distributed": ("distributed.json", lambda results, _: _where(results) + "\n\n" + distributed.table(results)),
+    "scale": ("", lambda results, _: distributed.model_table()),
     "memory": ("memory.json", lambda results, _: _where(results) + "\n\n" + memory.table(results)),
     "zoo": ("zoo.json", lambda results, _: _where(results) + " " + zoo.summary(results) + "\n\n" + zoo.table(results)),
     "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),

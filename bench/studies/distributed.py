@@ -119,6 +119,36 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Of a GPU, for the table on paper. Bytes per second: what an H200 copies (measured, read and write together), what it receives over NVLink,
+# and over a network of 400 Gbit/s. Seconds of one small all-reduce: in a node of 8, and between nodes (both assumed).
+COPY, NVLINK, NETWORK = 4.3e12, 450e9, 50e9
+IN_NODE, BETWEEN_NODES, NODE = 30e-6, 80e-6, 8
+SUMS = 8 * 4100  # bytes of a selection group in one all-reduce
+COLLECTIVES = 2  # of an upper step whose window is right: mostly one
+
+
+def modelled(weights: float, gpus: int) -> dict[str, float]:
+    """Seconds of an upper step on so many GPUs, nothing of which was measured: the pass over 16.3 bytes a weight, what the ranks tell each
+    other, and instead of that the 4 bytes a weight that every rank receives when scores are gathered."""
+    speed, latency = (NVLINK, IN_NODE) if gpus <= NODE else (NETWORK, BETWEEN_NODES)
+    others = (gpus - 1) / gpus
+    return {
+        "pass": 16.3 * weights / gpus / COPY,
+        "told": COLLECTIVES * (latency + 2 * others * SUMS / speed),
+        "gathered": 4 * weights * others / speed,
+    }
+
+
+def model_table() -> str:
+    """Markdown: `modelled` for two sizes on 8 to 512 GPUs."""
+    lines = ["| weights | GPUs | pass | told to each other | scores gathered instead | which every rank must hold |", "|---" * 6 + "|"]
+    for weights in (7e9, 70e9):
+        for gpus in (8, 64, 512):
+            row = {name: f"{1000 * seconds:,.2f} ms" for name, seconds in modelled(weights, gpus).items()}
+            lines.append(f"| {weights / 1e9:g}e9 | {gpus} | {row['pass']} | {row['told']} | {row['gathered']} | {4 * weights / 1e9:g} GB |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m bench.studies.distributed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
