@@ -54,7 +54,7 @@ def test_the_rounds_of_synflow_prune_what_is_pruned_in_the_end(digits, monkeypat
     if pattern == "filter":  # coupled filters are found by it
         pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
     torch.manual_seed(0)
-    model = build("resnet20b", 1, 10, width=4)
+    model = build("resnet20b", 1, 10, width=8)
     settings = settings_of("synflow", model="resnet20b", scope=scope, pattern=pattern)
     rounds_, selector = [], begin._selector
 
@@ -270,7 +270,7 @@ def test_methods_take_every_pattern(digits, method, pattern):
         pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
     settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
     torch.manual_seed(0)
-    model = build("resnet20b", 1, 10, width=4)
+    model = build("resnet20b", 1, 10, width=8)
     stage = next(stage for stage in stages(settings) if stage.sparsity is not None)
     saved = {name: x.clone() for name, x in model.state_dict().items()}
     opt = begin.begin(stage, model, settings, digits, lambda: model.load_state_dict(saved))
