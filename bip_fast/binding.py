@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .engine.coverage import Seen
+from .engine.shards import is_sharded
 
 __all__ = ["Origin", "check_agreement", "check_memory", "members_of", "replacements", "same_members", "with_tensors", "world_size"]
 
@@ -27,11 +28,6 @@ Members = list[list[Tensor]]
 def world_size() -> int:
     """Processes of the job; 1 where `torch.distributed` is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_sharded(p: Any) -> bool:
-    """Whether it is a DTensor. Nothing is imported for it: where there is one, its module is there."""
-    return hasattr(p, "device_mesh") and hasattr(p, "placements")
 
 
 class Origin:

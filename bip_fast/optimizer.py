@@ -387,7 +387,7 @@ class FastBiP(torch.optim.Optimizer):
             engine = self._without_gradients()
         engine.arena.check_untouched()
         # grad_scale and found_inf: set by torch.amp.GradScaler for the time of the step
-        found_inf = getattr(self, "found_inf", None)
+        found_inf = engine.arena.ranks.anywhere(getattr(self, "found_inf", None))
         launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
         if engine.refresh(phase):
             self._state.update(shown_states(engine, self._inner))

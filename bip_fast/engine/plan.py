@@ -385,7 +385,7 @@ class StepPlan:
         )
         if phase == "lower" or not self._ranks.groups:
             self.backend.step(**arguments)
-        else:
+        elif found_inf is None or not bool(found_inf):
             self._select_over_ranks(arguments)
 
     def _select_over_ranks(self, arguments: dict[str, Any]) -> None:

@@ -268,6 +268,14 @@ class Ranks:
         self.add(total)
         return [int(count) for count in total.tolist()]
 
+    def anywhere(self, found_inf: Any) -> Any:
+        """A GradScaler's ``found_inf``, which is that of this rank's gradients, for all ranks: all skip a step or none does."""
+        if not self.groups or not isinstance(found_inf, Tensor):
+            return found_inf
+        found = found_inf.clone()
+        self.maximum(found)
+        return found
+
     def maximum(self, x: Tensor) -> None:
         """Maximum of ``x`` over the ranks, in place."""
         for group in self.groups:

@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on
-from sharded_runs import run, run_cases
+from sharded_runs import gradient, mesh_of, placed, placements_of, run, run_cases, weights, whole
+from torch import nn
+
+from bip_fast import FastBiP
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
@@ -69,3 +72,27 @@ def test_every_bit_is_that_of_one_process(mesh, layout, cases):
     found = run_on(world, run_cases, list(cases.values()), mesh, layout)[0]
     for (name, case), given in zip(cases.items(), found, strict=True):
         assert not differences(given, run(case)), name
+
+
+def skipped_on(rank):
+    """Masks and values before and after a step whose gradients are infinite on one rank only."""
+    mesh = mesh_of((dist.get_world_size(),))
+    params = [nn.Parameter(placed(x, mesh, placements_of("0", x))) for x in weights(SHAPES)]
+    opt = FastBiP(params, sparsity=0.7)
+    found = []
+    for step, phase in enumerate(("joint", "joint", "lower", "upper")):
+        for number, p in enumerate(params):
+            g = gradient(tuple(p.shape), step, number)
+            p.grad = placed(g, mesh, placements_of("0", g))
+        opt.grad_scale = torch.tensor(2.0)
+        opt.found_inf = torch.tensor(float(step > 0 and dist.get_rank() == rank))
+        with getattr(opt, phase)():
+            opt.step()
+        found.append([whole(x) for p in params for x in (p.detach().clone(), opt.mask_of(p), opt.scores_of(p), opt.weight_of(p))])
+    return found
+
+
+def test_a_step_that_one_rank_must_skip_is_skipped_by_all():
+    for found in run_on(2, skipped_on, 1):
+        for later in found[1:]:
+            assert all(torch.equal(x, y) for x, y in zip(found[0], later, strict=True))
