@@ -246,14 +246,16 @@ def weights(source: nn.Module | Mapping[str, Any]) -> list[tuple[str, Tensor]]:
 # --- names ---------------------------------------------------------------------------------------------------------------------------
 
 COMPILED = "_orig_mod"  # what torch.compile calls the module that it wraps
+CHECKPOINTED = "_checkpoint_wrapped_module"  # and torch's activation checkpointing
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name that a parameter or module of ``model`` has without the wrappers of torch.compile and data parallelism."""
+    """The name that a parameter or module of ``model`` has without the wrappers of torch.compile, data parallelism and activation
+    checkpointing."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model, name = model.module, name.removeprefix("module.")
         elif (inner := model._modules.get(COMPILED)) is not None:
             model, name = inner, name.removeprefix(COMPILED + ".")
         else:
-            return re.sub(rf"(^|\.){COMPILED}\.", r"\1", name)
+            return re.sub(rf"(?<![^.])({COMPILED}|{CHECKPOINTED})\.", "", name)
