@@ -232,6 +232,7 @@ BAD = {
 @pytest.mark.parametrize("options", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # own.py is imported
     Path("text.pt").write_text("not weights")
     Path("text.safetensors").write_text("not weights")
     Path("own.py").write_text(OWN)
