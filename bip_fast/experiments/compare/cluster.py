@@ -215,7 +215,11 @@ class _Run:
                         self._stop(running)
                         raise Stop(signals[0])
                     self._collect(running)
-            except (self.ray.exceptions.RayActorError, self.ray.exceptions.RaySystemError) as error:  # the mailbox is gone with its node
+            except (
+                self.ray.exceptions.RayActorError,  # the mailbox is gone with its node
+                self.ray.exceptions.RaySystemError,
+                self.ray.exceptions.LocalRayletDiedError,
+            ) as error:
                 raise UserError(GONE) from error
 
     def options(self, cell: Cell) -> dict[str, Any]:
