@@ -56,7 +56,7 @@ def test_what_is_no_name():
 def test_imports_are_light():
     core = modules_after("import bip_fast")
     rooms = {name.split(".")[1] for name in core if "." in name}
-    assert rooms - {"_C"} == {"engine", "optimizer", "presets", "reference", "schedule", "tables"}
+    assert rooms - {"_C"} == {"binding", "engine", "optimizer", "presets", "reference", "saving", "schedule", "tables"}
     assert modules_after("import bip_fast.export") == core | {"bip_fast.export"}
     masks = modules_after("from bip_fast.export import save_masks")
     assert "bip_fast.export.masks" in masks

@@ -78,7 +78,11 @@ def run(case, sizes=(), layout="", steps=20):
         if number < len(params):
             look = {"mask": opt.mask_of, "scores": opt.scores_of, "theta": opt.weight_of}
             found |= {f"{number}.{name}": whole(of(p)) for name, of in look.items()}
-        found |= {f"{number}.{name}": whole(x) for name, x in opt.state[p].items() if tuple(x.shape) == tuple(p.shape) or name == "step"}
+        found |= {
+            f"{number}.{name}": whole(x)
+            for name, x in opt.state[p].items()
+            if name == "step" or (name != "bip" and tuple(x.shape) == tuple(p.shape))
+        }
     report = opt.report()
     found["kept"] = torch.tensor([[row.kept, row.total] for row in report.rows])
     found["selections"] = torch.tensor([[row.steps, row.first, row.missed, row.crowded] for row in report.selections])
