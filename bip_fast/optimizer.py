@@ -75,7 +75,8 @@ class FastBiP(torch.optim.Optimizer):
         mask_lr_per_lr: instead of it: the step size of the scores is so many times lr, and follows its schedule.
         gamma: weight of the proximal term of the lower level; a larger one weakens the implicit gradient, ``inf`` switches it off.
         momentum: of theta under "sgd".
-        betas, eps: of theta under "adamw".
+        betas: decay rates of the two running means under "adamw".
+        eps: added to the root of the second of them under "adamw"; greater than 0.
         mask_momentum: of the scores; 0, as in the paper, needs no memory.
         weight_decay: of theta; an L2 penalty under "sgd", decoupled under "adamw".
         nesterov: Nesterov momentum for theta under "sgd".

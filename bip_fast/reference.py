@@ -58,7 +58,7 @@ class Hyper(NamedTuple):
 class Variant(NamedTuple):
     """An upper level that is not the paper's, to measure what the difference makes (docs/paper.md). The kernels have none of these.
 
-    Args:
+    Attributes:
         implicit: "paper", ``-m*g^2/gamma``; "published", ``-1e-4*(theta*g)^2``, as in the authors' code; "none".
         shared: scores and weights share their storage, as in the authors' code: an upper step moves ``theta`` in place of ``s``, and then
             ``s = min(|theta|, 1)``. Has no joint step.
