@@ -51,6 +51,18 @@ def lose_processes(monkeypatch, how, times):
     return left
 
 
+def test_no_more_runs_at_a_time_than_jobs(finished):
+    """From when a run has written its settings, until it has written its report."""
+    spans = [(path.with_name("config.json").stat().st_mtime, path.stat().st_mtime) for path in finished.glob("*/report.json")]
+    moments = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    running = most = 0
+    for _, change in moments:
+        running += change
+        most = max(most, running)
+    assert len(spans) >= 6
+    assert most == 2
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_lost_is_replaced(finished, tmp_path, monkeypatch, capsys, how):
     text = ONE_SEED.replace("  imp: {rewind: 1, per_round: 0.5}\n", "")

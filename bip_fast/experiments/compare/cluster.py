@@ -18,6 +18,7 @@ import platform
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,12 @@ def work(task: CellTask, folder: str, mailbox: Any, *parents: str | None) -> str
     if any(why is not None for why in parents):
         return "the run that it starts from has not ended well"
 
+    # While the main thread of a task waits for an answer, Ray gives its CPUs to another task, and does not take them back from that.
+    waiting = ThreadPoolExecutor(1)
+
     def tell(kind: str, address: str, what: object) -> bool:
         with suppress(ray.exceptions.RayActorError):  # the mailbox is gone, as the process that reads it will see
-            return bool(ray.get(mailbox.post.remote(kind, address, what)))
+            return bool(waiting.submit(ray.get, mailbox.post.remote(kind, address, what)).result())
         return False
 
     os.chdir(folder)
