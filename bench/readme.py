@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/*.md, made from the committed results and from the code.
+"""The tables and excerpts of README.md and of the pages under docs, made from the committed results and from the code.
 
 python3 -m bench.readme           rewrite the parts between <!-- results: NAME DEVICE --> and <!-- end -->
 python3 -m bench.readme --check   say with exit code 1 that they are not what the results give
@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import report, targets
+from bench import headlines, report, targets
+from bench.excerpts import excerpt
 from bench.studies import compare, digits, distributed, memory, paper, patterns, structured, window, zoo
+from bip_fast.engine.rules import GIVEN
 from bip_fast.experiments.methods import table
+from bip_fast.presets import PRESETS, preset_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -36,11 +39,26 @@ def _steps(results: dict[str, Any], usual: bool) -> str:
     return report.pivot({**results, "rows": [row for row in results["rows"] if _usual(row) == usual]}, names)
 
 
+def _presets() -> str:
+    """A line for each option, a column for each preset and rule of the lower level."""
+    columns = {
+        f"{preset}, {'your own' if rule == GIVEN.name else rule}": options
+        for preset, rules in PRESETS.items()
+        for rule, options in rules.items()
+    }
+    names = dict.fromkeys(name for options in columns.values() for name in options)
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = [preset_text(options[name]) if name in options else "" for options in columns.values()]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _targets(results: dict[str, Any], folder: Path) -> str:
     return targets.table(results, report.read(folder / "iterations.json"))
 
 
-# A table's file ("": it is made from the code), and its text from that file and the folder it is in.
+# A table's file ("": it is made from the code or from several files), and its text from that file and the folder it is in.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "steps": ("results.json", lambda results, _: _where(results) + "\n\n" + _steps(results, True)),
     "states": ("results.json", lambda results, _: _steps(results, False)),
@@ -60,15 +78,22 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "zoo": ("zoo.json", lambda results, _: _where(results) + " " + zoo.summary(results) + "\n\n" + zoo.table(results)),
     "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
     "methods": ("", lambda results, _: table.table()),
+    "presets": ("", lambda results, _: _presets()),
+    "headlines": ("", lambda results, _: headlines.table(RESULTS)),
     "window": ("window.json", lambda results, _: window.summary(results["steps"]) + "."),
 }
 
 
 def filled(text: str) -> str:
-    """``text`` with the tables of the present results: a part names a table and a folder of bench/results. No results, no figures."""
+    """``text`` with the tables of the present results: a part names a table and a folder of bench/results. No results, no figures.
+
+    A part "code FILE:FUNCTION" is that function of the sources.
+    """
 
     def fill(part: re.Match[str]) -> str:
         begin, name, folder, end = part.groups()
+        if name == "code":
+            return f"{begin}\n{excerpt(ROOT, folder)}\n\n{end}"
         file, table = TABLES[name]
         results = report.read(RESULTS / folder / file) if file else {"code": True}
         return f"{begin}\n{table(results, RESULTS / folder) if results else 'Not measured yet.'}\n\n{end}"
@@ -83,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     wrong = 0
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         old = page.read_text()
         new = filled(old)
         if options.check and new != old:

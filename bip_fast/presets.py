@@ -12,7 +12,7 @@ from typing import Any
 from .engine.options import MASK_RATES, check_count
 from .engine.rules import GIVEN, Rule
 
-__all__ = ["PRESETS", "preset_options", "preset_rows", "ramp_steps"]
+__all__ = ["PRESETS", "preset_options", "preset_rows", "preset_text", "ramp_steps"]
 
 OWN = "optimizer of your own"  # what `GIVEN` is called where people read it
 
@@ -38,15 +38,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def preset_rows() -> list[tuple[str, str]]:
     """(preset and rule, its values) of every preset, for people to read."""
-
-    def text(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
     return [
-        (f"{preset}, {OWN if rule == GIVEN.name else rule}", ", ".join(f"{key} {text(value)}" for key, value in options.items()))
+        (f"{preset}, {OWN if rule == GIVEN.name else rule}", ", ".join(f"{key} {preset_text(value)}" for key, value in options.items()))
         for preset, rules in PRESETS.items()
         for rule, options in rules.items()
     ]
+
+
+def preset_text(value: Any) -> str:
+    """The value of an option as people read it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def preset_options(preset: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Settings:
     dtype: Annotated[
         str, _one_of(DTYPES), _told(WHAT, "NAME", f"{' or '.join(DTYPES)}: of a transformer's parameters; what moves them stays float32")
     ] = "float32"
-    method: Annotated[str, _told(HOW, "NAME", "README.md has a table of what each does")] = "bip"
+    method: Annotated[str, _told(HOW, "NAME", "docs/compare.md has a table of what each does")] = "bip"
     sparsity: Annotated[
         float,
         _checked("in [0, 1)", lambda value: 0 <= value < 1, _percent),

@@ -31,7 +31,7 @@ def test_it_goes_on_with_another_number_of_ranks(tmp_path):
     from safetensors.torch import load_file
 
     text = tmp_path / "text.txt"
-    text.write_text((ROOT / "README.md").read_text())
+    text.write_text((ROOT / "docs" / "paper.md").read_text())
     arguments = ["--text", text, "--save-every", 4, "--out", tmp_path / "run"]
     first = torchrun(2, *arguments, "--steps", 8)
     assert "step 4 of 8" in first
