@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latex2mathml.converter import convert
+from math_core import LatexToMathML
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +37,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML."""
+    """Formulas as MathML. What math_core does not know is an error of the build."""
+    latex = LatexToMathML()
 
     def drawn(found: re.Match[str]) -> str:
         block = found[1] == "div"
-        formula = convert(html.unescape(found[2]).strip(), display="block" if block else "inline")
+        formula = latex.convert_with_local_state(html.unescape(found[2]).strip(), displaystyle=block)
         return f'<div class="formula">{formula}</div>' if block else formula
 
     return FORMULA.sub(drawn, content)
