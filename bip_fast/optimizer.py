@@ -40,82 +40,83 @@ __all__ = ["FastBiP"]
 
 
 class FastBiP(torch.optim.Optimizer):
-    """BiP (Zhang et al., NeurIPS 2022): trains the weights and their mask by bi-level optimisation, on an unmodified model.
+    """Train the weights and the mask of a network by bi-level optimization (BiP; Zhang et al., NeurIPS 2022), on an unmodified model.
 
-    With ``theta`` the weights, ``s`` the scores, ``m`` the mask and ``g = dloss/d(m*theta)``, which is what ``backward()`` leaves in
-    ``param.grad``::
+    ``theta`` are the weights, ``s`` the scores, ``m`` the mask, and ``g = dloss/d(m*theta)`` is what ``backward()`` leaves in
+    ``param.grad``:
 
         lower step (A3)      v = momentum*v + m*g + weight_decay*theta;   theta = theta - lr*v
         upper step (A4, A5)  s = clip(s - mask_lr*(theta - m*g/gamma)*g, 0, 1);   m = top-k(s)
 
-    Making the optimizer prunes the model (``s = min(abs(theta), 1)``: magnitude pruning; a NaN is the smallest weight); after every `step`
-    each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. The lower step may be AdamW's or that of any torch optimizer
-    instead. Parameters that are not pruned take plain steps of the same kind in lower and joint steps. Entries whose gradient is not finite
-    stay as they are and are counted in `num_nonfinite`; another optimizer sees 0 for them.
+    Creating the optimizer prunes the model by magnitude (``s = min(abs(theta), 1)``; a NaN counts as the smallest weight). After every
+    `step`, each pruned parameter equals ``m*theta`` bit for bit, with exact zeros. Parameters that are not pruned take plain steps of the
+    same kind in lower and joint steps. An entry whose gradient is not finite stays as it is and is counted in `num_nonfinite`; an optimizer
+    of your own sees a gradient of 0 there.
 
     Args:
-        params: a Module (the matrices of its layers are pruned, as `engine.layers` says; embeddings and all its other trainable parameters
-            learn), or ``parameters()``, ``named_parameters()`` or parameter groups (what has two or more dimensions is pruned, embeddings
-            too). float32, bfloat16 or float16, on one device. Tied parameters count once. Only a Module knows the layers of its weights. In
-            a list every weight is one matrix, with dimension 0 for its outputs and dimension 1 for its inputs, so pass the Module for
-            attention, recurrent layers, experts, and transposed or grouped convolutions.
+        params: a Module, ``parameters()``, ``named_parameters()``, or parameter groups. Of a Module the matrices of its layers are pruned,
+            as `engine.layers` says; embeddings and all other trainable parameters are trained but stay dense. In a list everything with two
+            or more dimensions is pruned, embeddings too, as one matrix with dimension 0 for its outputs and dimension 1 for its inputs. So
+            pass the Module if there is attention, a recurrent layer, experts, or a transposed or grouped convolution. float32, bfloat16 or
+            float16, all on one device. Tied parameters count once.
         sparsity: fraction of zeros, in [0, 1). Of ``n`` weights, ``n - round(sparsity*n)`` are kept. With filters, channels or blocks it is
-            the fraction of these units that is pruned, where coupled units count once; the fraction of zeros among the weights is another
-            when units differ in size. `report` shows both.
-        density: ``1 - sparsity``, instead of it.
-        preset: where the options that are not given come from (`bip_fast.presets`). "paper": the steps and the start of the paper, with lr
-            0.01, mask_lr 0.1, gamma 1, momentum 0.9 and weight_decay 1e-4. "joint": what did best in our own comparisons, with
-            a cosine or another decaying schedule of lr, which starts high under "sgd" (0.2).
-        optimizer: of the lower level. "sgd", as `torch.optim.SGD`; "adamw", as `torch.optim.AdamW`; or a function that takes a list of
-            parameter groups of theta (fp32, shaped like the parameters) and returns a torch optimizer over them, or several:
+            the fraction of these units that is pruned, and coupled units count once; the fraction of zeros among the weights can then
+            differ. `report` shows both.
+        density: ``1 - sparsity``. Give one of the two.
+        preset: the defaults of all options that are not given (`bip_fast.presets`). "paper": the steps and the start of the paper, with lr
+            0.01, mask_lr 0.1, gamma 1, momentum 0.9 and weight_decay 1e-4. "joint": what did best in our own comparisons. It expects
+            a schedule that takes lr down, such as a cosine, because lr starts high under "sgd" (0.2).
+        optimizer: what makes the lower step. "sgd", as `torch.optim.SGD`; "adamw", as `torch.optim.AdamW`; or a function that takes a list
+            of parameter groups of theta (fp32, shaped like the parameters) and returns one torch optimizer over them, or several:
             ``lambda groups: torch.optim.Adagrad(groups, lr=0.01)``. Its options appear in the parameter groups here, where schedulers
-            move them, its state in `state_dict`; it steps once for every lower or joint step, and never under found_inf.
+            can change them, and its state appears in `state_dict`. It steps once for every lower or joint step, and never under found_inf.
         lr: step size of theta.
         mask_lr: step size of the scores.
-        mask_lr_per_lr: instead of it: the step size of the scores is so many times lr, and follows its schedule.
-        gamma: weight of the proximal term of the lower level; a larger one weakens the implicit gradient, ``inf`` switches it off.
+        mask_lr_per_lr: in place of ``mask_lr``: the step size of the scores as a multiple of lr, so that it follows the schedule of lr.
+        gamma: weight of the proximal term of the lower level. A larger one weakens the implicit gradient; ``inf`` switches it off.
         momentum: of theta under "sgd".
         betas: decay rates of the two running means under "adamw".
         eps: added to the root of the second of them under "adamw"; greater than 0.
-        mask_momentum: of the scores; 0, as in the paper, needs no memory.
+        mask_momentum: momentum of the scores. 0, as in the paper, needs no memory.
         weight_decay: of theta; an L2 penalty under "sgd", decoupled under "adamw".
         nesterov: Nesterov momentum for theta under "sgd".
-        score_start: what scores are at first: "magnitude", ``min(abs(theta), 1)``, or "square", ``min(theta^2 / 2, 1)``.
-        steps: how many steps the run will have, for a preset whose sparsity grows: from 0 along the cubic curve of `SparsitySchedule`, to
-            what each group has, in the first part of them. It then sets the sparsity of the groups itself, up to that point.
-        pattern: what is kept or dropped as one: "unstructured", single weights; "filter", output channels, with the bias of a layer;
+        score_start: how scores start: "magnitude", ``min(abs(theta), 1)``, or "square", ``min(theta^2 / 2, 1)``.
+        steps: the number of steps of the whole run, for a preset whose sparsity grows. In the first part of the run the optimizer then
+            raises the sparsity of each group from 0 to the one it was given, along the cubic curve of `SparsitySchedule`.
+        pattern: what is kept or pruned as one: "unstructured", single weights; "filter", output channels, along with the bias of a layer;
             "channel", input channels; "block:RxC"; or "N:M" such as "2:4", which has a sparsity of its own (`engine.patterns`). A unit of
-            several weights has one score. It starts as the mean of abs(theta) and moves by the sum of its weights' gradients. A weight that
-            the pattern does not fit stays dense, and `report` gives the reason. With "filter" the last layer of a Module stays dense too,
-            because its filters are taken for the outputs of the model, and with "channel" the first; the order is that in which the layers
-            were made, embeddings and tied output layers among them. A model that returns the outputs of several layers, such as an encoder
-            with a pooler, needs ``exclude`` or ``coupled`` for the others.
+            several weights has one score, which starts as the mean of abs(theta) and moves by the sum of the gradients of its weights. A
+            weight that the pattern does not fit stays dense, and `report` gives the reason. With "filter" the last layer of a Module stays
+            dense too, because its filters are taken for the outputs of the model, and with "channel" the first one; the order is that in
+            which the layers were created, including embeddings and tied output layers. If a model returns the outputs of several layers,
+            such as an encoder with a pooler, use ``exclude`` or ``coupled`` for the others.
         scope: "global": all units of the same sparsity compete; "layer": every matrix keeps its own fraction; "erk": every matrix has a
             budget of its own, larger for small layers (Erdos-Renyi-Kernel), and these budgets add up to the sparsity.
-        min_kept: how many filters, channels or blocks every layer keeps, even if that is more than the sparsity allows.
+        min_kept: the number of filters, channels or blocks that every layer keeps, even if that is more than the sparsity allows.
         levels: "alternating": ``lower_steps`` lower steps, then an upper one, each on its own batch; "joint": both from every backward.
         lower_steps: lower steps per upper step.
-        exclude: names, `fnmatch` patterns, modules or parameters that stay dense; one or many.
-        overrides: sparsity, or a dict of options, by name: ``{"layer1.*": 0.5, "head": {"pattern": "2:4"}}``. The last that matches counts;
-            such weights get parameter groups of their own. Alone, options of the lower level, such as ``{"head": {"lr": 1e-3}}``, are also
-            for parameters that are not pruned. With a function as ``optimizer`` its groups get every other key too.
-        coupled: for ``pattern="filter"``: lists of parameters whose filters are kept or dropped together: weights whose outputs are
+        exclude: what stays dense: one or several names, `fnmatch` patterns, modules or parameters.
+        overrides: a sparsity, or a dict of options, by name: ``{"layer1.*": 0.5, "head": {"pattern": "2:4"}}``. The last match counts, and
+            the weights it matches get a parameter group of their own. Options of the lower level alone, such as ``{"head": {"lr": 1e-3}}``,
+            also apply to parameters that are not pruned. If ``optimizer`` is a function, its groups also get all keys that only it knows.
+        coupled: for ``pattern="filter"``: lists of names of parameters whose filters are kept or pruned together: weights whose outputs are
             added in a residual join, and vectors (batch-norm, biases) that are masked with them. A list that contains "<outputs>" names
-            filters that the model returns, which are never pruned; where there is such a list, the last layer is no longer taken for the
-            outputs. `bip_fast.export.coupled_filters` finds them all.
+            filters that the model returns, which are never pruned; if there is such a list, the last layer is no longer taken for the
+            outputs. `bip_fast.export.coupled_filters` finds all of them.
 
-    What is about weights is a key of parameter groups too: the options of the lower and upper step, ``sparsity``, ``pattern``, ``scope``,
-    ``min_kept``. A group with ``prune=False`` stays dense, and so do frozen parameters. Hyper-parameters may change at any time, by
-    schedulers or by hand. A new sparsity or scope counts from the next upper or joint step; a density is turned into a sparsity once.
+    Options that concern weights are also keys of parameter groups: those of the lower and upper step, ``sparsity``, ``pattern``, ``scope``
+    and ``min_kept``. A group with ``prune=False`` stays dense, and so do frozen parameters. Schedulers or your own code may change
+    hyper-parameters at any time. A new sparsity or scope takes effect at the next upper or joint step. A density is turned into a sparsity
+    once, when the group is made.
 
-    Making the optimizer binds it: it takes hold of the parameters and prunes them. It waits with that (`bind`) while they are not final: on
-    the meta device, or plain tensors in a job of several ranks that did not come through DistributedDataParallel, as someone may be about
-    to shard them. If others take their place before the first step (``fully_shard``, accelerate, ``to_empty``), it binds to these, by
-    position, or by name where it was given the Module. Under DistributedDataParallel every rank finds the same masks by itself.
+    Creating the optimizer also binds it: it takes hold of the parameters and prunes them. This waits (see `bind`) while the parameters may
+    not be final: on the meta device, or in a job of several ranks as plain tensors that did not come through DistributedDataParallel, since
+    they may yet be sharded. If other parameters take their place before the first step (``fully_shard``, accelerate, ``to_empty``), it
+    binds to those, by position, or by name if it was given the Module. Under DistributedDataParallel every rank finds the same masks by itself.
 
     Raises:
-        ValueError: an argument is out of range, nothing is there to prune, or the ranks of a job were given different arguments.
-        RuntimeError: (from `step`) a parameter was moved, written or, after a step, replaced by someone else. Writes through
+        ValueError: an argument is out of range, there is nothing to prune, or the ranks of a job were given different arguments.
+        RuntimeError: (from `step`) other code has moved or written to a parameter or, after a step, replaced one. Writes through
             ``param.data`` cannot be seen.
 
     Example:
@@ -221,7 +222,7 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """As torch shows it: views of the state, by parameter. Binds, so that it is never empty while there is something to train."""
+        """Views of the state, by parameter, as in any torch optimizer. Reading it binds the optimizer (see `bind`)."""
         if not self._building and self._engine is None and self._finished is None:
             self.bind()
         return self._state
@@ -231,14 +232,14 @@ class FastBiP(torch.optim.Optimizer):
         self._state = state
 
     def bind(self) -> None:
-        """Take hold of the parameters that the groups have now, and prune them; nothing happens where that is done.
+        """Take hold of the parameters that the groups have now, and prune them. If that is already done, nothing happens.
 
-        The constructor does it, but for parameters that may not be final (see above). Then the first `step` does, or whatever asks for
-        masks, weights or a report.
+        The constructor does this, except where parameters may not be final yet (see the class). Then the first `step` does it, or the first
+        call that asks for masks, weights or a report.
 
         Raises:
-            RuntimeError: parameters are on the meta device, or others have taken the place of those that the optimizer knows after it has
-                taken a step, or others of another number or shape. Nothing has changed then.
+            RuntimeError: parameters are on the meta device; or, after a step, other parameters are in the place of those that the
+                optimizer knows; or their number or shapes differ. Nothing has changed then.
             ValueError: the ranks of a job were given different arguments.
         """
         if self._finished is not None:
@@ -275,7 +276,8 @@ class FastBiP(torch.optim.Optimizer):
     # --- parameter groups ------------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters. Pruned ones start as their magnitude says, and compete at once with those of the same sparsity."""
+        """Add a parameter group. Its pruned parameters start with scores from their magnitudes, and compete at once with those of the same
+        sparsity."""
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f'a parameter group must be a dict with "params", got {param_group!r}')
         group = dict(param_group)
@@ -346,19 +348,19 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def phase(self) -> str:
-        """What the next step will be: "lower", "upper" or "joint"."""
+        """The kind of the next step: "lower", "upper" or "joint"."""
         return self._phases.current
 
     def lower(self) -> AbstractContextManager[None]:
-        """Context manager: steps inside are lower ones and do not count in the cycle of phases."""
+        """Context manager: steps inside it are lower steps, whatever `phase` says, and do not advance the cycle of phases."""
         return self._phases.force("lower")
 
     def upper(self) -> AbstractContextManager[None]:
-        """Context manager: steps inside are upper ones and do not count in the cycle of phases."""
+        """Context manager: steps inside it are upper steps, whatever `phase` says, and do not advance the cycle of phases."""
         return self._phases.force("upper")
 
     def joint(self) -> AbstractContextManager[None]:
-        """Context manager: steps inside are joint ones and do not count in the cycle of phases."""
+        """Context manager: steps inside it are joint steps, whatever `phase` says, and do not advance the cycle of phases."""
         return self._phases.force("joint")
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.optim does: a compiled loop calls the step as it is
@@ -373,9 +375,9 @@ class FastBiP(torch.optim.Optimizer):
             The loss of the closure, or None.
 
         Raises:
-            RuntimeError: a parameter was moved or written by someone else, masks are frozen and the phase would move them, a gradient is
-                sparse, or `finalize` was called. No parameter and no state has changed then. What an optimizer of the user's raises comes
-                after scores and masks have moved; parameters are m*theta then too.
+            RuntimeError: other code has moved or written to a parameter; masks are frozen and the phase would move them; a gradient is
+                sparse; or `finalize` was called. No parameter and no state has changed then. If an optimizer of your own raises an error,
+                scores and masks have moved already, and parameters are m*theta all the same.
         """
         self._running("step")
         self._phases.check()
@@ -423,7 +425,7 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def inner_optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """The optimizers that ``optimizer=`` made, if it is a function: their options are in `param_groups` here, their state is in
+        """The optimizers that ``optimizer=`` made, if it is a function. Their options are in `param_groups` here, their state in
         `state_dict`."""
         return () if self._inner is None else tuple(self._inner.optimizers)
 
@@ -437,18 +439,21 @@ class FastBiP(torch.optim.Optimizer):
     def mask_of(self, p: Tensor) -> Tensor:
         """Copy of the mask ``m`` of a pruned parameter: bool, with the shape and strides of ``p``. ValueError if it is not pruned.
 
-        This and the next two take vectors too that are masked with the filters of a layer.
+        Like `weight_of` and `scores_of`, it also takes vectors that are masked along with the filters of a layer (biases, batch-norm).
         """
         arena = self._arena_of("look at a mask")
         return arena.mask_of(arena.masked(p))
 
     def weight_of(self, p: Tensor) -> Tensor:
-        """Copy of the weights ``theta`` of a pruned parameter: float32, shape and strides of ``p``. ValueError if it is not pruned."""
+        """Copy of the dense weights ``theta`` of a pruned parameter: float32, with the shape and strides of ``p``.
+
+        ValueError if it is not pruned.
+        """
         arena = self._arena_of("look at a weight")
         return arena.weight_of(arena.masked(p))
 
     def scores_of(self, p: Tensor) -> Tensor:
-        """Copy of the scores ``s`` of a pruned parameter, at every weight that of its unit: float32, shape and strides of ``p``.
+        """Copy of the scores ``s`` of a pruned parameter, each weight with the score of its unit: float32, shape and strides of ``p``.
 
         ValueError if it is not pruned.
         """
@@ -457,15 +462,15 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def num_nonfinite(self) -> int:
-        """Entries skipped so far because their gradient was not finite. Reading it waits for the device, and where parameters are sharded
-        for all ranks, which must read it too."""
+        """Number of entries skipped so far because their gradient was not finite. Reading it waits for the device. If parameters are
+        sharded, all ranks must read it together."""
         return self._arena_of("count").total_nonfinite()
 
     def report(self) -> Report:
-        """Table of the pruned parameters (name, shape, kept of total, sparsity; pattern and units where they differ from layer to layer, or
-        from weights), how their selection went, what stays dense and why.
+        """A table to print: each pruned parameter with its name, shape, number of weights kept, and sparsity (and its pattern and units
+        where these differ between layers); how the selections went; and which parameters stay dense and why.
 
-        After `finalize`, the table of that moment. Waits for the device.
+        After `finalize` it is the table of that moment. Waits for the device.
         """
         if self._finished is not None:
             return self._finished
@@ -474,18 +479,18 @@ class FastBiP(torch.optim.Optimizer):
     # --- scores from elsewhere -------------------------------------------------------------------------------------------------------
 
     def set_scores(self, scores: Mapping[Tensor, Tensor]) -> None:
-        """Replace scores and select the masks anew: ``m = top-k(s)`` at the sparsity as it is now, ``z = m*theta``.
+        """Replace scores and select the masks anew: ``m = top-k(s)`` at the present sparsity, ``z = m*theta``.
 
-        For other criteria than the magnitudes that BiP starts from (SNIP, movement, a mask of your own as 0 and 1). Weights, momenta and
-        the phase stay. Waits for the device.
+        Use it to start from something other than magnitudes: SNIP, movement, or a mask of your own as 0 and 1. Weights, momenta and the
+        phase stay as they are. Waits for the device.
 
         Args:
-            scores: numbers in [0, 1] by pruned parameter, shaped like it; the score of a filter, channel or block is the mean over its
-                weights. Parameters that are not in it keep their scores.
+            scores: for each pruned parameter a tensor of its shape, with numbers in [0, 1]. The score of a filter, channel or block is the
+                mean over its weights. Parameters that are not given keep their scores.
 
         Raises:
             ValueError: a key is not pruned, or its scores have another shape or leave [0, 1]. Nothing has changed then.
-            RuntimeError: masks are frozen, or a parameter was moved or written by someone else.
+            RuntimeError: masks are frozen, or other code has moved or written to a parameter.
         """
         engine = self._running("set scores")
         if self._phases.frozen:
@@ -496,11 +501,11 @@ class FastBiP(torch.optim.Optimizer):
     # --- modes of an optimizer of the user's -----------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """``train()`` of the `inner_optimizers` that have one, as schedule-free ones do, which moves theta; then parameters are m*theta."""
+        """Call ``train()`` of the `inner_optimizers` that have one, as schedule-free optimizers do. It moves theta; parameters follow."""
         self._switch("train")
 
     def eval(self) -> None:
-        """``eval()`` of the `inner_optimizers` that have one; then parameters are m*theta. Call it before you evaluate or save a model."""
+        """Call ``eval()`` of the `inner_optimizers` that have one, before you evaluate or save a model. Parameters follow theta."""
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
@@ -521,16 +526,16 @@ class FastBiP(torch.optim.Optimizer):
     # --- the end of a run ------------------------------------------------------------------------------------------------------------
 
     def freeze_masks(self) -> None:
-        """From here only lower steps: fine-tuning under the masks as they are."""
+        """Stop moving the masks: from here on all steps are lower steps, which fine-tune the weights that are kept."""
         self._phases.frozen = True
 
     def finalize(self) -> None:
-        """Leave plain parameters with exact zeros, and let go of the model and of all state. Steps are errors from here.
+        """Leave plain parameters with exact zeros, and let go of the model and of all state. From here on a step is an error.
 
-        Warns where the run had so much fewer steps than ``steps`` said that the sparsity is not there yet.
+        Warns if the run had fewer steps than ``steps`` said, so that the sparsity has not reached its end.
 
         Raises:
-            RuntimeError: a parameter was moved or written by someone else, so its zeros are not certain. Nothing has changed then.
+            RuntimeError: other code has moved or written to a parameter, so its zeros are not certain. Nothing has changed then.
         """
         if self._finished is not None:
             return
@@ -551,16 +556,16 @@ class FastBiP(torch.optim.Optimizer):
     # --- saving and loading ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer; tensors are views of the state, so save or copy them before the next step.
+        """The state and the options, as in any torch optimizer. Tensors are views of the state: save or copy them before the next step.
 
-        Per pruned parameter: ``theta``, ``scores`` and the moments of the lower level (fp32, shaped like it; ``momentum``, or ``exp_avg``
-        and ``exp_avg_sq`` with the number of steps in ``step``, or under ``optimizer`` what another optimizer keeps), ``mask`` (int32
-        words: bit i%32 of word i/32 is entry i of the flattened parameter) and ``score_momentum`` if one is used. Under "bip" every
-        parameter has the phase and what else belongs to none, because `torch.distributed.checkpoint` keeps nothing but states and groups.
-        Of a sharded parameter all are DTensors, the mask a bool one of its shape; every rank must call this then.
+        Each pruned parameter has ``theta``, ``scores``, the moments of the lower level (``momentum``; or ``exp_avg``, ``exp_avg_sq`` and
+        the number of steps in ``step``; or what an optimizer of your own keeps), ``mask`` (int32 words: bit i%32 of word i/32 is entry i of the
+        flattened parameter), and ``score_momentum`` if there is one. The first are fp32 and shaped like the parameter. Under "bip" every
+        parameter has the phase and other values of the whole optimizer, because `torch.distributed.checkpoint` keeps only states and
+        groups. Of a sharded parameter all are DTensors, and the mask is a bool one of its shape; then every rank must call this.
 
-        Before the optimizer is bound the state is empty, as that of other optimizers before their first step: trainers call this while
-        they prepare a model. Rewrites parameters as m*theta where an optimizer of the user's makes the steps.
+        Before the optimizer is bound, the state is empty, like that of other optimizers before their first step: trainers call this while
+        they prepare a model. With an optimizer of your own, parameters are first rewritten as m*theta.
         """
         if self._finished is None and self._engine is None:
             self._building = True  # nothing binds
@@ -577,14 +582,15 @@ class FastBiP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit for bit where ``state_dict`` was taken. Rewrites pruned parameters as m*theta; load the model's own file first.
+        """Continue bit for bit from where ``state_dict`` was taken.
 
-        Files of version 0.1 load too. A state from before the optimizer was bound has options only.
+        Rewrites pruned parameters as m*theta, so load the model's own file first. Files of version 0.1 load too. A state from before the
+        optimizer was bound holds options only.
 
         Raises:
-            TypeError: it is no dict.
-            ValueError: it belongs to other parameters, groups or another optimizer. Nothing has changed then.
-            RuntimeError: a parameter was moved by someone else.
+            TypeError: ``state_dict`` is not a dict.
+            ValueError: it belongs to other parameters or groups, or to another optimizer. Nothing has changed then.
+            RuntimeError: other code has moved a parameter.
         """
         if self._finished is not None:
             self._running("load")

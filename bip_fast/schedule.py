@@ -16,23 +16,23 @@ CURVES = {"cubic": lambda t: (1 - t) ** 3, "linear": lambda t: 1 - t}
 
 
 class SparsitySchedule:
-    """Moves the sparsity of every pruned group of a `FastBiP` from ``start`` to the one it has, step by step.
+    """Raise the sparsity of every pruned group of a `FastBiP` step by step, from ``start`` to the sparsity that the group has now.
 
-    The cubic curve is that of gradual magnitude pruning (Zhu and Gupta 2017): ``s_t = s_end + (s_start - s_end) * (1 - t)^3``, which prunes
-    most while there is much to choose from. The number of kept weights is changed where the kernels read it: no new plan, no new capture of
-    a CUDA graph. A new sparsity takes effect at the next upper or joint step. Groups of scope "global" compete with each other while their
-    sparsities are equal. So groups with different ends (as with ``overrides``) compete at their common ``start``; when they leave it, one
-    new plan and capture is made.
+    The cubic curve is that of gradual magnitude pruning (Zhu and Gupta 2017): ``s_t = s_end + (s_start - s_end) * (1 - t)^3``. It prunes
+    most while there is much to choose from. A new sparsity takes effect at the next upper or joint step. The kernels read the number of
+    kept weights from memory, so changing it needs no new plan and no new capture of a CUDA graph, with one exception: groups of scope
+    "global" compete with each other while their sparsities are equal. Groups with different ends (as with ``overrides``) compete at their
+    common ``start``, and when they leave it, one new plan and capture is made.
 
     Args:
-        optimizer: a `FastBiP`; the ``sparsity`` that each of its groups has is the end of the way for that group.
+        optimizer: a `FastBiP`. The ``sparsity`` that each of its groups has now is where that group ends.
         kind: "cubic" or "linear".
         start: sparsity at the beginning, in [0, 1).
-        steps: calls of `step` from the beginning to the end, at least 1.
-        begin: calls of `step` before the beginning, at which the sparsity is ``start``.
+        steps: the number of calls of `step` from ``start`` to the end, at least 1.
+        begin: the number of calls of `step` before that, during which the sparsity is ``start``.
 
     Raises:
-        TypeError: ``optimizer`` is none.
+        TypeError: ``optimizer`` is not a FastBiP.
         ValueError: an argument is out of range, or the optimizer was made with ``steps`` and so has a schedule already.
 
     Example:
@@ -67,14 +67,14 @@ class SparsitySchedule:
         check_count("begin", begin, 0)
 
     def step(self) -> None:
-        """One step on. After the last one the sparsity stays, or is what you set."""
+        """Go one step further. After the last step the sparsity stays as it is, and you may set it yourself."""
         self._count += 1
         if self._count <= self.begin + self.steps:
             self._set()
 
     @property
     def left(self) -> int:
-        """Calls of `step` until the sparsity is the last one; 0 where none grows."""
+        """The number of calls of `step` until the sparsity has reached its end; 0 if nothing grows."""
         pairs = zip(self.optimizer.param_groups, self._ends, strict=False)
         grows = any(end is not None and group["prune"] and end != self.start for group, end in pairs)
         return max(self.begin + self.steps - self._count, 0) if grows else 0
@@ -92,7 +92,7 @@ class SparsitySchedule:
         return {"kind": self.kind, "start": self.start, "steps": self.steps, "begin": self.begin, "ends": self._ends, "count": self._count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; sets the sparsity of the groups. ValueError if it does not fit these groups."""
+        """Continue from where ``state_dict`` was taken, and set the sparsity of the groups. ValueError if it does not fit these groups."""
         self.check_state(state_dict)
         self.kind, self.start, self.steps, self.begin = (state_dict[key] for key in ("kind", "start", "steps", "begin"))
         self._ends, self._count = list(state_dict["ends"]), state_dict["count"]

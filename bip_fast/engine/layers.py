@@ -98,23 +98,26 @@ def register_layer(
     bias: str | None = None,
     dense: str | None = None,
 ) -> None:
-    """Say which parameters of a class of modules `FastBiP(model)` prunes from now on, or why they stay dense.
+    """Tell `FastBiP` which parameters of a class of modules to prune, or why they stay dense.
 
-    Counts for the class and those derived from it; a later call for the same class and parameter replaces an earlier one.
+    This applies to every `FastBiP(model)` made afterwards, for the class and classes derived from it. A later call for the same class and
+    parameter replaces an earlier one.
 
     Args:
-        module: the class, or its full name, such as "my_package.layers.Experts", as a pattern of `fnmatch`.
-        parameter: the parameter's name in the module, as a pattern of `fnmatch`. Each has dimensions (outputs, inputs, ...).
-        matrices: how many matrices lie behind each other along dimension 0, in equal parts (such as queries, keys and values), or the name
-            of the module's attribute that says so. Each has a budget of its own where budgets are by layer, and no unit crosses two.
-        experts: the parameter has three dimensions, of which the first counts matrices, one for each expert.
-        transposed: matrices have dimensions (inputs, outputs), or the name of the module's attribute that says so.
-        bias: name of the module's vector with one entry for every output; it goes with filters.
-        dense: the reason why they stay dense, for reports. With "*" as ``parameter`` everything inside of the module stays dense too.
+        module: the class, or its full name, such as "my_package.layers.Experts". The name may be an `fnmatch` pattern.
+        parameter: the parameter's name in the module; it may be an `fnmatch` pattern. Its dimensions are (outputs, inputs, ...).
+        matrices: how many matrices of equal size are stacked along dimension 0 (such as queries, keys and values), or the name of the
+            module's attribute that holds this number. Each matrix has a budget of its own when budgets are by layer, and no unit crosses
+            from one into the next.
+        experts: the parameter has three dimensions, and the first counts the matrices, one for each expert.
+        transposed: whether matrices have dimensions (inputs, outputs), or the name of the module's attribute that says so.
+        bias: name of the module's vector with one entry for every output, which is pruned along with filters.
+        dense: the reason why these parameters stay dense, for reports. With "*" as ``parameter`` everything inside the module stays dense.
 
     Raises:
-        TypeError: an argument is of another type.
-        ValueError: ``matrices`` is less than 1 or given together with ``experts``, or ``dense`` together with what it makes void.
+        TypeError: an argument has a wrong type.
+        ValueError: ``matrices`` is less than 1 or given together with ``experts``, or ``dense`` is given together with options that make
+            no sense for dense parameters.
 
     Example:
         >>> bip_fast.register_layer(MyExperts, "w[12]", experts=True)

@@ -53,8 +53,10 @@ def kernels() -> ModuleType:
 
 
 def build_info() -> dict[str, Any]:
-    """How the kernels were built: compiler, SIMD set chosen on this machine, CUDA toolkit and GPU architectures; and ``mutation``, None
-    unless they are wrong on purpose."""
+    """How the kernels were built: the compiler, the vector instructions chosen on this machine, the CUDA toolkit and GPU architectures.
+
+    ``mutation`` is None, except in a build that is wrong on purpose, for the tests.
+    """
     return dict(kernels().build_info())
 
 
@@ -114,7 +116,7 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     """Mask of the ``k`` largest scores: exactly ``k`` ones, the same on every device.
 
     Larger score first; equal scores by ``(i * 2654435761) mod 2**32``, lowest first, with ``i`` the position in ``scores.flatten()``.
-    NaN is smaller than every number, and -0 equals +0. Nothing is synchronised.
+    NaN is smaller than every number, and -0 equals +0. On a GPU the host does not wait.
 
     Args:
         scores: float32, bfloat16 or float16 of any shape with fewer than 2**32 entries, on the CPU or a CUDA device.
