@@ -109,10 +109,11 @@ class FastBiP(torch.optim.Optimizer):
     hyper-parameters at any time. A new sparsity or scope takes effect at the next upper or joint step. A density is turned into a sparsity
     once, when the group is made.
 
-    Creating the optimizer also binds it: it takes hold of the parameters and prunes them. This waits (see `bind`) while the parameters may
-    not be final: on the meta device, or in a job of several ranks as plain tensors that did not come through DistributedDataParallel, since
-    they may yet be sharded. If other parameters take their place before the first step (``fully_shard``, accelerate, ``to_empty``), it
-    binds to those, by position, or by name if it was given the Module. Under DistributedDataParallel every rank finds the same masks by itself.
+    Creating the optimizer also binds it: it takes hold of the parameters and prunes them. This waits (see `bind`) while the parameters
+    may not be final: on the meta device, or in a job of several ranks as plain tensors that did not come through DistributedDataParallel,
+    since they may yet be sharded. If other parameters take their place before the first step (``fully_shard``, accelerate, ``to_empty``),
+    it binds to those, by position, or by name if it was given the Module. Under DistributedDataParallel every rank finds the same masks
+    by itself.
 
     Raises:
         ValueError: an argument is out of range, there is nothing to prune, or the ranks of a job were given different arguments.
@@ -559,10 +560,10 @@ class FastBiP(torch.optim.Optimizer):
         """The state and the options, as in any torch optimizer. Tensors are views of the state: save or copy them before the next step.
 
         Each pruned parameter has ``theta``, ``scores``, the moments of the lower level (``momentum``; or ``exp_avg``, ``exp_avg_sq`` and
-        the number of steps in ``step``; or what an optimizer of your own keeps), ``mask`` (int32 words: bit i%32 of word i/32 is entry i of the
-        flattened parameter), and ``score_momentum`` if there is one. The first are fp32 and shaped like the parameter. Under "bip" every
-        parameter has the phase and other values of the whole optimizer, because `torch.distributed.checkpoint` keeps only states and
-        groups. Of a sharded parameter all are DTensors, and the mask is a bool one of its shape; then every rank must call this.
+        the number of steps in ``step``; or what an optimizer of your own keeps), ``mask`` (int32 words: bit i%32 of word i/32 is entry i
+        of the flattened parameter), and ``score_momentum`` if there is one. The first are fp32 and shaped like the parameter. Under "bip"
+        every parameter has the phase and other values of the whole optimizer, because `torch.distributed.checkpoint` keeps only states
+        and groups. Of a sharded parameter all are DTensors, and the mask is a bool one of its shape; then every rank must call this.
 
         Before the optimizer is bound, the state is empty, like that of other optimizers before their first step: trainers call this while
         they prepare a model. With an optimizer of your own, parameters are first rewritten as m*theta.
