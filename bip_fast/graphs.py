@@ -101,18 +101,20 @@ class CaptureFailed(Exception):
 class GraphedIteration:
     """One call is one step of training: forward, loss, backward, ``optimizer.step()``, and gradients back to None.
 
-    On a CUDA device the first ``warmup`` calls of each phase run eagerly; then the phase is captured, and from there its calls are
+    On a CUDA device the first ``warmup`` calls of each phase run eagerly. Then the phase is captured, and from there on its calls are
     replays: the host copies the batch into the graph's memory and launches once. Every call trains, also those that warm up or capture.
-    Elsewhere, or where capture is not possible, all calls run eagerly, with the same results; `reason` says why.
+    On other devices, or where capture is not possible, all calls run eagerly with the same results; `reason` says why.
 
-    Replays follow step sizes, all other options of the optimizer, ``freeze_masks()``, ``with opt.lower():`` and the like. Batches of
-    another shape or dtype (the last, smaller one) run eagerly until they have come ``warmup`` times, then have a graph of their own; at
-    most 16 graphs are made. Whatever else a graph depends on leads to new ones: other groups of weights that compete, ``model.train()``
-    and ``eval()``, frozen or replaced parameters and buffers. Other values that Python code reads (a drop rate, the number of calls so
-    far) stay as they were at the capture; after such a change, or another one of the model's structure, make a new GraphedIteration.
+    Replays follow step sizes, all other options of the optimizer, ``freeze_masks()``, ``with opt.lower():`` and the like. A new graph is
+    made when something else changes that a graph depends on: which weights compete with each other, ``model.train()`` and ``eval()``,
+    frozen or replaced parameters and buffers. Batches of another shape or dtype (such as a last, smaller one) run eagerly until they have
+    come ``warmup`` times and then get a graph of their own. At most 16 graphs are made.
 
-    With another optimizer than `FastBiP`, or another one inside of it, or while the optimizer has step hooks, which expect to see
-    gradients, the graph holds forward, loss and backward, and ``optimizer.step()`` follows it.
+    Other values that Python code reads, such as a drop rate or the number of calls so far, stay as they were at the capture. After such a
+    change, or a change of the model's structure, make a new GraphedIteration.
+
+    If the optimizer is not a `FastBiP`, or has another one inside, or has step hooks (which expect to see gradients), the graph holds
+    forward, loss and backward, and ``optimizer.step()`` follows it.
 
     Args:
         model: called with the first tensor of a batch.
@@ -121,15 +123,15 @@ class GraphedIteration:
             tensors that you want back, such as the output.
         autocast: torch.bfloat16 runs model and loss under autocast (without its cache of weights). None leaves that to the caller: under an
             autocast around the call they run under it.
-        warmup: eager calls before a capture, at least 1.
+        warmup: the number of eager calls before a capture, at least 1.
 
     Attributes:
-        reason: why calls run eagerly; None while they are, or will be, captured.
+        reason: why calls run eagerly, or None if they are captured, or will be.
 
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> iteration = GraphedIteration(model, opt, torch.nn.functional.cross_entropy, autocast=torch.bfloat16)
         >>> for x, y in loader:
         ...     loss = iteration(x, y)
@@ -170,7 +172,7 @@ class GraphedIteration:
         """Train on one batch, of tensors on any device.
 
         Returns:
-            What ``loss_fn`` returned, detached, on the device; nothing waits for it. Later calls leave it alone.
+            What ``loss_fn`` returned, detached, on the device. Nothing waits for it, and later calls do not overwrite it.
 
         Raises:
             TypeError: the batch holds something else than tensors.

@@ -100,7 +100,7 @@ class FastBiP(torch.optim.Optimizer):
             the weights it matches get a parameter group of their own. Options of the lower level alone, such as ``{"head": {"lr": 1e-3}}``,
             also apply to parameters that are not pruned. If ``optimizer`` is a function, its groups also get all keys that only it knows.
         coupled: for ``pattern="filter"``: lists of names of parameters whose filters are kept or pruned together: weights whose outputs are
-            added in a residual join, and vectors (batch-norm, biases) that are masked with them. A list that contains "<outputs>" names
+            added in a residual join, and vectors (batch-norm, biases) that are masked with them. A list with ``"<outputs>"`` names
             filters that the model returns, which are never pruned; if there is such a list, the last layer is no longer taken for the
             outputs. `bip_fast.export.coupled_filters` finds all of them.
 
@@ -120,7 +120,7 @@ class FastBiP(torch.optim.Optimizer):
         RuntimeError: (from `step`) other code has moved or written to a parameter or, after a step, replaced one. Writes through
             ``param.data`` cannot be seen.
 
-    Example:
+    Examples:
         >>> opt = FastBiP(model, sparsity=0.95)
         >>> for x, y in loader:
         ...     loss_fn(model(x), y).backward()
@@ -277,8 +277,10 @@ class FastBiP(torch.optim.Optimizer):
     # --- parameter groups ------------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group. Its pruned parameters start with scores from their magnitudes, and compete at once with those of the same
-        sparsity."""
+        """Add a parameter group.
+
+        Its pruned parameters start with scores from their magnitudes, and compete at once with those of the same sparsity.
+        """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f'a parameter group must be a dict with "params", got {param_group!r}')
         group = dict(param_group)
@@ -426,8 +428,10 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def inner_optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """The optimizers that ``optimizer=`` made, if it is a function. Their options are in `param_groups` here, their state in
-        `state_dict`."""
+        """The optimizers that ``optimizer=`` made, if it is a function.
+
+        Their options are in `param_groups` here, their state in `state_dict`.
+        """
         return () if self._inner is None else tuple(self._inner.optimizers)
 
     # --- what a user looks at --------------------------------------------------------------------------------------------------------
@@ -463,14 +467,17 @@ class FastBiP(torch.optim.Optimizer):
 
     @property
     def num_nonfinite(self) -> int:
-        """Number of entries skipped so far because their gradient was not finite. Reading it waits for the device. If parameters are
-        sharded, all ranks must read it together."""
+        """Number of entries skipped so far because their gradient was not finite.
+
+        Reading it waits for the device. If parameters are sharded, all ranks must read it together.
+        """
         return self._arena_of("count").total_nonfinite()
 
     def report(self) -> Report:
-        """A table to print: each pruned parameter with its name, shape, number of weights kept, and sparsity (and its pattern and units
-        where these differ between layers); how the selections went; and which parameters stay dense and why.
+        """What each layer has kept, as a table to print.
 
+        It has each pruned parameter with its name, shape, number of weights kept, and sparsity (and its pattern and units where these
+        differ between layers), how the selections went, and which parameters stay dense and why.
         After `finalize` it is the table of that moment. Waits for the device.
         """
         if self._finished is not None:

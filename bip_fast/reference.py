@@ -1,7 +1,7 @@
-"""BiP in plain torch, written to be read beside the paper: the oracle of every test.
+"""BiP in plain torch, written to be read beside the paper. It is the oracle of every test.
 
-One function per formula, on flat tensors, out of place. In float32 the results equal the kernels' bit for bit, because every
-product and sum is its own torch operation and so rounds as the kernels do; in float64 they are the mathematics.
+There is one function for each formula, on flat tensors, out of place. In float32 the results equal those of the kernels bit for bit,
+because every product and sum is a torch operation of its own and so rounds as in the kernels. In float64 they are the mathematics.
 
 Symbols: ``theta`` dense weights, ``s`` scores in [0, 1], ``m`` boolean mask, ``z = m*theta``, ``g = dloss/dz``, ``v`` momentum of
 ``theta``, ``u`` momentum of ``s``.
@@ -42,7 +42,7 @@ __all__ = [
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters of both levels; the defaults are those of `FastBiP`, and ``betas`` and ``eps`` are of AdamW alone."""
+    """Hyper-parameters of both levels, with the defaults and the meaning they have in `FastBiP`. ``betas`` and ``eps`` are for AdamW."""
 
     lr: float = 1e-2
     mask_lr: float = 1e-1
@@ -72,8 +72,17 @@ PAPER = Variant()
 
 
 class State(NamedTuple):
-    """All of one selection group: flat tensors of one length. With AdamW below, ``v`` is the running mean of ``m*g`` and ``b`` that of its
-    square, and ``t`` counts the steps that theta has taken."""
+    """The state of one selection group: flat tensors of the same length.
+
+    Attributes:
+        theta: dense weights.
+        v: momentum of ``theta``; under AdamW the running mean of ``m*g``.
+        s: scores in [0, 1].
+        u: momentum of ``s``.
+        m: the mask, bool.
+        b: under AdamW the running mean of the square of ``m*g``.
+        t: the number of steps that ``theta`` has taken.
+    """
 
     theta: Tensor
     v: Tensor

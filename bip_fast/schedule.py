@@ -35,7 +35,7 @@ class SparsitySchedule:
         TypeError: ``optimizer`` is not a FastBiP.
         ValueError: an argument is out of range, or the optimizer was made with ``steps`` and so has a schedule already.
 
-    Example:
+    Examples:
         >>> schedule = SparsitySchedule(opt, "cubic", steps=1000)
         >>> for x, y in loader:
         ...     loss_fn(model(x), y).backward()

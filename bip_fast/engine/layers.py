@@ -119,7 +119,7 @@ def register_layer(
         ValueError: ``matrices`` is less than 1 or given together with ``experts``, or ``dense`` is given together with options that make
             no sense for dense parameters.
 
-    Example:
+    Examples:
         >>> bip_fast.register_layer(MyExperts, "w[12]", experts=True)
         >>> bip_fast.register_layer("my_package.moe.Router", "*", dense="it chooses among experts")
     """

@@ -129,7 +129,7 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         TypeError: ``scores`` is not a dense tensor of a supported dtype, or ``k`` is not an integer.
         ValueError: ``k`` or the number of scores is out of range.
 
-    Example:
+    Examples:
         >>> topk_mask(torch.tensor([0.3, 0.9, 0.1]), 2)
         tensor([ True,  True, False])
     """

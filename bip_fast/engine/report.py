@@ -43,8 +43,8 @@ class Row(NamedTuple):
 
 
 class UnitCount(NamedTuple):
-    """Filters, channels or blocks of all layers with one pattern; coupled ones count once. The option ``sparsity`` is about these units,
-    so the fraction of zero weights may be another one."""
+    """Filters, channels or blocks of all layers with one pattern. Coupled ones count once. The option ``sparsity`` is about these units, so
+    the fraction of zero weights can differ."""
 
     pattern: str
     kept: int
@@ -52,7 +52,7 @@ class UnitCount(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of units that are dropped."""
+        """Fraction of units that are pruned."""
         return 1 - self.kept / self.total if self.total else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,10 +103,13 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order of the model. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON.
+    """What each layer has kept. ``print(report)`` shows an aligned table, `as_dict` is ready for JSON.
 
-    If the report is of an optimizer, ``selections`` has a row for every group of weights that compete, ``decisions`` one for every
-    parameter that might have been pruned, and ``units`` one for every pattern of filters, channels or blocks.
+    Attributes:
+        rows: a row for each layer, in the order of the model.
+        selections: of an optimizer, a row for each group of weights that compete.
+        decisions: of an optimizer, a row for each parameter that might have been pruned.
+        units: of an optimizer, a row for each pattern of filters, channels or blocks.
     """
 
     rows: tuple[Row, ...]
@@ -116,10 +119,12 @@ class Report:
 
     @property
     def kept(self) -> int:
+        """Number of weights kept, over all rows."""
         return sum(row.kept for row in self.rows)
 
     @property
     def total(self) -> int:
+        """Number of weights, over all rows."""
         return sum(row.total for row in self.rows)
 
     @property
@@ -134,6 +139,7 @@ class Report:
         return len(self.rows)
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         table = {"kept": self.kept, "total": self.total, "sparsity": self.sparsity, "layers": [row.as_dict() for row in self.rows]}
         selections = {"selections": [row.as_dict() for row in self.selections]} if self.selections else {}
         decisions = {"decisions": [row.as_dict() for row in self.decisions]} if self.decisions else {}

@@ -18,13 +18,15 @@ __all__ = ["coupled_filters"]
 
 
 def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
-    """Lists of names of parameters that belong to the same channels.
+    """Find the filters that can only be removed together, for the argument ``coupled`` of `FastBiP`.
 
-    Each has the weights of the layers that make them (several where their outputs are added, and depthwise convolutions behind them), and
-    the vectors that go with them: biases, and the weights and biases of batch-norms, whose constants would otherwise outlive their filter.
-    Lists of channels that the model returns end with the word "<outputs>", and `FastBiP` lets them be: those of all layers that are the
-    last on a way to a tensor that is returned, whether others read them too or not. Channels that a slice, a padding or a shuffle mixes
-    with others are left out.
+    Returns lists of parameter names. The parameters in a list belong to the same channels: the weights of the layers that make these
+    channels (several if their outputs are added, and depthwise convolutions that follow), and the vectors that go with them, which are
+    biases and the weights and biases of batch-norms. Without the vectors, a removed filter would still give a constant.
+
+    If the model returns the channels of a list, the list ends with ``"<outputs>"``, and `FastBiP` leaves them alone. These are the channels
+    of all layers that are the last on some path to a returned tensor, even if other layers read them too. Channels that a slice, a padding
+    or a shuffle mixes with others are left out.
 
     Args:
         model: not changed.
@@ -34,7 +36,7 @@ def coupled_filters(model: nn.Module, example_input: Any) -> list[list[str]]:
         ImportError: Torch-Pruning is not installed.
         ValueError: the model does not take this input, or cannot be traced.
 
-    Example:
+    Examples:
         >>> opt = FastBiP(model, sparsity=0.5, pattern="filter", coupled=coupled_filters(model, x))
     """
     inputs = as_inputs(example_input)

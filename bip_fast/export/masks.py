@@ -43,14 +43,17 @@ def masks_of(source: nn.Module | Mapping[str, Tensor] | FastBiP) -> dict[str, Te
     """Masks by the names of the weights: bool, shaped like them, on their device, True where a weight is kept.
 
     Args:
-        source: a Module: where the weights that `FastBiP` would prune are not 0; those without a zero are left out, a tied one is listed
-            under its first name. Of biases, what is 0 where the filter is; of a batch-norm, weight and bias where both are 0, if
-            these are exactly the zero filters of a layer. A `FastBiP` that runs: its own masks, which know a kept weight that happens to
-            be 0, and every vector that goes with filters. Or a mapping from names to bool tensors, returned as it is after a check.
+        source: a Module, a `FastBiP` that has not been finalized, or a mapping from names to bool tensors, which is checked and returned.
+
+            Of a Module, a weight is kept where it is not 0. It gives a mask for each weight that `FastBiP` would prune and that has a zero;
+            a tied one is listed under its first name. A bias is masked where it is 0 and its filter is too. A batch-norm is masked where
+            its weight and bias are both 0, if these are exactly the zero filters of a layer.
+
+            A `FastBiP` has masks of its own, so it also knows a kept weight that happens to be 0, and every vector that goes with filters.
 
     Raises:
-        TypeError: it is none of these, or a mask is not a bool tensor.
-        ValueError: there is no mask in it, a weight cannot be looked at, or the optimizer was given parameters without names.
+        TypeError: ``source`` is none of these, or a mask is not a bool tensor.
+        ValueError: there is no mask in it, a weight has no data, or the optimizer was given parameters without names.
         RuntimeError: the optimizer was finalized.
     """
     if isinstance(source, nn.Module):
@@ -105,12 +108,18 @@ def _masks_of_optimizer(optimizer: FastBiP) -> dict[str, Tensor]:
 
 
 def save_masks(path: str | os.PathLike[str], source: nn.Module | Mapping[str, Tensor] | FastBiP) -> None:
-    """Write the masks of ``source`` (see `masks_of`) with one bit per weight. The file appears, or replaces an old one, only when whole.
+    """Write the masks of ``source`` into a file with one bit per weight. It appears, or replaces an old one, only when it is complete.
+
+    Args:
+        path: the file to write; its folder must exist.
+        source: a model with zeros, a `FastBiP`, or a mapping from names to bool tensors; see `masks_of`.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: the folder of ``path`` does not exist.
-        TypeError, ValueError, RuntimeError: as of `masks_of`; ValueError for the name ``__metadata__``, which the format keeps for itself.
+        TypeError: as from `masks_of`.
+        ValueError: as from `masks_of`, or a mask has the name ``__metadata__``, which the format keeps for itself.
+        RuntimeError: as from `masks_of`.
     """
     from safetensors.torch import save_file
 
@@ -130,12 +139,15 @@ def save_masks(path: str | os.PathLike[str], source: nn.Module | Mapping[str, Te
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Masks of a file made by `save_masks`: bool tensors by name, contiguous, on the CPU.
+    """Read a file that `save_masks` wrote.
+
+    Returns:
+        bool tensors by name, contiguous, on the CPU.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: there is no such file.
-        ValueError: it is not a mask file, of a version that this one does not know, or damaged.
+        ValueError: it is not a mask file, its version is unknown, or it is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -225,20 +237,24 @@ def _masked_parameters(model: nn.Module, masks: Mapping[str, Tensor]) -> list[_M
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Write exact zeros into the parameters of ``model`` where ``masks`` (bool, by name; see `load_masks`) are False.
+    """Write exact zeros into the parameters of ``model`` wherever ``masks`` are False.
 
-    Mutates the parameters in place, whatever their dtype, device and memory format; kept entries stay as they are.
+    Changes the parameters in place, whatever their dtype, device and memory format. Kept entries stay as they are.
+
+    Args:
+        model: the model to prune.
+        masks: bool tensors by the names of parameters, such as `load_masks` returns.
 
     Raises:
         TypeError: a mask is not a bool tensor.
-        ValueError: the model has no parameter of that name or shape, or it has no data. Nothing has changed then.
+        ValueError: the model has no parameter of that name or shape, or the parameter has no data. Nothing has changed then.
     """
     for masked in _masked_parameters(model, masks):
         masked.zero_(masked.param)
 
 
 class AttachedMasks:
-    """Handle of `attach_masks`; a context manager that removes the masks at its end."""
+    """What `attach_masks` returns. As a context manager it removes the masks at its end; ``len`` is the number of masked parameters."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, masked: list[_Masked]) -> None:
         self._of = {one.param: one for one in masked}
@@ -255,7 +271,7 @@ class AttachedMasks:
         return {one.name: ~one.dead for one in self._of.values()}
 
     def remove(self) -> None:
-        """Let go of optimizer and model: later steps move all weights again. A second call does nothing."""
+        """Let go of optimizer and model. Later steps move all weights again. A second call does nothing."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -280,27 +296,29 @@ class AttachedMasks:
 
 
 def attach_masks(model: nn.Module, optimizer: torch.optim.Optimizer, masks: Mapping[str, Tensor] | None = None) -> AttachedMasks:
-    """Keep the zeros of ``model`` exact while any torch optimizer trains it, with whatever momentum and weight decay.
+    """Keep the zeros of ``model`` exact while any torch optimizer trains it, whatever its momentum and weight decay.
 
-    After each step the dead weights are zeroed again, so nothing that the optimizer remembers can revive one; after each backward their
-    gradients are zeroed, so that they count neither in Adam's moments nor in a norm that gradients are clipped by. Both are one small
-    kernel per weight tensor and do not wait for the device. Masks take one byte per weight, on its device, and follow ``model.to(...)``.
+    After each step the pruned weights are set to zero again, so nothing that the optimizer remembers can revive one. After each backward
+    their gradients are set to zero, so that they count neither in Adam's moments nor in the norm that gradients are clipped by. Both are
+    one small kernel per weight tensor and do not wait for the device. Masks take one byte per weight, on its device, and follow
+    ``model.to(...)``.
 
     Args:
-        model: holds the weights; masked ones are zeroed in place at once.
-        optimizer: has them in its groups (others in them learn as ever; a group may be added later). A copy of it has no masks.
-        masks: bool tensors by name; default: where the weights that `FastBiP` would prune, and the vectors that go with zero filters, are
-            not 0 now (see `masks_of`).
+        model: the model that is trained. Its masked weights are set to zero in place at once.
+        optimizer: an optimizer that has the weights in its groups. Its other parameters learn as usual, and groups may be added later. A
+            copy of the optimizer has no masks.
+        masks: bool tensors by name. By default a weight is kept if it is not 0 now (see `masks_of`).
 
     Returns:
-        The handle: `AttachedMasks.remove`, or use it as a context manager.
+        A handle: call its ``remove()``, or use it as a context manager.
 
     Raises:
-        TypeError: ``optimizer`` is not one, or is a `FastBiP`, which keeps its own masks.
-        ValueError: there is no mask, a mask does not fit the model, or none is of a parameter that the optimizer has. Nothing has changed.
-        RuntimeError: (from a step) a parameter changed its shape, or another one took its place in the model.
+        TypeError: ``optimizer`` is not an optimizer, or is a `FastBiP`, which keeps its own masks.
+        ValueError: there is no mask, a mask does not fit the model, or no mask is of a parameter that the optimizer has. Nothing has
+            changed then.
+        RuntimeError: (from a step) a parameter has changed its shape, or another one has taken its place in the model.
 
-    Example:
+    Examples:
         >>> opt = torch.optim.AdamW(model.parameters())
         >>> with attach_masks(model, opt):
         ...     train(model, opt)

@@ -17,7 +17,14 @@ SLOW = 0.7  # share of the dense network's FLOP rate below which that is said al
 
 
 class Timing(NamedTuple):
-    """Median time of a forward pass. ``speedup``: median over the rounds of dense time / own time in that round; its quartiles."""
+    """Time of a forward pass at one batch size.
+
+    Attributes:
+        seconds: the median.
+        speedup: the median, over rounds in which all networks take turns, of the dense network's time divided by this one's.
+        low: the lower quartile of the same.
+        high: its upper quartile.
+    """
 
     seconds: float
     speedup: float = 1.0
@@ -38,16 +45,19 @@ class Timing(NamedTuple):
 class Variant:
     """One network: dense, masked, shrunk or 2:4.
 
-    Args:
+    Attributes:
+        name: "dense", "masked", "shrunk" or "2:4".
         times: by batch size; empty if it was not measured.
-        parameters, nonzeros: of all its parameters, each counted once.
+        parameters: how many numbers its parameters have, each counted once.
+        nonzeros: how many of them are not 0.
         sparsity: fraction of zeros in the weights that `FastBiP` would prune.
         flops: of a forward pass of one sample, multiplications and additions; None where torch's counter does not see them.
         file_bytes: its state dict as a safetensors file (for 2:4: its tensors); None without safetensors.
         packed_bytes: the same with kept values and one bit per weight for every weight that has zeros.
         accuracy: in [0, 1], if there was data.
-        note: why it was not measured, or what must be known of it.
-        doubt: what was not checked of it.
+        note: why it was not measured, or what else to know about it.
+        doubt: what about it was not checked.
+        sentence: why it is or is not faster than the dense network.
     """
 
     name: str
@@ -84,7 +94,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Networks measured beside each other in one run, the dense one first. ``print`` shows a table and a sentence for each."""
+    """The result of `measure`: networks measured beside each other, the dense one first. ``print`` shows a table and a sentence for each.
+
+    Attributes:
+        variants: a row for each network; ``measurement["shrunk"]`` finds one by name.
+        device: what it was measured on.
+        threads: the number of CPU threads.
+        dtype: of the networks.
+        runtime: what ran them, with its version.
+        rounds: how often each network ran, by batch size.
+    """
 
     variants: tuple[Variant, ...]
     device: str

@@ -50,30 +50,33 @@ def measure(
     seconds: float = 2.0,
     runtime: str = "torch",
 ) -> Measurement:
-    """Measure a pruned network as four: "dense", "masked" (as it is), "shrunk" (see `shrink`) and "2:4" (see `to_semi_structured`).
+    """Measure a pruned network in four forms: "dense", "masked" (as it is), "shrunk" (see `shrink`) and "2:4" (see `to_semi_structured`).
 
-    For each: time of a forward pass, samples per second, parameters, non-zeros, FLOPs, bytes, accuracy, and one sentence that says why it
-    is or is not faster than the dense one, or why it was not measured. Waits for the device.
+    For each form: the time of a forward pass, samples per second, parameters, non-zeros, FLOPs, bytes, accuracy, and one sentence that
+    says why it is or is not faster than the dense network, or why it was not measured. Waits for the device.
 
     Args:
-        model: with exact zeros, as after `FastBiP.finalize`. Neither it nor ``dense`` is changed; modes are put back.
+        model: a model with exact zeros, as after `FastBiP.finalize`. Neither it nor ``dense`` is changed, and their modes are restored.
         example_input: one argument of the model, or a tuple of them; in every tensor the first dimension is the batch. It is repeated or
             cut to each batch size, so one sample is enough.
-        dense: the network before pruning; measured in the memory format of ``model``. Without it a copy of ``model`` with its zeros filled
-            stands in, which has no accuracy.
-        batch_sizes: at which to measure.
-        device: where; default: where the model is. Copies are made for another one.
-        data: batches ``(x, y)`` for the accuracy, the share of labels at which the logit is largest; ``x`` like ``example_input``, ``y`` of
-            the shape of the output without its dimension 1, that of the classes.
-        seconds: to spend on each batch size, about, after the warm-up.
-        runtime: what runs the networks while they are timed: "torch", or "onnxruntime" (on a CPU), where each is exported first.
+        dense: the network before pruning, measured in the memory format of ``model``. Without it, a copy of ``model`` with its zeros
+            filled takes its place; that has no accuracy.
+        batch_sizes: the batch sizes to measure at.
+        device: where to measure; by default where the model is. For another device copies are made.
+        data: batches ``(x, y)`` for the accuracy, which is the share of labels at which the logit is largest. ``x`` is like
+            ``example_input``; ``y`` has the shape of the output without its dimension 1, that of the classes.
+        seconds: about how long to measure each batch size, after the warm-up.
+        runtime: what runs the networks while they are timed: "torch", or "onnxruntime" (on a CPU), for which each is exported first.
+
+    Returns:
+        The figures of all four; print it for a table.
 
     Raises:
         ImportError: a package of the runtime is not installed.
         ValueError: an argument is out of range, the example has no batch, the device cannot be used, the runtime cannot run the model, or
             labels do not fit its output.
 
-    Example:
+    Examples:
         >>> print(measure(model, images[:1], dense=before, data=test_loader))
     """
     sizes = _checked_sizes(batch_sizes)

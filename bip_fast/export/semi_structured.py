@@ -35,7 +35,7 @@ NO_CONVOLUTION = "torch has no semi-structured convolution"
 
 
 class Conversion(NamedTuple):
-    """What became of one layer: converted if there is no ``reason``."""
+    """What became of one layer, with its ``name`` and the ``shape`` of its weight: converted, if there is no ``reason``."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +51,12 @@ class Conversion(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of `to_semi_structured`: the new model and a row for every layer whose weights can be pruned; ``print`` shows them."""
+    """The result of `to_semi_structured`. ``print`` shows a table of the layers.
+
+    Attributes:
+        model: the new model.
+        layers: a row for every layer whose weights can be pruned.
+    """
 
     model: nn.Module
     layers: tuple[Conversion, ...]
@@ -130,16 +135,16 @@ def _multiples(backend: Any) -> dict[torch.dtype, tuple[int, int]]:
 
 
 def to_semi_structured(model: nn.Module) -> Converted:
-    """A copy of ``model`` in which 2:4 weights of Linear layers are semi-structured, where device, dtype and shape allow it.
+    """Make a copy of ``model`` in which the 2:4 weights of Linear layers are semi-structured, where device, dtype and shape allow it.
 
-    The copy computes the same up to rounding, which is tried on every layer, and is for inference: new weights take no gradients, and
-    `state_dict` holds packed tensors, which safetensors cannot save. Layers that share a weight share the new one.
+    The copy computes the same up to rounding, which is checked on every layer. It is for inference: the new weights take no gradients, and
+    its `state_dict` holds packed tensors, which safetensors cannot save. Layers that share a weight share the new one too.
 
     Args:
-        model: not changed; in the dtype and on the device in which it will run (``model.half().cuda()``).
+        model: the model in the dtype and on the device that it will run with (``model.half().cuda()``); not changed.
 
     Returns:
-        The copy, and for every layer whose weights can be pruned whether it was converted, or all the reasons why not.
+        The copy, and a row for every layer whose weights can be pruned: converted, or all the reasons why not.
     """
     new = copy.deepcopy(model)
     fused = {child for module in new.modules() if isinstance(module, FUSED) for child in module.children()}

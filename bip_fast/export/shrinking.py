@@ -43,7 +43,7 @@ ONLY_HERE = "only example_input shows that what reaches their readers is the sam
 
 
 class Removed(NamedTuple):
-    """A layer that has fewer output channels now."""
+    """A layer that has fewer output channels now: its ``name``, and how many it had ``before`` and has ``after``."""
 
     name: str
     before: int
@@ -51,7 +51,7 @@ class Removed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Channels of a layer that are pruned and still there: its outputs, or its inputs."""
+    """Channels of a layer that are pruned but still there, with the ``reason``: its outputs, or its inputs if ``inputs`` is True."""
 
     name: str
     channels: int
@@ -61,7 +61,14 @@ class Kept(NamedTuple):
 
 @dataclass
 class Shrunk:
-    """Result of `shrink`; ``print`` shows what was removed and what could not be. ``note``: what the check does not show, "" if nothing."""
+    """The result of `shrink`. ``print`` shows what was removed, and what could not be removed and why.
+
+    Attributes:
+        model: the smaller model.
+        removed: the layers that have fewer output channels now.
+        kept: pruned channels that are still there, with the reason.
+        note: what the check could not show; empty if nothing.
+    """
 
     model: nn.Module
     removed: list[Removed] = field(default_factory=list)
@@ -79,26 +86,28 @@ class Shrunk:
 
 
 def shrink(model: nn.Module, example_input: Any) -> Shrunk:
-    """A smaller copy of a pruned model.
+    """Make a smaller copy of a pruned model, without the channels that are zero.
 
     Channels are removed through residual joins, concatenations, flattening, batch-norm and depthwise convolutions, as far as
-    Torch-Pruning's dependency graph follows them. A layer keeps at least one channel. In eval mode the result computes what the model
-    computed, checked on ``example_input`` and on random inputs that it takes to 1e-4 (float32; see `same.near`, sums of fewer terms round
-    differently); what would change it stays, and is listed with the reason.
+    Torch-Pruning's dependency graph follows them. Every layer keeps at least one channel.
+
+    In eval mode the copy computes what the model computed. This is checked on ``example_input`` and on random inputs, with a tolerance of
+    1e-4 in float32, because sums of fewer terms round differently. Channels whose removal would change the outputs stay, and are listed
+    with the reason.
 
     Args:
-        model: holds exact zeros, as after `FastBiP.finalize`; not changed.
+        model: a model with exact zeros, as after `FastBiP.finalize`; not changed.
         example_input: one input of the model, or a tuple of its arguments; on the model's device.
 
     Returns:
-        the new model, with the modes, dtypes, memory formats and `requires_grad` of the old one.
+        The new model, with the modes, dtypes, memory formats and `requires_grad` of the old one, and what was removed and what was not.
 
     Raises:
         ImportError: Torch-Pruning is not installed.
         TypeError: the model is a TorchScript module.
         ValueError: the input is empty, the model does not take it, or cannot be traced.
 
-    Example:
+    Examples:
         >>> opt.finalize()
         >>> small = shrink(model, x).model
     """

@@ -48,7 +48,7 @@ def wanda_(
     """Prune ``model`` in place: what goes is 0 afterwards. Arguments, masks and errors are those of `blockwise.prune_blocks_` and
     `blockwise.share_of`.
 
-    Example:
+    Examples:
         >>> masks = wanda_(model, calibration, 0.5)
         >>> opt = FastBiP(model, sparsity=0.5, scope="layer", exclude="lm_head")  # to train on what is left
         >>> opt.set_scores({p: masks[name].float() for name, p in model.named_parameters() if name in masks})
