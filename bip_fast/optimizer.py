@@ -217,6 +217,7 @@ class FastBiP(torch.optim.Optimizer):
         self._building = True  # add_param_group only collects
         self._engine: Engine | None = None  # None: not yet bound, or finalized
         self._finished: Report | None = None
+        self._last_metrics: dict[str, float] = {}  # once finalized
         self._stepped = False
 
     # --- the parameters --------------------------------------------------------------------------------------------------------------
@@ -243,6 +244,9 @@ class FastBiP(torch.optim.Optimizer):
                 optimizer knows; or their number or shapes differ. Nothing has changed then.
             ValueError: the ranks of a job were given different arguments.
         """
+        if (itself := _itself(self)) is not self:
+            itself.bind()
+            return
         if self._finished is not None:
             raise RuntimeError("cannot bind: finalize() was called, the optimizer has let go of the model")
         if self._engine is None or not same_members(self._members, self.param_groups):
@@ -484,6 +488,27 @@ class FastBiP(torch.optim.Optimizer):
             return self._finished
         return self._running("report").report()
 
+    def metrics(self, *, layers: bool = False) -> dict[str, float]:
+        """Plain Python numbers for any logger.
+
+        - ``sparsity``: fraction of zeros in the masks of all pruned parameters; ``kept``: number of ones in them.
+        - ``nonfinite``: entries skipped so far because their gradient was not finite.
+        - ``threshold``: kept scores are at or above it, the others at or below. In [0, 1]; of several groups of weights that compete, the
+          mean by their sizes. Missing before the first selection.
+        - ``flips``: mask entries that have changed, the first masks included; ``selections``: upper and joint steps of all groups;
+          ``candidates`` and ``fallbacks``: what these cost, as in `report`. All four count from the present plan: from a new optimizer, a
+          load, a new parameter group, or when groups part because their sparsities do. N:M has no selection, so it is not in these.
+
+        Reads the masks (1/8 byte for each weight) and waits for the device: call it every so many steps. Where parameters are sharded all
+        ranks must call it, and get the same numbers. After `finalize`, the numbers of that moment.
+
+        Args:
+            layers: also ``sparsity/NAME`` of every pruned parameter, and ``threshold/NAME`` of every group, if there are several, under
+                the name of its first member.
+        """
+        found = self._last_metrics if self._finished is not None else self._running("measure").metrics()
+        return {name: value for name, value in found.items() if layers or "/" not in name}
+
     # --- scores from elsewhere -------------------------------------------------------------------------------------------------------
 
     def set_scores(self, scores: Mapping[Tensor, Tensor]) -> None:
@@ -517,6 +542,8 @@ class FastBiP(torch.optim.Optimizer):
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
+        if self._inner is None:  # trainers call this at every step, and after the end too
+            return
         engine = self._running(mode)
         engine.arena.check_untouched()
         for inner in self.inner_optimizers:
@@ -545,12 +572,15 @@ class FastBiP(torch.optim.Optimizer):
         Raises:
             RuntimeError: other code has moved or written to a parameter, so its zeros are not certain. Nothing has changed then.
         """
+        if (itself := _itself(self)) is not self:
+            itself.finalize()
+            return
         if self._finished is not None:
             return
         engine = self._running("finish")
         engine.arena.check_untouched()
         self._rewrite(engine)
-        self._finished = self.report()
+        self._last_metrics, self._finished = engine.metrics(), self.report()
         if self._ramp is not None and (self._ramp.left or engine.waits):
             what = f"finalize() came {self._ramp.left + 1} steps before the sparsity had grown to its end, at {self._finished.sparsity:.4f}"
             warnings.warn(f"{what}: steps must be the number of optimizer steps that the run has", stacklevel=2)
@@ -635,6 +665,12 @@ class FastBiP(torch.optim.Optimizer):
         self._building, self._late, self._stepped, self._origin = False, False, stepped, Origin(None)
         self._build(states, project=False)
         self._arena_of("copy").num_nonfinite.copy_(num_nonfinite)
+
+
+def _itself(optimizer: FastBiP) -> FastBiP:
+    """The optimizer behind a wrapper that has taken on its class, as Lightning's does: what methods set must not stay on the wrapper."""
+    inner: FastBiP = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _with_names(group: dict[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch import Tensor
 from .. import reference
 from ..reference import Blocks
 from .coverage import Parameter
+from .native import kernels
 from .rules import Rule
 from .shards import Ranks, is_sharded, like, like_units, local_of
-from .units import UnitScores, UnitSet, pack_mask, unpack_mask
+from .units import UnitScores, UnitSet, ones_in, pack_mask, unpack_mask
 
 __all__ = ["Arena", "in_memory_order"]
 
@@ -203,6 +204,15 @@ class Arena:
         total = torch.stack(kept).sum() if kept else torch.zeros((), dtype=torch.int64, device=self.device)
         self.ranks.add(total)
         return total
+
+    def kept_of_pruned(self) -> Tensor:
+        """Number of ones in the mask of every parameter of `pruned`: int64, 0 where another rank counts them. Reads the masks alone."""
+        align = kernels().ALIGN  # where every place begins and ends
+        before = torch.nn.functional.pad(ones_in(self.mask).view(-1, align // 8).sum(1, dtype=torch.int64).cumsum(0), (1, 0))
+        places = [(param.start // align, (param.start + param.matrices * param.pitch) // align) for param in self.pruned]
+        counted = [not param.elsewhere for param in self.pruned]
+        first, last = torch.tensor(places, device=self.device).unbind(1)
+        return (before[last] - before[first]) * torch.tensor(counted, device=self.device)
 
     # --- values ----------------------------------------------------------------------------------------------------------------------
 

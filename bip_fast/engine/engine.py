@@ -15,7 +15,7 @@ from .native import MAX_GROUP, MAX_SHARDED_GROUP, backend, not_capturing
 from .options import check_group, group_keys, hyper_table
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
-from .report import Decision, Report, Row, Selection, UnitCount, layer_row
+from .report import Decision, Report, Row, Selection, UnitCount, flat_metrics, layer_row
 from .rules import NONE, Rule
 from .shards import Ranks
 
@@ -240,11 +240,11 @@ class Engine:
 
     # --- what there is to see --------------------------------------------------------------------------------------------------------
 
-    def selections(self) -> tuple[Selection, ...]:
-        """How the selection of every group went; waits for the device."""
+    def selections(self, counters: Any = None) -> tuple[Selection, ...]:
+        """How the selection of every group went; waits for the device, unless the ``counters`` of the plan are given."""
         rows = []
-        for group, counters in zip(self._selection, self.plan.counters(), strict=True):
-            counts = {key: counters[key].item() for key in Selection._fields if key in (counters.dtype.names or ())}
+        for group, own in zip(self._selection, self.plan.counters() if counters is None else counters, strict=True):
+            counts = {key: own[key].item() for key in Selection._fields if key in (own.dtype.names or ())}
             rivals = [self.arena.rivals[i] for i in group.members]
             name = rivals[0].name + (f" and {len(rivals) - 1} more" if len(rivals) > 1 else "")
             rows.append(Selection(name=name, numel=group.numel, kept=group.kept, **counts))
@@ -269,6 +269,16 @@ class Engine:
             before = totals.get(units.pattern, UnitCount(units.pattern, 0, 0))
             totals[units.pattern] = UnitCount(units.pattern, before.kept + count, before.total + total)
         return Report(tuple(map(row, self.arena.pruned, nonzero)), self.selections(), self.decisions, tuple(totals.values()))
+
+    def metrics(self) -> dict[str, float]:
+        """`flat_metrics` of this moment; one sum over the ranks, one copy from the device."""
+        counts = torch.cat([self.arena.kept_of_pruned(), self.arena.num_nonfinite.view(1), self.plan.flips()])
+        self.arena.ranks.add(counts)
+        counters, values = self.plan.counters_and(counts)
+        kept, (nonfinite, *flips) = values[: len(self.arena.pruned)], values[len(self.arena.pruned) :]
+        selections = [own._replace(flips=count) for own, count in zip(self.selections(counters), flips, strict=True)]
+        rows = [Row(param.name, tuple(param.whole), own, param.total) for param, own in zip(self.arena.pruned, kept, strict=True)]
+        return flat_metrics(rows, selections, nonfinite)
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of every parameter's state."""

@@ -328,7 +328,19 @@ class StepPlan:
 
     def counters(self) -> np.ndarray:
         """Rows of ``counters_dtype``, one per selection group. Waits for the device."""
-        return np.frombuffer(self._counters.cpu().numpy().tobytes(), dtype=kernels().counters_dtype)[: self.num_groups]
+        return self.counters_and(torch.zeros(0, dtype=torch.int64, device=self.device))[0]
+
+    def flips(self) -> Tensor:
+        """Of every selection group, how many mask entries of this rank have changed: int64, on the device."""
+        dtype = kernels().counters_dtype
+        rows = self._counters.view(torch.int64).view(-1, dtype.itemsize // 8)
+        return rows[: self.num_groups, dtype.fields["flips"][1] // 8]
+
+    def counters_and(self, x: Tensor) -> tuple[np.ndarray, list[int]]:
+        """`counters`, and the values of an int64 vector, in one copy from the device."""
+        both = torch.cat([self._counters.view(torch.int64), x]).cpu().numpy()
+        rows, values = both[: len(both) - len(x)], both[len(both) - len(x) :]
+        return np.frombuffer(rows.tobytes(), dtype=kernels().counters_dtype)[: self.num_groups], values.tolist()
 
     def run(
         self,

@@ -7,7 +7,7 @@ floating-point tensors of two or more dimensions. A weight is kept when it is no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..tables import aligned
 from .layers import weights
 
-__all__ = ["Decision", "Report", "Row", "Selection", "UnitCount", "layer_row", "layer_table", "report"]
+__all__ = ["Decision", "Report", "Row", "Selection", "UnitCount", "flat_metrics", "layer_row", "layer_table", "report"]
 
 
 class Row(NamedTuple):
@@ -189,6 +189,30 @@ class Report:
             if row.pattern is None:
                 reasons.setdefault(row.reason or "", []).append(row.name)
         return lines + [f"dense: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
+
+
+def flat_metrics(rows: Sequence[Row], selections: Sequence[Selection], nonfinite: int) -> dict[str, float]:
+    """What `FastBiP.metrics` returns, with the entries of single layers and groups behind the others: their names have a "/".
+
+    Args:
+        rows: ``kept`` counts the ones of the masks.
+        selections: with ``flips`` over all ranks.
+        nonfinite: entries that were skipped, over all ranks.
+    """
+    table = Report(tuple(rows))
+    found: dict[str, float] = {"sparsity": table.sparsity, "kept": table.kept, "nonfinite": nonfinite}
+    if selections:
+        found["selections"] = sum(row.steps for row in selections)
+        found |= {name: sum(getattr(row, name) for row in selections) for name in ("flips", "candidates", "fallbacks")}
+    chosen = [row for row in selections if row.steps]
+    # A threshold is infinite where all or none are kept. Scores are in [0, 1], so the ends of that say the same.
+    thresholds = [min(max(row.threshold, 0.0), 1.0) for row in chosen]
+    if total := sum(row.numel for row in chosen):
+        found["threshold"] = sum(row.numel * threshold for row, threshold in zip(chosen, thresholds, strict=True)) / total
+    found |= {f"sparsity/{row.name}": row.sparsity for row in rows}
+    if len(selections) > 1:
+        found |= {f"threshold/{row.name}": threshold for row, threshold in zip(chosen, thresholds, strict=True)}
+    return found
 
 
 def _nonzero(x: Tensor) -> int:

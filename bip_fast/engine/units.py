@@ -16,7 +16,7 @@ from ..reference import Blocks
 from .coverage import Parameter
 from .native import kernels
 
-__all__ = ["UnitScores", "UnitSet", "blocks_of", "pack_mask", "unpack_mask"]
+__all__ = ["UnitScores", "UnitSet", "blocks_of", "ones_in", "pack_mask", "unpack_mask"]
 
 
 def unpack_mask(words: Tensor, numel: int) -> Tensor:
@@ -30,6 +30,13 @@ def pack_mask(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(mask, (0, -mask.numel() % 32)).view(-1, 32).to(torch.int32)
     bits = torch.arange(32, dtype=torch.int32, device=mask.device)
     return padded.bitwise_left_shift(bits).sum(1, dtype=torch.int64).to(torch.int32)
+
+
+def ones_in(words: Tensor) -> Tensor:
+    """How many bits are set in each of some mask words: uint8, [4 * words], one number a byte."""
+    x = words - (words.bitwise_right_shift(1) & 0x55555555)  # pairs of bits, then fours, then bytes
+    x = (x & 0x33333333) + (x.bitwise_right_shift(2) & 0x33333333)
+    return ((x + x.bitwise_right_shift(4)) & 0x0F0F0F0F).view(torch.uint8)
 
 
 def blocks_of(param: Parameter) -> Blocks:

@@ -85,6 +85,9 @@ def run(case, sizes=(), layout="", steps=20):
         }
     report = opt.report()
     found["kept"] = torch.tensor([[row.kept, row.total] for row in report.rows])
+    metrics = opt.metrics()
+    names = ("kept", "sparsity", "nonfinite", "selections")
+    found["metrics"] = torch.tensor([metrics[name] for name in names if name in metrics], dtype=torch.float64)
     found["selections"] = torch.tensor([[row.steps, row.first, row.missed, row.crowded] for row in report.selections])
     return found
 
