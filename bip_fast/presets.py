@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .engine.options import MASK_RATES, check_count
-from .engine.rules import GIVEN, Rule
+from .engine.rules import GIVEN, Rule, rule_of
 
 __all__ = ["PRESETS", "preset_options", "preset_rows", "preset_text", "ramp_steps"]
 
@@ -34,6 +34,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         GIVEN.name: {**_JOINT, "ramp": 0.6},
     },
 }
+
+
+def grows(preset: str, optimizer: Any) -> bool:
+    """Whether the sparsity of a preset grows under ``optimizer``, which is given as to `FastBiP`, once it is told the ``steps``."""
+    return bool(PRESETS.get(preset, {}).get(rule_of(optimizer).name, {}).get("ramp"))
 
 
 def preset_rows() -> list[tuple[str, str]]:

@@ -13,10 +13,11 @@ PACKAGE = ROOT / "bip_fast"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a folder must not import, also inside of functions and for annotations alone: everything that stands above it.
 ABOVE = {
-    "engine": ("optimizer", "schedule", "graphs", "timing", "export", "experiments", "commands"),
-    "timing": ("export", "experiments", "commands"),
-    "export": ("experiments", "commands"),
-    "experiments": ("commands",),
+    "engine": ("optimizer", "schedule", "graphs", "timing", "export", "integrations", "experiments", "commands"),
+    "timing": ("export", "integrations", "experiments", "commands"),
+    "export": ("integrations", "experiments", "commands"),
+    "integrations": ("experiments", "commands"),
+    "experiments": ("integrations", "commands"),
     "experiments.data": ("experiments.methods", "experiments.runs", "experiments.compare"),
     "experiments.models": ("experiments.data", "experiments.methods", "experiments.runs", "experiments.compare"),
     "experiments.methods": ("experiments.runs", "experiments.compare"),
