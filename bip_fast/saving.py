@@ -43,7 +43,7 @@ def load_states(
 
     Raises:
         ValueError: it does not fit, or is damaged. Nothing has changed then.
-        RuntimeError: a parameter was moved by someone else.
+        RuntimeError: other code has moved a parameter.
     """
     groups, states, whole = fitting(engine.arena, phases, ramp, param_groups, state_dict)
     engine.arena.check_place()

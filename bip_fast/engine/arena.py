@@ -321,23 +321,23 @@ class Arena:
             if self._storage(p) != storage:
                 if self._storage(p)[1:] == storage[1:]:
                     raise RuntimeError(
-                        f"the memory of {param.name} was replaced by someone else (.data = ..., share_memory_(), a new load with "
-                        "assign). Do that before you make FastBiP, or make a new FastBiP and load the state_dict() of this one"
+                        f"the memory of {param.name} was replaced by other code (.data = ..., share_memory_(), loading with "
+                        "assign=True). Do that before you make FastBiP, or make a new FastBiP and load the state_dict() of this one"
                     )
                 now = f"{p.dtype} of shape {tuple(p.shape)} and strides {p.stride()} on {p.device}"
                 before = f"{param.dtype} of shape {tuple(param.shape)} and strides {param.stride} on {self.device}"
                 raise RuntimeError(
-                    f"{param.name} was moved by someone else: it is now {now}, was {before}. Move or convert the model "
+                    f"{param.name} was moved by other code: it is now {now}, and was {before}. Move or convert the model "
                     "before you make FastBiP, or make a new FastBiP and load the state_dict() of this one"
                 )
 
     def check_untouched(self) -> None:
-        """RuntimeError when a parameter has moved, or when someone else wrote into one that has a theta of its own."""
+        """RuntimeError when a parameter has moved, or when other code wrote into one that has a theta of its own."""
         self.check_place()
         for param, version in zip(self.parameters, self._versions, strict=True):
             if param.has_theta and param.local._version != version:
                 raise RuntimeError(
-                    f"{param.name} was written by someone else since the last step; FastBiP keeps its weight in weight_of() and "
-                    "would overwrite the new value. Load or change weights before you make FastBiP; to go on from a checkpoint, load the "
-                    "model first, then call load_state_dict() of the optimizer again"
+                    f"{param.name} was written by other code since the last step. FastBiP has the dense weights (weight_of()) and "
+                    "would overwrite the new value. Load or change weights before you make FastBiP. To continue from a checkpoint, load "
+                    "the model first, then call the optimizer's load_state_dict() again"
                 )

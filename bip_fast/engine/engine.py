@@ -111,7 +111,7 @@ class Engine:
 
         Raises:
             ValueError: a key is not pruned, or its scores have another shape or leave [0, 1]. Nothing has changed then.
-            RuntimeError: a parameter was moved or written by someone else.
+            RuntimeError: other code has moved or written to a parameter.
         """
         if not isinstance(scores, Mapping):
             raise TypeError(f"scores must be a dict of tensors by parameter, got {type(scores).__name__}")

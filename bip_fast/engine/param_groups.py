@@ -106,7 +106,7 @@ def seen_in_group(seen: Seen, params: Iterable[Any], names: Mapping[Tensor, str]
 def _named(what: str, pattern: str, prunable: Sequence[Tensor], names: Names) -> set[Tensor]:
     """Those of ``prunable`` whose own name, or whose module's name, matches; ValueError if there are none."""
     if not names:
-        raise ValueError(f"{what} has the name {pattern!r}, but the parameters came without names; pass the model or named_parameters()")
+        raise ValueError(f"{what} gives the name {pattern!r}, but the parameters came without names; pass the model or named_parameters()")
     found = {p for name, p in names if fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")} & set(prunable)
     if not found:
         raise ValueError(f"{what} must match weights that would be pruned, got {pattern!r}, which matches none")
@@ -189,7 +189,7 @@ def _coupled(seen: Seen, coupled: Iterable[Iterable[str]], names: Names) -> Seen
         own = [name for name in own if name != OUTPUTS]
         for name in own:
             if name not in by_name:
-                raise ValueError(f"coupled must hold names of parameters, got {name!r}, which is none")
+                raise ValueError(f"coupled must hold names of parameters, got {name!r}, which is not one")
             if by_name[name] in listed:
                 raise ValueError(f"coupled must name a parameter once, got {name!r} again")
             listed.add(by_name[name])

@@ -197,7 +197,7 @@ def test_errors_of_the_optimizer_come_before_the_batch_is_used(double):
     pair.steps(3)
     with torch.no_grad():
         pair.models[0].head.weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"head\.weight was written by someone else"):
+    with pytest.raises(RuntimeError, match=r"head\.weight was written by other code"):
         pair.iteration(*batch(3))
     assert made[0].replays == 2
     assert pair.opts[0]._launch is None

@@ -146,7 +146,7 @@ def test_frozen_or_foreign_is_an_error(backend):
     opt = FastBiP([p], sparsity=0.5)
     with torch.no_grad():
         p.add_(1)
-    with pytest.raises(RuntimeError, match="written by someone else"):
+    with pytest.raises(RuntimeError, match="written by other code"):
         opt.set_scores({p: torch.ones_like(p)})
     (p,) = make_params([40], device=backend.device)
     opt = FastBiP([p], sparsity=0.5)
