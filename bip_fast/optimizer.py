@@ -503,8 +503,8 @@ class FastBiP(torch.optim.Optimizer):
         ranks must call it, and get the same numbers. After `finalize`, the numbers of that moment.
 
         Args:
-            layers: also ``sparsity/NAME`` of every pruned parameter, and ``threshold/NAME`` of every group, if there are several, under
-                the name of its first member.
+            layers: also ``layer_sparsity/NAME`` of every pruned parameter, and ``group_threshold/NAME`` of every group, if there are
+                several, under the name of its first member.
         """
         found = self._last_metrics if self._finished is not None else self._running("measure").metrics()
         return {name: value for name, value in found.items() if layers or "/" not in name}

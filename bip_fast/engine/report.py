@@ -209,9 +209,9 @@ def flat_metrics(rows: Sequence[Row], selections: Sequence[Selection], nonfinite
     thresholds = [min(max(row.threshold, 0.0), 1.0) for row in chosen]
     if total := sum(row.numel for row in chosen):
         found["threshold"] = sum(row.numel * threshold for row, threshold in zip(chosen, thresholds, strict=True)) / total
-    found |= {f"sparsity/{row.name}": row.sparsity for row in rows}
+    found |= {f"layer_sparsity/{row.name}": row.sparsity for row in rows}
     if len(selections) > 1:
-        found |= {f"threshold/{row.name}": threshold for row, threshold in zip(chosen, thresholds, strict=True)}
+        found |= {f"group_threshold/{row.name}": threshold for row, threshold in zip(chosen, thresholds, strict=True)}
     return found
 
 

@@ -40,11 +40,11 @@ def test_they_agree_with_the_report(backend, options):
     found, report = opt.metrics(layers=True), opt.report()
     assert found["kept"] == report.kept == sum(int(opt.mask_of(p).sum()) for p in opt.pruned_params)
     assert found["sparsity"] == report.sparsity
-    assert {name: found[f"sparsity/{name}"] for name in (row.name for row in report)} == {row.name: row.sparsity for row in report}
+    assert {name: found[f"layer_sparsity/{name}"] for name in (row.name for row in report)} == {row.name: row.sparsity for row in report}
     for name in ("flips", "candidates", "fallbacks"):
         assert found.get(name, 0) == sum(getattr(row, name) for row in report.selections)
     several = len(report.selections) > 1
-    assert [name for name in found if "threshold/" in name] == [f"threshold/{row.name}" for row in report.selections] * several
+    assert [name for name in found if "group_threshold/" in name] == [f"group_threshold/{row.name}" for row in report.selections] * several
     assert {type(value) for value in found.values()} <= {int, float}
     json.dumps(found, allow_nan=False)
     assert opt.metrics() == {name: value for name, value in found.items() if "/" not in name}

@@ -18,8 +18,8 @@ DATA = [
 ]
 
 
-def bert():
-    torch.manual_seed(0)
+def bert(seed=0):
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 8}
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
 
@@ -49,7 +49,8 @@ class Seen(transformers.TrainerCallback):
 
 
 def trained(folder, *callbacks, resume=None, args=(), **options):
-    trainer = transformers.Trainer(model=bert(), args=arguments(folder, **dict(args)), train_dataset=DATA, callbacks=list(callbacks))
+    model = bert(1 if resume else 0)
+    trainer = transformers.Trainer(model=model, args=arguments(folder, **dict(args)), train_dataset=DATA, callbacks=list(callbacks))
     add_pruning(trainer, **{"sparsity": 0.8, "exclude": ["classifier"]} | options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -156,7 +157,7 @@ def test_accelerate_alone(tmp_path):
 
     def run(*, resume=False, save=False):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        model = bert().eval()
+        model = bert(1 if resume else 0).eval()
         opt = FastBiP(model, sparsity=0.8, optimizer="adamw", lr=1e-3)
         model, opt = accelerator.prepare(model, opt)
         if resume:
