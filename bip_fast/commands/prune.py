@@ -18,6 +18,7 @@ from ..experiments.data.sources import DATA, TSV, load, source_of
 from ..experiments.methods.table import METHODS
 from ..experiments.models.transformer import PREFIX
 from ..experiments.runs import display
+from ..experiments.runs.events import NO_EVENTS, EventFiles
 from ..experiments.runs.folder import RunFolder
 from ..experiments.runs.job import Job
 from ..experiments.runs.resolve import preset_of, resolve, unused
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--resume", nargs="?", type=Path, const=None, metavar="DIR", help="continue the run in DIR, or in the folder that the options name"
     )
+    run.add_argument("--log", choices=("tensorboard",), help="tensorboard: write event files into the run folder")
     run.add_argument("--overwrite", action="store_true", help="start again in a folder that has a run")
 
 
@@ -106,7 +108,8 @@ def run(options: dict[str, Any]) -> int:
         torch.set_num_threads(settings.threads)
     data = load(settings.data, options.get("data_dir"))
     kernels()  # before anything is trained
-    job = Job(settings, folder, data, device, display.make())
+    events = EventFiles(folder.path) if "log" in options else NO_EVENTS
+    job = Job(settings, folder, data, device, display.make(), events=events)
     try:
         if resume:
             job.resume()
@@ -118,9 +121,11 @@ def run(options: dict[str, Any]) -> int:
         result = job.run()
     except Stop as stop:
         where = "" if "data_dir" not in options else f" --data-dir {options['data_dir']}"
-        print(f"stopped; continue with: bip-fast prune --resume {path}{where}", file=sys.stderr)
+        log = f" --log {options['log']}" if "log" in options else ""
+        print(f"stopped; continue with: bip-fast prune --resume {path}{where}{log}", file=sys.stderr)
         return 128 + stop.number
     finally:
+        events.close()
         folder.release()
     print_result(result, path)
     return 0

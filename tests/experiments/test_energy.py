@@ -72,7 +72,7 @@ def counted(folder, monkeypatch, read):
         looks.append(device)
         return read(len(looks) - 1)
 
-    monkeypatch.setattr("bip_fast.experiments.runs.job.joules", joules)
+    monkeypatch.setattr("bip_fast.experiments.runs.energy.joules", joules)
     assert prune(folder) == 0
     return json.loads((folder / "report.json").read_text())["joules"], len(looks)
 

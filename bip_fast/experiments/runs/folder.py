@@ -6,6 +6,7 @@ dense.safetensors   the dense network; `--checkpoint` starts another run from it
 epoch-E.safetensors weights after E epochs of dense training, where a method or another run rewinds to them
 model.safetensors   the pruned network: the keys of the plain model, exact zeros
 curves.png          loss, accuracy and mask changes
+events.out.tfevents.*  with `--log tensorboard`: one file for every time that the run began or went on
 report.json         every figure; written last, so a folder with one is finished
 .lock               empty: held by the process that works here
 """
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 FILES = ("report.json", "checkpoint.pt", "dense.safetensors", "model.safetensors", "curves.png", "config.json")
+EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
 DAMAGED = ".damaged"  # ending of files that were set aside
 # Entries of a report that other rooms read.
@@ -118,7 +120,7 @@ class RunFolder:
             self.remove_leftovers()
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
-            for path in self.path.glob(snapshot_name("*")):
+            for path in (*self.path.glob(snapshot_name("*")), *self.path.glob(EVENTS)):
                 path.unlink()
             self.write_json("config.json", settings.as_dict())
         except OSError as error:

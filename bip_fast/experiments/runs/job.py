@@ -10,7 +10,7 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from ..models.names import build
 from ..settings import Settings
 from . import display
 from .curves import curves
-from .energy import joules
+from .energy import Meter
+from .events import NO_EVENTS, Events
 from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
 from .signals import STOP_SIGNALS, Stop, stop_requests
 from .training import Cursor, check_finite, evaluate, train
@@ -58,6 +59,7 @@ class Job:
         until: epoch of dense training to end after, if only the weights of ``snapshots`` are wanted.
         score_start: whether to look at the test images before pruning as well.
         alone: whether no other run of ours uses the device meanwhile, so that its energy counter measures this run alone.
+        events: what a logger is told.
         start: sparsity that was asked of the network of ``settings.checkpoint``; None: as it is found.
         stop_on: signals at which `run` saves and stops.
     """
@@ -74,11 +76,12 @@ class Job:
         until: int | None = None,
         score_start: bool = True,
         alone: bool = True,
+        events: Events = NO_EVENTS,
         start: float | None = None,
         stop_on: Sequence[int] = STOP_SIGNALS,
     ) -> None:
         self.settings, self.folder, self.device, self.shown = settings, folder, device, shown
-        self.score_start, self.stop_on, self.asked = score_start, stop_on, start
+        self.score_start, self.stop_on, self.asked, self.events = score_start, stop_on, start, events
         self.data = settings.part_of(data).to(device)
         torch.manual_seed(settings.seed)
         try:
@@ -98,8 +101,7 @@ class Job:
         self.optimizer = dense_optimizer(self.model, settings)
         self.snapshots, self.until = set(snapshots), until
         self.decisions: list[dict[str, Any]] = []
-        self.count_joules: Callable[[], float | None] = (lambda: joules(device)) if alone else lambda: None
-        self.energy = self.count_joules()
+        self.meter = Meter(device, counts=alone)
         self.saved = time.monotonic()
         self.signals: list[int] = []
         self.say_once = functools.cache(shown.say)  # every stage may have the same to say
@@ -123,6 +125,7 @@ class Job:
         total = self.steps * sum(self._epochs(stage) for stage in self.stages)
         with stop_requests(self.stop_on) as self.signals, self.shown:
             self.shown.begin(total, self._batches_done())
+            self.events.begin(self._batches_done())
             if not self.at and not self.cursor.epoch and not self.cursor.step:
                 self._keep(0)
             while True:
@@ -244,6 +247,7 @@ class Job:
         with cursor.aside():
             unread = self._show(cursor) if show else None
             if not cursor.step:
+                self.events.epoch(self._batches_done(), cursor.history[-1], self._report, self.optimizer)
                 self._keep(cursor.epoch)
             if save or unread or self.signals:  # one may have come while it told
                 self._save()
@@ -264,7 +268,7 @@ class Job:
         return None
 
     def _save(self) -> None:
-        self._meter()
+        self.meter.add(self.done["joules"], self.stage.name)
         self.folder.save_checkpoint({
             "stage": self.stage.name,
             "cursor": self.cursor.state_dict(),
@@ -276,14 +280,6 @@ class Job:
         })  # fmt: skip
         self.saved = time.monotonic()
 
-    def _meter(self) -> None:
-        """Add the energy that the device has used since the last call. A stage has None if any part of it was not counted."""
-        before, now = self.energy, self.count_joules()
-        so_far = self.done["joules"].get(self.stage.name, 0.0)
-        lost = before is None or now is None or now < before or so_far is None
-        self.done["joules"][self.stage.name] = None if lost else so_far + now - before
-        self.energy = now
-
     def _report(self) -> Report:
         return layer_table(candidates(self.model))
 
@@ -291,6 +287,7 @@ class Job:
         score = evaluate(self.model, self.data)
         check_finite(score.loss, self._part)
         self.done["scores"][name] = {"accuracy": score.accuracy, "loss": score.loss}
+        self.events.score(self._batches_done(), self._part, self.done["scores"][name])
 
     def _say_score(self, name: str) -> None:
         """Called after everything is written, because the reader of the progress may be gone."""
@@ -299,7 +296,7 @@ class Job:
 
     def _end_stage(self) -> None:
         stage = self.stage
-        self._meter()
+        self.meter.add(self.done["joules"], self.stage.name)
         self.done["history"][stage.name] = self.cursor.history
         self.done["seconds"][stage.name] = self.cursor.seconds
         passes = self._epochs(stage) * self.data.seen(self.settings.batch_size)
