@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import headlines, report, targets
+from bench import headlines, report, rooms, targets
 from bench.excerpts import excerpt
 from bench.studies import compare, digits, distributed, memory, paper, patterns, structured, window, zoo
 from bip_fast.engine.rules import GIVEN
@@ -78,6 +78,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "zoo": ("zoo.json", lambda results, _: _where(results) + " " + zoo.summary(results) + "\n\n" + zoo.table(results)),
     "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
     "methods": ("", lambda results, _: table.table()),
+    "rooms": ("", lambda results, _: rooms.table(ROOT / "bip_fast")),
     "presets": ("", lambda results, _: _presets()),
     "headlines": ("", lambda results, _: headlines.table(RESULTS)),
     "window": ("window.json", lambda results, _: window.summary(results["steps"]) + "."),

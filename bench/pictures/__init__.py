@@ -1,5 +1,4 @@
 """The pictures of the documentation, drawn by `python3 -m bench.pictures` into docs/pictures.
 
-`ideas` draws how something works, `measured` what the committed results show, `style` is what they share. architecture.svg was drawn by
-hand.
+`house` draws the architecture, `ideas` how something works, `measured` what the committed results show; `style` is what they share.
 """

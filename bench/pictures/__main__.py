@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench.pictures import ideas, measured
+from bench.pictures import house, ideas, measured
 from bench.pictures.style import digest, digest_of, save
 from bench.readme import ROOT
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     wrong = 0
-    for name, (title, data_of, draw) in (ideas.PICTURES | measured.PICTURES).items():
+    for name, (title, data_of, draw) in (house.PICTURES | ideas.PICTURES | measured.PICTURES).items():
         path, data = FOLDER / f"{name}.svg", data_of()
         if not options.check:
             save(draw(data), path, title, data)
