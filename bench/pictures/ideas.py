@@ -169,6 +169,27 @@ def window(scores: dict[str, Any]) -> Any:
     return drawn
 
 
+# --- several ranks -----------------------------------------------------------------------------------------------------------------
+
+
+def ranks(texts: dict[str, list[str]]) -> Any:
+    drawn, axes = figure(8.2, 3.4)
+    plain(axes)
+    names, columns = texts["ranks"], texts["columns"]
+    for x, text in zip((1.35, 9.5), columns, strict=True):
+        axes.text(x + 1.6, 4.5, text, ha="center", va="bottom", fontsize=9, color=GREY, linespacing=1.4)
+    for y, name in zip((3.3, 2.2, 1.1), names, strict=True):
+        axes.text(0, y + 0.42, name, fontsize=10, fontweight="bold", va="center")
+        box(axes, 1.35, y, 3.2, 0.85, texts["local"][0], PALE, 9)
+        arrow(axes, (4.6, y + 0.42), (5.55, 2.62 + 0.25 * (y - 2.2)))
+        arrow(axes, (8.55, 2.62 + 0.25 * (y - 2.2)), (9.45, y + 0.42))
+        box(axes, 9.5, y, 3.2, 0.85, texts["local"][1], PALE, 9)
+    box(axes, 5.6, 1.75, 2.9, 1.75, texts["sum"][0], "#fbe3cf", 9)
+    axes.set_xlim(-0.1, 12.9)
+    axes.set_ylim(0.9, 5.3)
+    return drawn
+
+
 # --- one source, three backends ----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +224,16 @@ PICTURES: dict[str, tuple[str, Any, Any]] = {
         levels,
     ),
     "window": ("What the window decides at once", lambda: {"threshold": 0.36, "window": [0.33, 0.39]}, window),
+    "ranks": (
+        "How ranks select together without gathering scores",
+        lambda: {
+            "ranks": ["rank 0", "rank 1", "rank 2"],
+            "columns": ["each rank updates its own scores,\nonce over memory", "each rank settles\nits own few candidates"],
+            "local": ["counts above and\ninside the window", "the same threshold,\nits own part of the mask"],
+            "sum": ["all-reduce of\n4,100 numbers,\nnot of scores"],
+        },
+        ranks,
+    ),
     "simulator": (
         "One set of sources, three backends, one set of tests",
         lambda: {"cpu": "csrc/cpu/*.cpp", "cuda": "csrc/cuda/*.cu", "tests": "one set of tests:\nequal, bit for bit"},

@@ -109,7 +109,60 @@ def upper_step(data: dict[str, dict[str, float]]) -> Any:
     return drawn
 
 
+# --- shrunk networks -----------------------------------------------------------------------------------------------------------------
+
+
+def zoo_data() -> dict[str, float]:
+    """Percent of the parameters that are left, by network."""
+    rows = report.read(RESULTS / CPU / "zoo.json")["rows"]  # type: ignore[index]
+    return {row["network"]: round(100 * row["after"] / row["before"], 1) for row in rows if row.get("same")}
+
+
+def zoo(data: dict[str, float]) -> Any:
+    drawn, axes = figure(8.2, 5.6)
+    order = sorted(data, key=lambda name: data[name], reverse=True)
+    axes.barh(range(len(order)), [data[name] for name in order], color=TEAL, height=0.72)
+    for y, name in enumerate(order):
+        axes.annotate(f"{data[name]:.0f}", (data[name], y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.set_xlim(0, 105)
+    axes.set_xlabel("parameters that are left, % (half of the filters of every layer are pruned)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def shrunk_data() -> dict[str, dict[str, float]]:
+    """Milliseconds of joint BiP's networks, dense and shrunk, mean over seeds, by data and runtime."""
+    rows = report.read(RESULTS / CPU / "structured.json")["rows"]  # type: ignore[index]
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for runtime, title in (("torch", "torch"), ("onnxruntime", "ONNX Runtime")):
+            if row["method"] == "BiP joint" and runtime in row:
+                for variant in row[runtime]["variants"]:
+                    if variant["name"] in ("dense", "masked", "shrunk"):
+                        times = found.setdefault(f"{row['data']}, {title}", {})
+                        times.setdefault(variant["name"], []).append(variant["milliseconds"]["64"])
+    return {where: {name: round(statistics.mean(values), 3) for name, values in times.items()} for where, times in found.items()}
+
+
+def shrunk(data: dict[str, dict[str, float]]) -> Any:
+    drawn, all_axes = figure(8.2, 1.9, len(data), sharey=True)
+    for axes, (where, times) in zip(all_axes, data.items(), strict=True):
+        for y, (name, milliseconds) in enumerate(reversed(times.items())):
+            axes.barh(y, milliseconds, color=TEAL if name == "shrunk" else LIGHT, height=0.72)
+            axes.annotate(f"{milliseconds:.3g} ms", (milliseconds, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_yticks(range(len(times)), list(reversed(times)))
+        axes.set_xlim(0, 1.35 * max(times.values()))
+        axes.set_title(where, fontsize=10)
+        axes.set_xlabel("ms for a batch of 64")
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
 PICTURES: dict[str, tuple[str, Any, Any]] = {
     "accuracy": ("Accuracy at 95 and 98 % zeros by method, all with the same training budget", accuracy_data, accuracy),
+    "shrunk": ("Time of a ResNet-20: dense, with half of its filters zero, and with these removed", shrunk_data, shrunk),
+    "zoo": ("Parameters that are left when half of the filters are removed", zoo_data, zoo),
     "upper-step": ("Time of an upper step beside a copy and plain torch", upper_data, upper_step),
 }
