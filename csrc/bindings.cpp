@@ -44,8 +44,18 @@ py::dtype table_dtype(std::initializer_list<Field> fields, size_t size) {
   return py::dtype(names, formats, offsets, static_cast<py::ssize_t>(size));
 }
 
-// A function that takes the arguments of a step. run(step, sums, where): `where` is the number of threads on the CPU and the stream handle on
-// a CUDA device; `sums` is for groups on several ranks.
+// What further arguments there are: `where` is the number of threads on the CPU and the stream handle on a CUDA device. For groups on several
+// ranks: `sums`, which also takes the keys of units, and `turn`, how many units are lifted and how many rounds were narrowed before.
+struct Extra {
+  uintptr_t where;
+  int64_t* sums;
+  int32_t turn;
+
+  int threads() const { return static_cast<int>(where); }
+  void* stream() const { return at<void>(where); }
+};
+
+// A function that takes the arguments of a step: run(step, extra).
 template <class Run>
 void define_step(py::module_ backend, const char* name, Run run) {
   backend.def(
@@ -54,7 +64,7 @@ void define_step(py::module_ backend, const char* name, Run run) {
             int64_t num_groups, uintptr_t unit_sets, int64_t num_unit_sets, uintptr_t parts, int64_t num_parts, int64_t num_items,
             int64_t num_scored_tiles, int64_t unit_tile_begin, int64_t unit_tile_end, uintptr_t hypers, const py::array& gradients,
             uintptr_t grad_scale, uintptr_t found_inf, uintptr_t num_nonfinite, uintptr_t counters, uintptr_t workspace, uintptr_t where,
-            uintptr_t sums) {
+            uintptr_t sums, int32_t turn) {
         if (gradients.nbytes() != static_cast<py::ssize_t>(num_tensors * sizeof(bip::Gradient)))
           throw py::value_error("gradients must have one row per tensor");
         const bip::Step step{static_cast<bip::Phase>(phase),
@@ -81,13 +91,13 @@ void define_step(py::module_ backend, const char* name, Run run) {
                              at<bip::Counters>(counters),
                              at<void>(workspace)};
         py::gil_scoped_release release;
-        return run(step, at<int64_t>(sums), where);
+        return run(step, Extra{where, at<int64_t>(sums), turn});
       },
       py::kw_only(), py::arg("phase"), py::arg("rule"), py::arg("tensors"), py::arg("num_tensors"), py::arg("tile_tensor"),
       py::arg("num_tiles"), py::arg("groups"), py::arg("num_groups"), py::arg("unit_sets"), py::arg("num_unit_sets"), py::arg("parts"),
       py::arg("num_parts"), py::arg("num_items"), py::arg("num_scored_tiles"), py::arg("unit_tile_begin"), py::arg("unit_tile_end"),
       py::arg("hypers"), py::arg("gradients"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_nonfinite"), py::arg("counters"),
-      py::arg("workspace"), py::arg("where"), py::arg("sums") = 0);
+      py::arg("workspace"), py::arg("where"), py::arg("sums") = 0, py::arg("turn") = 0);
 }
 
 template <class RunStep, class RunTopk>
@@ -95,7 +105,7 @@ void define_backend(py::module_ backend, RunStep run_step, RunTopk run_topk, int
                     int64_t (*topk_bytes)(int64_t)) {
   backend.def("step_workspace_bytes", step_bytes, py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_scored_tiles"));
   backend.def("topk_workspace_bytes", topk_bytes, py::arg("n"));
-  define_step(backend, "step", [run_step](const bip::Step& step, int64_t*, uintptr_t where) { run_step(step, where); });
+  define_step(backend, "step", [run_step](const bip::Step& step, const Extra& extra) { run_step(step, extra.where); });
   backend.def(
       "topk",
       [run_topk](uintptr_t scores, int64_t n, int64_t k, uintptr_t mask, uintptr_t workspace, uintptr_t where) {
@@ -125,8 +135,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
        BIP_FIELD(Hyper, mask_momentum, "f4"), BIP_FIELD(Hyper, weight_decay, "f4"), BIP_FIELD(Hyper, nesterov, "i4"),
        BIP_FIELD(Hyper, eps, "f4"), BIP_FIELD(Hyper, beta1, "f8"), BIP_FIELD(Hyper, beta2, "f8")},
       sizeof(bip::Hyper));
-  m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, first, "i8"),
-                                       BIP_FIELD(Group, tile_begin, "i8"), BIP_FIELD(Group, tile_end, "i8")},
+  m.attr("group_dtype") = table_dtype({BIP_FIELD(Group, numel, "i8"), BIP_FIELD(Group, kept, "i8"), BIP_FIELD(Group, entries, "i8"),
+                                       BIP_FIELD(Group, first, "i8"), BIP_FIELD(Group, tile_begin, "i8"), BIP_FIELD(Group, tile_end, "i8")},
                                       sizeof(bip::Group));
   m.attr("unit_set_dtype") =
       table_dtype({BIP_FIELD(UnitSet, scores, "u8"), BIP_FIELD(UnitSet, score_momentum, "u8"), BIP_FIELD(UnitSet, before, "u8"),
@@ -185,28 +195,40 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       m.def_submodule("cpu"), [](const bip::Step& step, uintptr_t threads) { bip::cpu::step(step, static_cast<int>(threads)); },
       [](const bip::Topk& topk, uintptr_t threads) { bip::cpu::topk(topk, static_cast<int>(threads)); }, bip::cpu::step_workspace_bytes,
       bip::cpu::topk_workspace_bytes);
-  // For groups with entries on several ranks. `sums` also takes the keys of units, and `where` of `offer` is how many are lifted.
+  // For groups with entries on several ranks.
   py::module_ shards = m.def_submodule("cpu_shards");
   shards.attr("SUMS") = bip::cpu::kShardSums;
-  shards.def("workspace_bytes", bip::cpu::shards_workspace_bytes, py::arg("num_groups"), py::arg("num_scored_tiles"));
-  define_step(shards, "score",
-              [](const bip::Step& step, int64_t*, uintptr_t threads) { bip::cpu::shards_score(step, static_cast<int>(threads)); });
-  define_step(shards, "offer", [](const bip::Step& step, int64_t* keys, uintptr_t lifted) {
-    bip::cpu::shards_offer(step, keys, static_cast<int32_t>(lifted));
-  });
-  define_step(shards, "lift", [](const bip::Step& step, int64_t* keys, uintptr_t) { bip::cpu::shards_lift(step, keys); });
-  define_step(shards, "begin", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
-    bip::cpu::shards_begin(step, sums, static_cast<int>(threads));
-  });
-  define_step(shards, "narrow", [](const bip::Step& step, int64_t* sums, uintptr_t threads) {
-    return bip::cpu::shards_narrow(step, sums, static_cast<int>(threads));
-  });
-  define_step(shards, "end",
-              [](const bip::Step& step, int64_t*, uintptr_t threads) { bip::cpu::shards_end(step, static_cast<int>(threads)); });
+  shards.def(
+      "workspace_bytes",
+      [](int64_t, int64_t groups, int64_t scored_tiles) { return bip::cpu::shards_workspace_bytes(groups, scored_tiles); },
+      py::arg("num_tensors"), py::arg("num_groups"), py::arg("num_scored_tiles"));
+  define_step(shards, "score", [](const bip::Step& step, const Extra& extra) { bip::cpu::shards_score(step, extra.threads()); });
+  define_step(shards, "offer", [](const bip::Step& step, const Extra& extra) { bip::cpu::shards_offer(step, extra.sums, extra.turn); });
+  define_step(shards, "lift", [](const bip::Step& step, const Extra& extra) { bip::cpu::shards_lift(step, extra.sums); });
+  define_step(shards, "begin",
+              [](const bip::Step& step, const Extra& extra) { bip::cpu::shards_begin(step, extra.sums, extra.threads()); });
+  define_step(shards, "narrow",
+              [](const bip::Step& step, const Extra& extra) { return bip::cpu::shards_narrow(step, extra.sums, extra.threads()); });
+  define_step(shards, "end", [](const bip::Step& step, const Extra& extra) { bip::cpu::shards_end(step, extra.threads()); });
 #ifdef BIP_WITH_CUDA
   define_backend(
       m.def_submodule("cuda"), [](const bip::Step& step, uintptr_t stream) { bip::cuda::step(step, at<void>(stream)); },
       [](const bip::Topk& topk, uintptr_t stream) { bip::cuda::topk(topk, at<void>(stream)); }, bip::cuda::step_workspace_bytes,
       bip::cuda::topk_workspace_bytes);
+  py::module_ cuda_shards = m.def_submodule("cuda_shards");
+  cuda_shards.attr("SUMS") = bip::cuda::kShardSums;
+  cuda_shards.def("workspace_bytes", bip::cuda::shards_workspace_bytes, py::arg("num_tensors"), py::arg("num_groups"),
+                  py::arg("num_scored_tiles"));
+  define_step(cuda_shards, "score", [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_score(step, extra.stream()); });
+  define_step(cuda_shards, "offer",
+              [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_offer(step, extra.sums, extra.turn, extra.stream()); });
+  define_step(cuda_shards, "lift",
+              [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_lift(step, extra.sums, extra.stream()); });
+  define_step(cuda_shards, "begin",
+              [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_begin(step, extra.sums, extra.stream()); });
+  define_step(cuda_shards, "narrow", [](const bip::Step& step, const Extra& extra) {
+    return bip::cuda::shards_narrow(step, extra.sums, extra.turn, extra.stream());
+  });
+  define_step(cuda_shards, "end", [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_end(step, extra.stream()); });
 #endif
 }

@@ -80,7 +80,8 @@ struct Hyper {
 struct Group {
   int64_t numel;
   int64_t kept;
-  int64_t first;                 // entries of the groups before this one
+  int64_t entries;               // of `numel`, those that are here; below 2^32
+  int64_t first;                 // entries, here, of the groups before this one
   int64_t tile_begin, tile_end;  // all its tiles are in [tile_begin, tile_end)
 };
 
@@ -171,9 +172,10 @@ void topk(const Topk& args, int threads);
 
 // An upper or joint step whose groups have entries on several ranks. The ranks count, and the caller adds up what they have counted:
 //   shards_score; for (lifted < the largest min_kept) { shards_offer; the maximum of `keys` of all ranks, in place; shards_lift }
-//   shards_begin; do { add `sums` of all ranks, in place } while (shards_narrow); shards_end
+//   shards_begin; for (round = 0; ; ++round) { add `sums` of all ranks, in place; if (!shards_narrow(round)) break; } shards_end
 // `sums`: [num_groups][kShardSums], `keys`: [num_unit_sets], written here. shards_narrow returns the same on every rank. The other arguments
 // are those of the whole step in every call. Nothing but `sums` and `keys` is shared; see cpu/shards.cpp.
+// On CUDA all of them are enqueued as `step` is, and shards_narrow returns whether another round may be needed at worst: nothing is read back.
 constexpr int64_t kShardSums = 4 + 4096;
 int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles);
 void shards_score(const Step& args, int threads);
@@ -192,6 +194,16 @@ int64_t topk_workspace_bytes(int64_t n);
 // Enqueue on `stream` (a cudaStream_t) of the current device; never synchronise, never allocate, capturable in a graph.
 void step(const Step& args, void* stream);
 void topk(const Topk& args, void* stream);
+
+// As those of bip::cpu.
+constexpr int64_t kShardSums = 4 + 2048;
+int64_t shards_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles);
+void shards_score(const Step& args, void* stream);
+void shards_offer(const Step& args, int64_t* keys, int32_t lifted, void* stream);
+void shards_lift(const Step& args, const int64_t* keys, void* stream);
+void shards_begin(const Step& args, int64_t* sums, void* stream);
+bool shards_narrow(const Step& args, int64_t* sums, int32_t round, void* stream);
+void shards_end(const Step& args, void* stream);
 }  // namespace cuda
 
 }  // namespace bip

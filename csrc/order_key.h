@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "bip.h"
 #include "hd.h"
 #include "update_rule.h"
 
@@ -38,6 +39,11 @@ BIP_HD uint32_t tie_key(uint32_t index) { return ~(index * 2654435761u); }
 
 // The index whose tie key this is: 244002641 is the inverse of the multiplier mod 2^32.
 BIP_HD uint32_t index_of_tie_key(uint32_t key) { return ~key * 244002641u; }
+
+// The place of an entry in the tie order.
+BIP_HD int64_t index_of(const Tensor& tensor, int64_t entry) {
+  return tensor.index + (tensor.row_length ? entry / tensor.row_length * tensor.row_stride + entry % tensor.row_length : entry);
+}
 
 // Unique per entry; an entry is kept when its key is at least the k-th largest.
 BIP_HD uint64_t order_key(float score, uint32_t index) { return (static_cast<uint64_t>(score_key(score)) << 32) | tie_key(index); }

@@ -36,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 BACKENDS: dict[str, Any] = {name: getattr(_C, name) for name in ("cpu", "cuda") if hasattr(_C, name)}
+SHARD_BACKENDS: dict[str, Any] = {name: getattr(_C, f"{name}_shards") for name in BACKENDS}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # bip::DType
 PHASES = {"lower": 0, "upper": 1, "joint": 2}  # bip::Phase
 MAX_GROUP = 2**32  # a tie key has 32 bits
@@ -75,10 +76,8 @@ def backend(device: torch.device) -> Any:
 
 
 def shard_kernels(device: torch.device) -> Any:
-    """Kernels for parameters that are sharded over ranks; RuntimeError when there are none for ``device``."""
-    if device.type != "cpu":
-        raise RuntimeError(f"parameters that are sharded over ranks must be on the CPU: bip_fast has no kernels for them on {device} yet")
-    return kernels().cpu_shards
+    """Kernels for parameters that are sharded over ranks, of a ``device`` that `backend` knows."""
+    return SHARD_BACKENDS[device.type]
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:

@@ -152,11 +152,12 @@ def _group_table(tensors: np.ndarray, selection: Sequence[SelectionGroup]) -> np
     """Rows of ``group_dtype``: sizes, numbers of kept, and the tiles between which a group lies."""
     table = np.zeros(len(selection), dtype=kernels().group_dtype)
     table["numel"], table["kept"] = [group.numel for group in selection], [group.kept for group in selection]
-    table["first"] = np.cumsum(table["numel"]) - table["numel"]
     ends = tensors["first_tile"] + _tiles(tensors)
     for number, row in enumerate(table):
         members = np.flatnonzero(tensors["group"] == number)
         row["tile_begin"], row["tile_end"] = tensors["first_tile"][members].min(), ends[members].max()
+        row["entries"] = tensors["numel"][members].sum()
+    table["first"] = np.cumsum(table["entries"]) - table["entries"]
     return table
 
 
@@ -289,7 +290,7 @@ class StepPlan:
         if self._ranks.groups:
             _check_own_part(tensors)
             self._shards = shard_kernels(device)
-            size = self._shards.workspace_bytes(self.num_groups, self.num_scored_tiles)
+            size = self._shards.workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
             self._most_needed = int(units.sets["min_kept"].max(initial=0))
             self._keys = torch.zeros(len(units.sets), dtype=torch.int64, device=device)
             self._sums = torch.zeros(self.num_groups, self._shards.SUMS, dtype=torch.int64, device=device)
@@ -397,20 +398,25 @@ class StepPlan:
         )
         if phase == "lower" or not self._ranks.groups:
             self.backend.step(**arguments)
-        elif found_inf is None or not bool(found_inf):
+        elif self.device.type == "cuda" or found_inf is None or not bool(found_inf):  # kernels on a GPU look at it themselves
             self._select_over_ranks(arguments)
 
     def _select_over_ranks(self, arguments: dict[str, Any]) -> None:
-        """An upper or joint step whose groups have entries on several ranks: a pass, sums until all windows are narrow enough, an end."""
+        """An upper or joint step whose groups have entries on several ranks: a pass, sums until all windows are narrow enough, an end.
+
+        On a GPU nothing is read back: kernels and collectives are enqueued for the worst case.
+        """
         self._shards.score(**arguments)
         for lifted in range(self._most_needed):
             keys = arguments | {"sums": self._keys.data_ptr()}
-            self._shards.offer(**keys | {"where": lifted})
+            self._shards.offer(**keys, turn=lifted)
             self._ranks.maximum(self._keys)
             self._shards.lift(**keys)
         arguments["sums"] = self._sums.data_ptr()
         self._shards.begin(**arguments)
         self._ranks.add(self._sums)
-        while self._shards.narrow(**arguments):
+        rounds = 0
+        while self._shards.narrow(**arguments, turn=rounds):
             self._ranks.add(self._sums)
+            rounds += 1
         self._shards.end(**arguments)

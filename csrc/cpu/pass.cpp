@@ -144,12 +144,12 @@ BIP_HD void count_inside_body(Context& context, int64_t begin, int64_t end) {
     if (t.group < 0 || t.elsewhere || !context.selections[t.group].counting) continue;
     const Selection& selection = context.selections[t.group];
     const Window window = selection.window;
-    const int shift = digit_shift(window);
+    const Digit digit = selection.digit();
     uint32_t* counts = counter.of(t.group);
     for (int i = 0; i < tile.count; i += kBlock) {
       for (uint32_t inside = judge_block(tile, i, window).inside; inside; inside &= inside - 1) {
         const int64_t entry = tile.begin + i + lowest_bit(inside);
-        ++counts[selection.bin(key_of(t, entry), index_of(t, entry), shift)];
+        ++counts[digit.bin(key_of(t, entry), index_of(t, entry), kBins)];
       }
     }
   }

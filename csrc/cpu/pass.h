@@ -19,14 +19,6 @@ struct Context {
   std::atomic<int64_t> nonfinite{0};
 };
 
-// Which entries are kept: those of larger keys, and of its own key those whose index / 2^32 is below `end`.
-struct Threshold {
-  uint64_t key;
-  int64_t end = INT64_MAX;
-
-  bool keeps(uint64_t other, int64_t index) const { return other > key || (other == key && index >> 32 < end); }
-};
-
 // Moves all entries, and judges those that compete by the windows of their groups: mask and z, counts, and the list of candidates.
 void update_and_judge(Context& context, int threads);
 

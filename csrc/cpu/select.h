@@ -22,6 +22,7 @@
 #endif
 
 #include "order_key.h"
+#include "search.h"
 #include "window.h"
 
 namespace bip::cpu {
@@ -30,41 +31,24 @@ constexpr int kBlock = 32;      // entries judged at a time, one mask word
 constexpr int kDigitBits = 12;  // of one histogram
 constexpr int kBins = 1 << kDigitBits;
 
-// What is known about the k-th largest key of a selection group: every key >= hi is kept, every key < lo is not, and of the `inside` keys
-// in [lo, hi) the largest `wanted` are kept.
-struct Window {
-  uint64_t lo = 0, hi = kNoKey;
-  int64_t wanted = 0;
-  int64_t inside = 0;
+using Window = KeyWindow;
 
-  bool settled() const { return wanted == 0 || wanted == inside; }
-};
+inline int digit_shift(const Window& window) { return bip::digit_shift(window, kDigitBits); }
 
-// For a window of whose keys all or none are kept: closes it at that end. Then lo == hi, kept keys are >= lo and all others below.
-inline void close(Window& window) {
-  if (window.wanted == 0) window.lo = window.hi;
-  if (window.wanted == window.inside) window.hi = window.lo;
-  window.wanted = window.inside = 0;
-}
-
-// A key inside goes to bin (key - lo) >> digit_shift.
-inline int digit_shift(const Window& window) {
-  int bits = 0;
-  for (uint64_t last = window.hi - 1 - window.lo; last; last >>= 1) ++bits;
-  return std::max(bits - kDigitBits, 0);
-}
-
-// Narrows an open window to the bin of the k-th key.
+// The counts of one digit of the keys in a window.
 template <class Count>
-void narrow(Window& window, const Count* counts) {
-  const int shift = digit_shift(window);
-  int bin = kBins - 1;
-  while (bin > 0 && window.wanted > static_cast<int64_t>(counts[bin])) window.wanted -= static_cast<int64_t>(counts[bin--]);
-  window.lo += static_cast<uint64_t>(bin) << shift;
-  if (window.hi - window.lo > 1ull << shift) window.hi = window.lo + (1ull << shift);
-  window.inside = counts[bin];
-  if (window.settled()) close(window);
-}
+struct Bins {
+  static constexpr int kDigitBits = cpu::kDigitBits;
+  static constexpr bool kCountsCrowded = true;
+  const Count* counts;
+
+  RankedBin of_rank(int64_t rank) const {
+    int bin = kBins - 1;
+    int64_t above = 0;
+    while (bin > 0 && rank - above > static_cast<int64_t>(counts[bin])) above += static_cast<int64_t>(counts[bin--]);
+    return {bin, above, static_cast<int64_t>(counts[bin])};
+  }
+};
 
 // Sampling every n^(1/3)-th block leaves n^(2/3) keys, which is where (Floyd and Rivest) reading the sample and sorting out the candidates
 // cost about the same, and both cost little beside the pass.
@@ -118,21 +102,6 @@ inline Window guess_window(uint64_t* sample, int64_t count, int64_t capacity, in
   return window;
 }
 
-// After all n keys were judged against a guessed window, and `above` of them were >= hi and `inside` in it: replaces the guess by what is
-// now certain. Returns false when the k-th key was outside the guess; then the listed candidates are not those of the new window.
-inline bool judged(Window& window, int64_t above, int64_t inside, int64_t n, int64_t k) {
-  const bool too_low = k < above;
-  const bool too_high = k > above + inside;
-  if (too_low)
-    window = {window.hi, kNoKey, k, above};
-  else if (too_high)
-    window = {0, window.lo, k - above - inside, n - above - inside};
-  else
-    window = {window.lo, window.hi, k - above, inside};
-  if (window.settled()) close(window);
-  return !too_low && !too_high;
-}
-
 // The threshold: the smallest kept key of an open window, `lo` of a closed one. keys[0, count) has all keys inside; `counts` is zero before
 // and after.
 inline uint64_t settle(const uint64_t* keys, int64_t count, Window window, uint32_t* counts) {
@@ -142,7 +111,7 @@ inline uint64_t settle(const uint64_t* keys, int64_t count, Window window, uint3
     const int shift = digit_shift(window);
     for (int64_t i = 0; i < count; ++i)
       if (keys[i] >= window.lo && keys[i] < window.hi) ++counts[(keys[i] - window.lo) >> shift];
-    narrow(window, counts);
+    narrow(window, Bins<uint32_t>{counts});
     std::memset(counts, 0, kBins * sizeof(uint32_t));
   }
   if (window.inside == 0) return window.lo;

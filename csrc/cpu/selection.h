@@ -47,10 +47,7 @@ struct Selection {
     std::fill(tiles + at, tiles + at + count, static_cast<uint32_t>(tile));
   }
 
-  // The bin of a key inside: its next digit or, where the window has a single key, the bin of its index, lowest first.
-  int64_t bin(uint64_t key, int64_t index, int shift) const {
-    return by_index ? kBins - 1 - (index >> 32) : static_cast<int64_t>((key - window.lo) >> shift);
-  }
+  Digit digit() const { return {window.lo, digit_shift(window), by_index}; }
 
   // Too many keys inside to be listed.
   bool crowded() const { return !listed && window.inside > capacity; }

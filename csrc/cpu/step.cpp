@@ -122,7 +122,7 @@ void fall_back(Context& context, int threads) {
     count_inside(context, threads);
     for (Selection* selection = context.selections; selection != end; ++selection) {
       if (!selection->counting) continue;
-      narrow(selection->window, selection->counts);
+      narrow(selection->window, Bins<uint32_t>{selection->counts});
       std::memset(selection->counts, 0, kBins * sizeof(uint32_t));
     }
   }

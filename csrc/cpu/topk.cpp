@@ -113,7 +113,7 @@ void fall_back(Context& context, int threads) {
   const int64_t n = context.topk.n;
   while (context.window.inside > context.capacity) {
     parallel_for(threads, n, kCountGrain, [&](int64_t begin, int64_t end) { count_inside(context, begin, end); });
-    narrow(context.window, context.counts.data());
+    narrow(context.window, Bins<uint32_t>{context.counts.data()});
     std::fill(context.counts.begin(), context.counts.end(), 0u);
   }
   judge_all(context, threads);

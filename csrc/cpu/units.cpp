@@ -166,7 +166,7 @@ BIP_HD int64_t sum_part(const Context& context, const Part& part, int64_t begin,
     else
       nonfinite += part.block_cols <= kLanes ? sum_narrow(source, item, sums) : sum_wide(source, item, sums);
   }
-  return nonfinite;
+  return step.tensors[part.tensor].elsewhere ? 0 : nonfinite;
 }
 
 BIP_HD void sum_items_body(Context& context, int64_t begin, int64_t end) {

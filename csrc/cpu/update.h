@@ -31,11 +31,6 @@ inline Tile tile_of(const Step& step, int64_t tile) {
   return {&tensor, begin, static_cast<int>(std::min(kTile, tensor.numel - begin))};
 }
 
-// The place of an entry in the tie order.
-BIP_HD int64_t index_of(const Tensor& t, int64_t entry) {
-  return t.index + (t.row_length ? entry / t.row_length * t.row_stride + entry % t.row_length : entry);
-}
-
 BIP_HD uint64_t key_of(const Tensor& t, int64_t entry) { return order_key(t.scores[entry], static_cast<uint32_t>(index_of(t, entry))); }
 
 template <class T>

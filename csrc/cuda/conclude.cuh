@@ -13,7 +13,15 @@ struct Guess {
   bool known;     // false: there is none, and there are too many entries to list them all
 };
 
+// The same where other entries are on other ranks. Without a window, everything is inside.
+__device__ __forceinline__ Guess shared_guess_of(const Args& args, int group) {
+  const Search& search = args.workspace.searches[group];
+  const bool known = search.settled || state_of(args, group).memory.known || entries_of(args, group) <= capacity_of(args, group);
+  return {{search.window.lo, search.window.hi, 0, 0}, known};
+}
+
 __device__ __forceinline__ Guess guess_of(const Args& args, int group) {
+  if (args.workspace.searches) return shared_guess_of(args, group);
   const Window whole = whole_window(args.step.groups[group]);
   if (whole.inside <= capacity_of(args, group)) return {whole, true};
   const Memory& memory = state_of(args, group).memory;

@@ -201,6 +201,42 @@ __device__ inline void judge_tile(JudgeRoom& room, uint32_t& num_above, const Ti
     judge_tile<false>(room, num_above, tile);
 }
 
+// One warp judges a tile of columns of a matrix, whose indices are no stretch; returns the number of this lane's entries above the window. A
+// call, so that what it needs takes no registers from the streaming loop. Candidates go to the list one by one.
+__device__ __noinline__ inline uint32_t judge_columns(JudgeRoom& room, const Step& step, int number) {
+  const Tile tile(step, number);
+  const JudgeGroup& group = room.group;
+  uint32_t num_above = 0, flips = 0;
+  for (int base = 0; base < tile.entries; base += kStride) {
+    const int place = base + lane_id() * kQuad;
+    const uint32_t old_word = tile.word<false>(place);
+    const Quad<float> s = load_quad<false>(tile.tensor.scores + tile.first + place, tile.entries - place);
+    unsigned bits = 0;
+    for (int j = 0; j < kQuad; ++j) {
+      if (place + j >= tile.entries) continue;
+      const unsigned kept = old_word >> (bit_of_lane() + static_cast<unsigned>(j)) & 1u;
+      bool above = group.range.above(s.x[j]), inside = false;
+      if (group.range.near(s.x[j])) {
+        const uint64_t key = full_key(score_key(s.x[j]), static_cast<uint32_t>(index_of(tile.tensor, tile.first + place + j)));
+        above = key >= group.window.hi;
+        inside = key >= group.window.lo && !above;
+        if (inside) {
+          const uint32_t at = atomicAdd(&group.progress->collected, 1u);
+          if (at < group.capacity) group.list[at] = {key, number, static_cast<uint32_t>(place + j) | (kept ? kKeptNow : 0u)};
+        }
+      }
+      num_above += above;
+      bits |= (inside ? kept : static_cast<unsigned>(above)) << j;
+    }
+    flips += static_cast<uint32_t>(__popc(bits ^ (old_word >> bit_of_lane() & 0xfu)));
+    const uint32_t word = word_of_bits(bits);
+    if (lane_id() % 8 == 0 && word != old_word) tile.tensor.mask[tile.word_number(place)] = word;
+    flip_quad(tile, place, word, old_word);
+  }
+  if (flips) atomicAdd(&room.flips, flips);
+  return num_above;
+}
+
 // Adds up what the block's warps have found in a group; every lane brings its `num_above`. Called before the block publishes its entries.
 __device__ inline void end_judging(JudgeRoom& room, uint32_t num_above) {
   const uint32_t sum = sum_of_warp(num_above);

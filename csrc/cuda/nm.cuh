@@ -18,16 +18,24 @@ __device__ __forceinline__ Quad<uint32_t> score_keys(const Quad<float>& s) {
   return keys;
 }
 
+// kColumns: of some columns of a matrix. A quad may reach over the end of a row of them; groups never do.
+template <bool kColumns>
+__device__ __forceinline__ uint32_t index_in_matrix(const Tile& tile, int place) {
+  if constexpr (kColumns)
+    return static_cast<uint32_t>(index_of(tile.tensor, tile.first + place));
+  else
+    return tile.index() + static_cast<uint32_t>(place);
+}
+
 // Bit j: fewer than `keep` entries of its group beat entry j of the lane's quad.
 template <int kOf>
-__device__ __forceinline__ unsigned keep_in_lane(const Quad<uint32_t>& keys, uint32_t index, int keep) {
+__device__ __forceinline__ unsigned keep_in_lane(const Quad<uint32_t>& keys, const Quad<uint32_t>& ties, int keep) {
   unsigned kept = 0;
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     int larger = 0;
 #pragma unroll
-    for (int d = 1; d < kOf; ++d)
-      larger += beats(keys.x[j ^ d], tie_key(index + static_cast<uint32_t>(j ^ d)), keys.x[j], tie_key(index + static_cast<uint32_t>(j)));
+    for (int d = 1; d < kOf; ++d) larger += beats(keys.x[j ^ d], ties.x[j ^ d], keys.x[j], ties.x[j]);
     kept |= larger < keep ? 1u << j : 0u;
   }
   return kept;
@@ -53,13 +61,16 @@ __device__ __noinline__ inline unsigned keep_across_lanes(Quad<uint32_t> keys, u
 }
 
 // Whole warp: decides the lane's quad at `place` of an N:M tile. Returns the new mask word, which is written if it differs from `old_word`.
-template <bool kVector>
+template <bool kVector, bool kColumns = false>
 __device__ __forceinline__ uint32_t keep_quad(const Tile& tile, int place, const Quad<float>& s, uint32_t old_word) {
   const int keep = tile.tensor.keep, of = tile.tensor.of;
-  const uint32_t index = static_cast<uint32_t>(tile.first + place);
+  const uint32_t index = index_in_matrix<kColumns>(tile, place);
   const Quad<uint32_t> keys = score_keys(s);
-  unsigned kept = of == 4   ? keep_in_lane<4>(keys, index, keep)
-                  : of == 2 ? keep_in_lane<2>(keys, index, keep)
+  Quad<uint32_t> ties;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) ties.x[j] = tie_key(index_in_matrix<kColumns>(tile, place + j));
+  unsigned kept = of == 4   ? keep_in_lane<4>(keys, ties, keep)
+                  : of == 2 ? keep_in_lane<2>(keys, ties, keep)
                             : keep_across_lanes(keys, index, keep, of);
   if (!kVector) {
     const int exist = tile.entries - place;
@@ -72,13 +83,17 @@ __device__ __forceinline__ uint32_t keep_quad(const Tile& tile, int place, const
 }
 
 // One warp decides a tile by its scores as they are, and writes z where the mask flips.
-__device__ inline void keep_tile(const Tile& tile) {
+template <bool kColumns>
+__device__ __forceinline__ void keep_tile(const Tile& tile) {
   for (int base = 0; base < tile.entries; base += kStride) {
     const int place = base + lane_id() * kQuad;
     const uint32_t old_word = tile.word<false>(place);
     const Quad<float> s = load_quad<false>(tile.tensor.scores + tile.first + place, tile.entries - place);
-    flip_quad(tile, place, keep_quad<false>(tile, place, s, old_word), old_word);
+    flip_quad(tile, place, keep_quad<false, kColumns>(tile, place, s, old_word), old_word);
   }
 }
+
+// The same for a tile of columns, whose scores have moved. A call, so that what it needs takes no registers from the streaming loop.
+__device__ __noinline__ inline void keep_columns(const Step& step, int number) { keep_tile<true>(Tile(step, number)); }
 
 }  // namespace bip::cuda

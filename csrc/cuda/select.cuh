@@ -130,6 +130,14 @@ __device__ __forceinline__ void note_entries(Room& room, int entries) {
   if (lane_id() == 0) atomicAdd(&room.entries, static_cast<uint32_t>(entries));
 }
 
+// Whole block: adds up what it has counted, for a later launch.
+__device__ inline void publish(Room& room, Progress& progress) {
+  __syncthreads();
+  if (thread_id() != 0) return;
+  if (room.above) atomicAdd(&progress.above, room.above);
+  room.entries = room.above = 0;
+}
+
 // Publishes the `room.entries` entries this block has handled, of `total`. True, in all threads, in the one block that completes them.
 // Interleaving: every other block's effects come before its own atomicAdd on `seen` (block barrier, then fence, then add), and
 // the last block's add reads from them all; its fence after it then orders their effects before whatever this block reads next.

@@ -141,6 +141,7 @@ __device__ inline uint32_t sum_items(const Args& args, const GradientTable& tabl
   uint32_t nonfinite = 0;
   for (int64_t number = global_warp(); number < step.num_items; number += num_warps()) {
     const Part& part = part_of(step, number);
+    const uint32_t before = nonfinite;
     const Item item(part, number - part.first_item);
     if (item.rows == 0) continue;
     const Gradient gradient = gradient_of(args, table, part.tensor);
@@ -154,6 +155,7 @@ __device__ inline uint32_t sum_items(const Args& args, const GradientTable& tabl
     } else {
       sum_item<float16>(step, part, item, gradient.data, inverse_scale, columns, nonfinite);
     }
+    if (step.tensors[part.tensor].elsewhere) nonfinite = before;
   }
   return nonfinite;
 }
@@ -169,7 +171,7 @@ __device__ __forceinline__ uint64_t max_of_warp(uint64_t x) {
 
 // Key of a unit; 0 when it is above all others already, or has no score (NaN).
 __device__ __forceinline__ uint64_t key_of(const Tensor& units, int64_t unit, float score) {
-  return score < kNeeded ? full_key(score_key(score), static_cast<uint32_t>(units.index + unit)) : 0;
+  return score < kNeeded ? full_key(score_key(score), static_cast<uint32_t>(index_of(units, unit))) : 0;
 }
 
 // Scores of one tile of units, by one warp. Returns the largest key.
@@ -222,16 +224,20 @@ __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
   }
 }
 
-// One warp per tile of units. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add). In
+// One warp per tile of units. `lift`: else the ranks lift units together, later. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add). In
 // the warp whose add completes the set, lane 0 reads from all of these adds. Its fence orders what they published before what lane 0 does
 // next, and the warp barrier after that before what the other lanes read. A shuffle alone orders no memory.
 // tests/kernels/test_memory_model.py reads the statements from the first warp barrier on, one a line.
-__device__ inline void score_units(const Step& step) {
+__device__ inline void score_units(const Step& step, bool lift) {
   for (int64_t number = step.unit_tile_begin + global_warp(); number < step.unit_tile_end; number += num_warps()) {
     const Tile tile(step, static_cast<int>(number));
     const UnitSet& set = step.unit_sets[step.tile_tensor[number] - step.unit_sets[0].tensor];
     const uint64_t best = score_tile(step, set, tile);
     if (set.min_kept == 0) continue;
+    if (!lift) {
+      if (lane_id() == 0) set.best[tile.first / kTile] = best;
+      continue;
+    }
     __syncwarp();
     uint32_t before = 0;
     if (lane_id() == 0) {

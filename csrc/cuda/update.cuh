@@ -158,8 +158,8 @@ __device__ __forceinline__ void update_quad(const Job& job, const Hyper& hyper, 
     if (kPhase == Phase::upper || tensor.scores) {
       move_scores<Way>(job, hyper, entry, kept, g, theta, s, exist);
       if (Way::kNofM && tensor.of != 0)
-        word = keep_quad<kVector>(job.tile, place, s, old_word);
-      else if (room.group.capacity != 0)  // else there is no window, and bits stay until the group falls back
+        word = tensor.row_length ? old_word : keep_quad<kVector>(job.tile, place, s, old_word);  // columns are decided afterwards
+      else if (room.group.capacity != 0 && !tensor.row_length)  // else there is no window, and bits stay until the group falls back
         word = judge_quad<kVector>(room, sums.above, job.tile, place, s, old_word);
     }
   }

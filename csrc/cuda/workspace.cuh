@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "search.h"
 #include "select.cuh"
 
 namespace bip::cuda {
@@ -58,6 +59,7 @@ struct Workspace {
   Candidate* few;         // a list of few_capacity() for each group
   Candidate* candidates;  // a list of candidate_capacity() for each group
   Gradient* gradients;    // [num_tensors - kInlineGradients], written in front of each step that reads them
+  Search* searches;       // [num_groups] of groups that have entries on several ranks; else null
   bool alone;             // the first launch does all
 };
 
@@ -96,7 +98,9 @@ __device__ __forceinline__ Candidate* candidates_of(const Args& args, int group)
 }
 
 __device__ __forceinline__ GroupState& state_of(const Args& args, int group) { return args.workspace.states[group]; }
-__device__ __forceinline__ uint32_t numel_of(const Args& args, int group) { return static_cast<uint32_t>(args.step.groups[group].numel); }
-__device__ __forceinline__ uint32_t capacity_of(const Args& args, int group) { return candidate_capacity(args.step.groups[group].numel); }
+__device__ __forceinline__ uint32_t entries_of(const Args& args, int group) {
+  return static_cast<uint32_t>(args.step.groups[group].entries);
+}
+__device__ __forceinline__ uint32_t capacity_of(const Args& args, int group) { return candidate_capacity(args.step.groups[group].entries); }
 
 }  // namespace bip::cuda

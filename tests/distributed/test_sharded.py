@@ -8,6 +8,7 @@ from sharded_runs import gradient, mesh_of, placed, placements_of, run, run_case
 from torch import nn
 
 from bip_fast import FastBiP
+from helpers import load_simulator
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
@@ -72,6 +73,19 @@ def test_every_bit_is_that_of_one_process(mesh, layout, cases):
     found = run_on(world, run_cases, list(cases.values()), mesh, layout)[0]
     for (name, case), given in zip(cases.items(), found, strict=True):
         assert not differences(given, run(case)), name
+
+
+BY_ROWS = {name: case for name, case in (PLAIN | ROWS).items() if name in ("erk", "momenta", "NaN on one rank", "few filters", "4:8, equal")}
+BY_COLUMNS = {"all equal": PLAIN["all equal"], "layer, adamw": PLAIN["layer, adamw"]} | COLUMNS
+
+
+@pytest.mark.parametrize(("layout", "cases"), [("0", BY_ROWS), ("1", BY_COLUMNS)], ids=["rows", "columns"])
+def test_the_kernels_for_cuda_give_the_same_bits(layout, cases):
+    """On the host simulator, on every rank."""
+    load_simulator()  # built here, once
+    found = run_on(2, run_cases, list(cases.values()), (2,), layout, 10, True)[0]
+    for (name, case), given in zip(cases.items(), found, strict=True):
+        assert not differences(given, run(case, steps=10)), name
 
 
 def skipped_on(rank):

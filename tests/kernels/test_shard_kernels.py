@@ -4,21 +4,35 @@ import numpy as np
 import pytest
 
 from bip_fast.engine.native import kernels
+from helpers import load_simulator
 
 MULTIPLIER = 2654435761
+
+
+@pytest.fixture(params=["cpu", "sim"])
+def shards(request):
+    """The kernels for the CPU, and those for CUDA on the host simulator."""
+    if request.param == "cpu":
+        yield kernels().cpu_shards
+        return
+    module = load_simulator()
+    module.sim.set_seed(1)
+    yield module.cuda_shards
+    module.sim.set_seed(0)
 
 
 class Rank:
     """What one rank has of a single selection group: tensors of scores, each with the index of its first entry.
 
     Args:
+        shards: the module of the kernels.
         pieces: scores (values in [0, 1]), index, row_length and row_stride of every tensor.
         total, kept: of the group, over all ranks.
     """
 
-    def __init__(self, pieces, total, kept):
+    def __init__(self, shards, pieces, total, kept):
         module = kernels()
-        self.kernels, self.pieces = module.cpu_shards, pieces
+        self.kernels, self.pieces = shards, pieces
         self.scores = [np.ascontiguousarray(scores, np.float32) for scores, *_ in pieces]
         self.theta = [np.ones_like(scores) for scores in self.scores]
         self.z = [np.zeros_like(scores) for scores in self.scores]
@@ -32,20 +46,23 @@ class Rank:
         self.tiles = np.repeat(np.arange(len(pieces), dtype=np.int32), tiles)
         self.groups = np.zeros(1, module.group_dtype)
         self.groups["numel"], self.groups["kept"], self.groups["tile_end"] = total, kept, len(self.tiles)
+        self.groups["entries"] = sum(map(len, self.scores))
         self.hypers = np.zeros(1, module.hyper_dtype)
         self.gradients = np.zeros(len(pieces), module.gradient_dtype)
         self.counters = np.zeros(1, module.counters_dtype)
         self.sums = np.zeros((1, self.kernels.SUMS), np.int64)
-        self.workspace = np.zeros(self.kernels.workspace_bytes(1, len(self.tiles)), np.uint8)
+        self.workspace = np.zeros(self.kernels.workspace_bytes(len(pieces), 1, len(self.tiles)), np.uint8)
         self.nonfinite = np.zeros(1, np.int64)
+        self.found_inf = np.zeros(1, np.float32)
+        self.where = 2 if shards is module.cpu_shards else 0  # threads, or the stream
 
-    def call(self, name):
+    def call(self, name, turn=0):
         return getattr(self.kernels, name)(
             phase=1, rule=0, tensors=self.tensors.ctypes.data, num_tensors=len(self.tensors), tile_tensor=self.tiles.ctypes.data,
             num_tiles=len(self.tiles), num_scored_tiles=len(self.tiles), groups=self.groups.ctypes.data, num_groups=1, unit_sets=0,
             num_unit_sets=0, unit_tile_begin=0, unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=self.hypers.ctypes.data,
-            gradients=self.gradients, grad_scale=0, found_inf=0, num_nonfinite=self.nonfinite.ctypes.data,
-            counters=self.counters.ctypes.data, workspace=self.workspace.ctypes.data, where=2, sums=self.sums.ctypes.data,
+            gradients=self.gradients, grad_scale=0, found_inf=self.found_inf.ctypes.data, num_nonfinite=self.nonfinite.ctypes.data,
+            counters=self.counters.ctypes.data, workspace=self.workspace.ctypes.data, where=self.where, sums=self.sums.ctypes.data, turn=turn,
         )  # fmt: skip
 
     def bits(self):
@@ -70,7 +87,7 @@ def select(ranks):
         rounds += 1
         for rank in ranks:
             rank.sums[:] = total
-        going = {rank.call("narrow") for rank in ranks}
+        going = {rank.call("narrow", rounds - 1) for rank in ranks}
         assert len(going) == 1
         if not going.pop():
             break
@@ -113,11 +130,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_finds_its_part_of_the_one_mask(layout, kind):
+def test_every_rank_finds_its_part_of_the_one_mask(shards, layout, kind):
     random = np.random.default_rng(0)
     total = sum(piece[0] for rank in LAYOUTS[layout] for piece in rank)
     for kept in (0, 1, 2, total // 3, total // 2, total - 1, total):
-        ranks = [Rank([(SCORES[kind](random, n), *place) for n, *place in pieces], total, kept) for pieces in LAYOUTS[layout]]
+        ranks = [Rank(shards, [(SCORES[kind](random, n), *place) for n, *place in pieces], total, kept) for pieces in LAYOUTS[layout]]
         for step in range(4):  # the first has no window, the others have
             select(ranks)
             check(ranks, kept)
@@ -128,12 +145,12 @@ def test_every_rank_finds_its_part_of_the_one_mask(layout, kind):
 
 
 @pytest.mark.parametrize("jump", ["small", "large", "to one rank"])
-def test_windows_that_are_right_wrong_and_crowded(jump):
+def test_windows_that_are_right_wrong_and_crowded(shards, jump):
     """Long enough for a list that is shorter than the entries."""
     random = np.random.default_rng(1)
     sizes, kept = (90_000, 110_000, 3), 41_000
     starts = np.cumsum([0, *sizes[:-1]])
-    ranks = [Rank([(random.random(n), int(start), 0, 0)], sum(sizes), kept) for n, start in zip(sizes, starts, strict=True)]
+    ranks = [Rank(shards, [(random.random(n), int(start), 0, 0)], sum(sizes), kept) for n, start in zip(sizes, starts, strict=True)]
     select(ranks)
     check(ranks, kept)
     for step in range(6):
@@ -148,7 +165,7 @@ def test_windows_that_are_right_wrong_and_crowded(jump):
             np.clip(scores, 0, 1, out=scores)
         rounds = select(ranks)
         check(ranks, kept)
-        assert rounds <= 7, "a pass, and the digits of a key of 64 bits"
+        assert rounds <= (7 if shards is kernels().cpu_shards else 8), "a pass, the digits of a key of 64 bits, and on a GPU that of the index"
     rows = {name: int(ranks[0].counters[name][0]) for name in ("steps", "first", "missed", "crowded", "candidates")}
     assert rows["steps"] == 7
     if jump == "small":
@@ -159,15 +176,35 @@ def test_windows_that_are_right_wrong_and_crowded(jump):
         assert rows["missed"] + rows["crowded"] > 0
 
 
-def test_what_is_on_several_ranks_is_counted_once():
+def test_what_is_on_several_ranks_is_counted_once(shards):
     random = np.random.default_rng(2)
     own = [random.random(5000), random.random(5000)]
     again = random.random(3000)
-    ranks = [Rank([(scores, 5000 * i, 0, 0), (again, 10_000, 0, 0)], 13_000, 4000) for i, scores in enumerate(own)]
+    ranks = [Rank(shards, [(scores, 5000 * i, 0, 0), (again, 10_000, 0, 0)], 13_000, 4000) for i, scores in enumerate(own)]
     ranks[1].tensors["elsewhere"][1] = 1
     for _ in range(3):
         select(ranks)
         bits = [rank.bits() for rank in ranks]
         np.testing.assert_array_equal(bits[0][5000:], bits[1][5000:])
-        whole = Rank([(np.concatenate([*own, again]), 0, 0, 0)], 13_000, 4000)
+        whole = Rank(shards, [(np.concatenate([*own, again]), 0, 0, 0)], 13_000, 4000)
         np.testing.assert_array_equal(np.concatenate([bits[0][:5000], bits[1]]), expected([whole], 4000))
+
+
+def test_a_step_that_is_skipped_changes_nothing():
+    """The kernels on a GPU look at found_inf themselves; on the CPU the caller does."""
+    random = np.random.default_rng(3)
+    ranks = [Rank(load_simulator().cuda_shards, [(random.random(2000), 2000 * i, 0, 0)], 4000, 900) for i in range(2)]
+    select(ranks)
+    for rank in ranks:
+        rank.scores[0][:] = random.random(2000)
+        rank.found_inf[:] = 1
+    before = [(rank.mask[0].copy(), rank.z[0].copy(), rank.counters.copy()) for rank in ranks]
+    select(ranks)
+    for rank, (mask, z, counters) in zip(ranks, before, strict=True):
+        assert (rank.mask[0] == mask).all()
+        assert (rank.z[0] == z).all()
+        assert (rank.counters == counters).all()
+    for rank in ranks:
+        rank.found_inf[:] = 0
+    select(ranks)
+    check(ranks, 900)

@@ -35,6 +35,14 @@ def load_simulator():
     return load()
 
 
+def simulated():
+    """The tables of `bip_fast.engine.native`, and what they have for CPU tensors in place of the CPU's own kernels: the simulator's."""
+    from bip_fast.engine import native
+
+    module = load_simulator()
+    return [(native.BACKENDS, module.cuda), (native.SHARD_BACKENDS, module.cuda_shards)]
+
+
 def use_backend(name: str, monkeypatch) -> Backend:
     """Route `bip_fast` to a backend for the length of ``monkeypatch``."""
     import bip_fast.engine.native
@@ -46,7 +54,8 @@ def use_backend(name: str, monkeypatch) -> Backend:
             pytest.skip("needs bip_fast built for CUDA: BIP_FAST_CUDA=1 pip install .")
         return Backend(name, torch.device("cuda", torch.cuda.current_device()))
     if name == "sim":
-        monkeypatch.setitem(bip_fast.engine.native.BACKENDS, "cpu", load_simulator().cuda)
+        for table, kernels in simulated():
+            monkeypatch.setitem(table, "cpu", kernels)
     return Backend(name, torch.device("cpu"))
 
 

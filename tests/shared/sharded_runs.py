@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from bip_fast import FastBiP
+from helpers import simulated
 
 PHASES = ("upper", "joint", "lower", "joint", "upper")
 
@@ -92,7 +93,10 @@ def run(case, sizes=(), layout="", steps=20):
     return found
 
 
-def run_cases(cases, sizes, layout):
-    """`run` of several cases, on every rank; None on all but the first."""
-    found = [run(case, sizes, layout) for case in cases]
+def run_cases(cases, sizes, layout, steps=20, simulator=False):
+    """`run` of several cases, on every rank, with the CUDA kernels on the ``simulator`` if asked for; None on all but the first."""
+    if simulator:
+        for table, kernels in simulated():
+            table["cpu"] = kernels  # for as long as this process lives
+    found = [run(case, sizes, layout, steps) for case in cases]
     return found if dist.get_rank() == 0 else None
