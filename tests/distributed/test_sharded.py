@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import load_simulator
 from ranks import run_on
 from sharded_runs import gradient, mesh_of, placed, placements_of, run, run_cases, weights, whole
 from torch import nn
 
 from bip_fast import FastBiP
-from helpers import load_simulator
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
@@ -75,7 +75,9 @@ def test_every_bit_is_that_of_one_process(mesh, layout, cases):
         assert not differences(given, run(case)), name
 
 
-BY_ROWS = {name: case for name, case in (PLAIN | ROWS).items() if name in ("erk", "momenta", "NaN on one rank", "few filters", "4:8, equal")}
+BY_ROWS = {
+    name: case for name, case in (PLAIN | ROWS).items() if name in ("erk", "momenta", "NaN on one rank", "few filters", "4:8, equal")
+}
 BY_COLUMNS = {"all equal": PLAIN["all equal"], "layer, adamw": PLAIN["layer, adamw"]} | COLUMNS
 
 

@@ -113,7 +113,9 @@ def built() -> dict[str, dict[str, tuple[int, int, int]]]:
     text = subprocess.run([cuobjdump(), "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True).stdout
     found: dict[str, dict[str, tuple[int, int, int]]] = {}
     for part in re.split(r"^arch = sm_", text, flags=re.MULTILINE)[1:]:
-        usage = re.findall(r"Function \S*?\d+((?:step|topk|shards)_[a-z_]+)_kernel\S*:\s+REG:(\d+) .*?SHARED:(\d+) .*?CONSTANT\[0\]:(\d+)", part)
+        usage = re.findall(
+            r"Function \S*?\d+((?:step|topk|shards)_[a-z_]+)_kernel\S*:\s+REG:(\d+) .*?SHARED:(\d+) .*?CONSTANT\[0\]:(\d+)", part
+        )
         architecture = re.match(r"\d+", part)[0]
         found.setdefault(architecture, {}).update({name: tuple(map(int, numbers)) for name, *numbers in usage})
     return {architecture: kernels for architecture, kernels in found.items() if architecture in PROCESSORS}

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from helpers import load_simulator
 
 from bip_fast.engine.native import kernels
-from helpers import load_simulator
 
 MULTIPLIER = 2654435761
 
@@ -62,7 +62,8 @@ class Rank:
             num_tiles=len(self.tiles), num_scored_tiles=len(self.tiles), groups=self.groups.ctypes.data, num_groups=1, unit_sets=0,
             num_unit_sets=0, unit_tile_begin=0, unit_tile_end=0, parts=0, num_parts=0, num_items=0, hypers=self.hypers.ctypes.data,
             gradients=self.gradients, grad_scale=0, found_inf=self.found_inf.ctypes.data, num_nonfinite=self.nonfinite.ctypes.data,
-            counters=self.counters.ctypes.data, workspace=self.workspace.ctypes.data, where=self.where, sums=self.sums.ctypes.data, turn=turn,
+            counters=self.counters.ctypes.data, workspace=self.workspace.ctypes.data, where=self.where, sums=self.sums.ctypes.data,
+            turn=turn,
         )  # fmt: skip
 
     def bits(self):
@@ -165,7 +166,9 @@ def test_windows_that_are_right_wrong_and_crowded(shards, jump):
             np.clip(scores, 0, 1, out=scores)
         rounds = select(ranks)
         check(ranks, kept)
-        assert rounds <= (7 if shards is kernels().cpu_shards else 8), "a pass, the digits of a key of 64 bits, and on a GPU that of the index"
+        assert rounds <= (7 if shards is kernels().cpu_shards else 8), (
+            "a pass, the digits of a key of 64 bits, and on a GPU that of the index"
+        )
     rows = {name: int(ranks[0].counters[name][0]) for name in ("steps", "first", "missed", "crowded", "candidates")}
     assert rows["steps"] == 7
     if jump == "small":

@@ -7,12 +7,12 @@ import math
 
 import torch
 import torch.distributed as dist
+from helpers import simulated
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from bip_fast import FastBiP
-from helpers import simulated
 
 PHASES = ("upper", "joint", "lower", "joint", "upper")
 
@@ -47,8 +47,8 @@ def placed(x, mesh, placements):
     return distribute_tensor(x, mesh, placements, src_data_rank=None) if mesh is not None else x
 
 
-def mesh_of(sizes):
-    return init_device_mesh("cpu", sizes) if sizes else None
+def mesh_of(sizes, device="cpu"):
+    return init_device_mesh(device, sizes) if sizes else None
 
 
 def placements_of(layout, x):
@@ -56,23 +56,28 @@ def placements_of(layout, x):
     return [Replicate() if c == "r" or int(c) >= x.dim() else Shard(int(c)) for c in layout]
 
 
-def run(case, sizes=(), layout="", steps=20):
+def run(case, sizes=(), layout="", steps=20, device="cpu"):
     """The whole state after ``steps`` mixed steps."""
-    mesh = mesh_of(sizes)
-    made = weights(case["shapes"], case.get("weights", "normal"))
+    mesh = mesh_of(sizes, device)
+    made = [x.to(device) for x in weights(case["shapes"], case.get("weights", "normal"))]
     dtype = case.get("dtype", torch.float32)
     params = [nn.Parameter(placed(x.to(dtype, copy=True), mesh, placements_of(layout, x))) for x in made]
-    dense = nn.Parameter(placed(torch.linspace(-1, 1, 77), mesh, placements_of(layout, torch.empty(77))))
+    dense = nn.Parameter(placed(torch.linspace(-1, 1, 77).to(device), mesh, placements_of(layout, torch.empty(77))))
     groups = [{"params": params}, {"params": [dense], "prune": False}]
     options = {"lr": 0.03, "mask_lr": 0.3, "gamma": 0.7, "weight_decay": 0.013} | case["options"]
     opt = FastBiP(groups, **options)
     for step in range(steps):
         for number, p in enumerate([*params, dense]):
-            g = gradient(tuple(p.shape), step, number, case.get("gradients", "normal")).to(p.dtype)
+            g = gradient(tuple(p.shape), step, number, case.get("gradients", "normal")).to(device, p.dtype)
             p.grad = placed(g, mesh, placements_of(layout, g))
         with getattr(opt, PHASES[step % len(PHASES)])():
             opt.step()
         opt.zero_grad()
+    return state_of(opt, params, dense)
+
+
+def state_of(opt, params, dense):
+    """Values, masks, scores and all states, whole and on the CPU, and how selections went."""
     found = {}
     for number, p in enumerate([*params, dense]):
         found[f"{number}.value"] = whole(p.detach())
@@ -90,7 +95,7 @@ def run(case, sizes=(), layout="", steps=20):
     names = ("kept", "sparsity", "nonfinite", "selections")
     found["metrics"] = torch.tensor([metrics[name] for name in names if name in metrics], dtype=torch.float64)
     found["selections"] = torch.tensor([[row.steps, row.first, row.missed, row.crowded] for row in report.selections])
-    return found
+    return {name: x.cpu() for name, x in found.items()}
 
 
 def run_cases(cases, sizes, layout, steps=20, simulator=False):
