@@ -288,7 +288,7 @@ def test_stubs_match_the_module() -> None:
     stub = ast.parse((ROOT / "bip_fast" / "_C.pyi").read_text())
     classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
     info = _C.build_info()
-    assert public(_C) == names_in(stub.body) - (set() if info["cuda"] else {"cuda"})
+    assert public(_C) == names_in(stub.body) - (set() if info["cuda"] else {"cuda", "cuda_shards"})
     assert set(info) == names_in(classes["_BuildInfo"].body)
     methods = {node.name: node for node in classes["_Backend"].body if isinstance(node, ast.FunctionDef)}
     for backend in [_C.cpu] + ([_C.cuda] if info["cuda"] else []):
@@ -297,4 +297,5 @@ def test_stubs_match_the_module() -> None:
             signature = getattr(backend, name).__doc__.splitlines()[0].rpartition("->")[0]
             arguments = [argument.arg for argument in method.args.args[1:] + method.args.kwonlyargs]
             assert re.findall(r"(\w+):", signature) == arguments, name
-    assert public(_C.cpu_shards) == names_in(classes["_Shards"].body)
+    for backend in [_C.cpu_shards] + ([_C.cuda_shards] if info["cuda"] else []):
+        assert public(backend) == names_in(classes["_Shards"].body)
