@@ -45,6 +45,7 @@ class _Backend(Protocol):
         workspace: int,
         where: int,
         sums: int = 0,
+        turn: int = 0,
     ) -> None: ...
     def topk(self, *, scores: int, n: int, k: int, mask: int, workspace: int, where: int) -> None: ...
 
