@@ -37,6 +37,29 @@ def test_a_changed_figure_is_noticed():
     assert spoilt > 20
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/schedules.md", "docs/graphs.md"])
+def test_the_loops_that_pages_show_run(page):
+    import torch
+
+    from bip_fast import FastBiP
+
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    loader = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(4)]
+    for block in blocks:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        names = {"torch": torch, "FastBiP": FastBiP, "model": model, "loss_fn": torch.nn.functional.cross_entropy, "epochs": 2}
+        names |= {"loader": loader, "train_loader": loader, "mask_loader": loader}
+        if "FastBiP(" not in block:  # it goes on where another made it
+            names["opt"] = FastBiP(model, sparsity=0.5)
+            names["schedule"] = torch.optim.lr_scheduler.ConstantLR(names["opt"])
+        exec(compile(block, page, "exec"), names)
+        if "finalize" in block:
+            weights = [p for p in model.parameters() if p.dim() > 1]
+            assert sum(int((p == 0).sum()) for p in weights) == round(0.95 * sum(p.numel() for p in weights))
+
+
 @pytest.mark.parametrize(
     ("place", "begins"),
     [
