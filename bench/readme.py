@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import headlines, report, rooms, targets
-from bench.excerpts import excerpt
+from bench import report, targets
+from bench.pages import headlines, options, rooms
+from bench.pages.excerpts import excerpt
 from bench.studies import compare, digits, distributed, memory, paper, patterns, structured, window, zoo
 from bip_fast.engine.rules import GIVEN
 from bip_fast.experiments.methods import table
@@ -88,13 +89,15 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
 def filled(text: str) -> str:
     """``text`` with the tables of the present results: a part names a table and a folder of bench/results. No results, no figures.
 
-    A part "code FILE:FUNCTION" is that function of the sources.
+    A part "code FILE:FUNCTION" is that function of the sources, and "options COMMAND" are the options of a command.
     """
 
     def fill(part: re.Match[str]) -> str:
         begin, name, folder, end = part.groups()
         if name == "code":
             return f"{begin}\n{excerpt(ROOT, folder)}\n\n{end}"
+        if name == "options":
+            return f"{begin}\n{options.table(folder)}\n\n{end}"
         file, table = TABLES[name]
         results = report.read(RESULTS / folder / file) if file else {"code": True}
         return f"{begin}\n{table(results, RESULTS / folder) if results else 'Not measured yet.'}\n\n{end}"
@@ -107,15 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python3 -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
-    options = parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
     wrong = 0
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         old = page.read_text()
         new = filled(old)
-        if options.check and new != old:
+        if chosen.check and new != old:
             print(f"{page.relative_to(ROOT)} does not show the committed results: run python3 -m bench.readme", file=sys.stderr)
             wrong = 1
-        elif not options.check:
+        elif not chosen.check:
             page.write_text(new)
     return wrong
 

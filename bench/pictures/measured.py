@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import pyplot
 
 from bench import report
-from bench.headlines import CPU, GPU, near_budget
+from bench.pages.headlines import CPU, GPU, near_budget
 from bench.pictures.style import BLUE, GREY, LIGHT, ORANGE, TEAL, figure
 from bench.readme import RESULTS
 from bench.workload import size_name

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "runs.csv, summary.csv and pictures. Stopped or killed, the same command goes on where every run stood; a finished run is never "
         "repeated."
     )
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file; configs/ has some")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the grid; the folder configs has examples")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the standard files of the data sets")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all runs and results; default: runs/<name of CONFIG>")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")

@@ -41,9 +41,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="N", help="width of that model, as for `bip-fast prune`")
     parser.add_argument("--data", metavar="NAME", help=f"the data set of that model: {', '.join(DATA)}")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the files of the data set (not needed for digits)")
-    parser.add_argument("--batch-sizes", type=_sizes, default=(1, 64), metavar="N,N", help="default: 1,64")
-    parser.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="spent on each batch size, about; default: %(default)s")
-    parser.add_argument("--runtime", choices=RUNTIMES, default="torch", help="what runs them; onnxruntime on a CPU; default: torch")
+    parser.add_argument("--batch-sizes", type=_sizes, default=(1, 64), metavar="N,N", help="batch sizes to measure; default: 1,64")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=2.0, metavar="S", help="about how long to measure each batch size; default: %(default)s"
+    )
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES, default="torch", help="what runs the networks; onnxruntime needs a CPU; default: torch"
+    )
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N; default: auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -69,13 +69,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _default(name: str) -> str:
-    """The value of a setting without an option, with the data sets for which it differs."""
+    """The value of a setting without an option: that of most data sets, and the others with the data sets that have them."""
     values: dict[Any, list[str]] = {}
     for data in DATA:
         values.setdefault(preset_of(data, Settings.method, {}).get(name, getattr(Settings, name)), []).append(data)
-    if len(values) == 1:
-        return f"{next(iter(values))}"
-    return ", ".join(f"{value} ({' and '.join(names)})" for value, names in values.items())
+    usual, *others = sorted(values, key=lambda value: -len(values[value]))
+    return f"{usual}" + "".join(f", for {' and '.join(values[value])} {value}" for value in others)
 
 
 def run(options: dict[str, Any]) -> int:

@@ -84,15 +84,15 @@ class Settings:
         _told(
             WHAT,
             "NAME",
-            f"{', '.join(DATA)}, or tsv:PATH: a file of lines of a text, a tab and its label, of which a fifth is held out as the test "
-            "part, or a folder with train.tsv and test.tsv (or dev.tsv); or text:PATH, running text for a network that predicts tokens: a "
-            "file, whose last fifth is the test part, or a folder with train.txt (or valid.txt) and test.txt",
+            f"{', '.join(DATA)}; or tsv:PATH, labelled texts: a file with a text, a tab and a label on each line, of which a fifth is held "
+            "out as the test part, or a folder with train.tsv and test.tsv (or dev.tsv); or text:PATH, running text for a network that "
+            "predicts tokens: a file, whose last fifth is the test part, or a folder with train.txt (or valid.txt) and test.txt",
         ),
     ] = "digits"
     train_images: Annotated[
-        int | None, _told(WHAT, "N", "only so many training images or texts, the same share of every class", default="", ge=1)
+        int | None, _told(WHAT, "N", "use only N training images or texts, the same share of every class", default="", ge=1)
     ] = None
-    stride: Annotated[int, _told(WHAT, "N", "only every N-th pixel in both directions", ge=1)] = 1
+    stride: Annotated[int, _told(WHAT, "N", "use only every N-th pixel in both directions", ge=1)] = 1
     model: Annotated[
         str,
         _told(
@@ -107,10 +107,12 @@ class Settings:
         int | None,
         _told(WHAT, "N", "channels of the first stage", default="16, for resnet18, resnet50 and vgg16bn 64", ge=1),
     ] = None
-    max_tokens: Annotated[int, _told(WHAT, "N", "of a text, longer ones are cut; or of a window of running text", ge=2)] = 128
-    test_tokens: Annotated[int | None, _told(WHAT, "N", "only so many from the beginning of a running test text", default="", ge=2)] = None
+    max_tokens: Annotated[int, _told(WHAT, "N", "longest text, longer ones are cut; or length of a window of running text", ge=2)] = 128
+    test_tokens: Annotated[int | None, _told(WHAT, "N", "use only the first N tokens of a running test text", default="", ge=2)] = None
     dtype: Annotated[
-        str, _one_of(DTYPES), _told(WHAT, "NAME", f"{' or '.join(DTYPES)}: of a transformer's parameters; what moves them stays float32")
+        str,
+        _one_of(DTYPES),
+        _told(WHAT, "NAME", f"{' or '.join(DTYPES)}: dtype of a transformer's parameters; the optimizer's state stays float32"),
     ] = "float32"
     method: Annotated[str, _told(HOW, "NAME", "docs/compare.md has a table of what each does")] = "bip"
     sparsity: Annotated[
@@ -141,16 +143,29 @@ class Settings:
     lr: Annotated[_Size, _told(HOW, "X", "step size of the weights, before it decays")] = 0.05
     mask_lr: Annotated[_Size, _told(HOW, "X", "step size of the scores, before it decays as that of the weights")] = 1.0
     gamma: Annotated[
-        float, _told(HOW, "X", "weight of the lower level's convexity; larger: smaller implicit gradient", gt=0, allow_inf_nan=False)
+        float,
+        _told(
+            HOW,
+            "X",
+            "weight of the proximal term of the lower level; a larger one weakens the implicit gradient",
+            gt=0,
+            allow_inf_nan=False,
+        ),
     ] = 1.0
-    head_lr: Annotated[_Size, _told(TRAINING, "X", "step size of a transformer's head, before it decays; 0: that of all else")] = 0.0
-    warmup: Annotated[float, _told(TRAINING, "X", "share of a stage in which all step sizes grow from 0", ge=0, lt=1)] = 0.0
+    head_lr: Annotated[
+        _Size, _told(TRAINING, "X", "step size of a transformer's head, before it decays; 0: the same as for all other weights")
+    ] = 0.0
+    warmup: Annotated[
+        float, _told(TRAINING, "X", "share of a stage in which all step sizes grow from 0 to their full size", ge=0, lt=1)
+    ] = 0.0
     decay: Annotated[str, _one_of(DECAYS), _told(TRAINING, "NAME", f"{' or '.join(DECAYS)}: how step sizes fall to 0")] = "cosine"
-    clip: Annotated[_Size, _told(TRAINING, "X", "largest norm of all gradients together; 0: they are not clipped")] = 0.0
-    momentum: Annotated[float, _told(TRAINING, "X", "momentum of the weights, of sgd", ge=0, lt=1)] = 0.9
-    beta1: Annotated[float, _told(TRAINING, "X", "decay of the mean of gradients, of adamw", ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, _told(TRAINING, "X", "decay of the mean of squared gradients, of adamw", ge=0, lt=1)] = 0.999
-    eps: Annotated[float, _told(TRAINING, "X", "added to the root of that mean", gt=0, allow_inf_nan=False)] = 1e-8
+    clip: Annotated[_Size, _told(TRAINING, "X", "clip gradients to this norm, taken over all of them; 0: no clipping")] = 0.0
+    momentum: Annotated[float, _told(TRAINING, "X", "momentum of the weights, for sgd", ge=0, lt=1)] = 0.9
+    beta1: Annotated[float, _told(TRAINING, "X", "decay rate of the mean of gradients, for adamw", ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, _told(TRAINING, "X", "decay rate of the mean of squared gradients, for adamw", ge=0, lt=1)] = 0.999
+    eps: Annotated[
+        float, _told(TRAINING, "X", "added to the root of the mean of squared gradients, for adamw", gt=0, allow_inf_nan=False)
+    ] = 1e-8
     weight_decay: Annotated[_Size, _told(TRAINING, "X", "weight decay of pruning and fine-tuning")] = 5e-4
     pretrain_weight_decay: Annotated[
         _Size,
@@ -165,18 +180,24 @@ class Settings:
     score_start: Annotated[
         str,
         _one_of(SCORE_STARTS),
-        _told(HOW, "NAME", f"{' or '.join(SCORE_STARTS)}: scores of bip begin at min(|theta|, 1) or at theta^2 / 2"),
+        _told(HOW, "NAME", f"{' or '.join(SCORE_STARTS)}: scores of bip start at min(|theta|, 1) or at theta^2 / 2"),
     ] = "magnitude"
     ramp: Annotated[
         float,
-        _told(HOW, "X", "share of the time until masks freeze after which the sparsity has grown; 0: all of it at once", ge=0, le=1),
+        _told(HOW, "X", "when the sparsity has fully grown, as a share of the time until masks freeze; 0: all of it at once", ge=0, le=1),
     ] = 0.0
     ramp_start: Annotated[
-        float, _told(HOW, "X", "share of the time until masks freeze after which the sparsity begins to grow", ge=0, lt=1)
+        float, _told(HOW, "X", "when the sparsity begins to grow, as a share of the time until masks freeze", ge=0, lt=1)
     ] = 0.0
     freeze: Annotated[
         float,
-        _told(HOW, "X", "share of pruning after which masks stay; 0: one-shot magnitude pruning, 1: never", ge=0, le=1),
+        _told(
+            HOW,
+            "X",
+            "when masks freeze, as a share of the epochs of pruning; 0: at once, which is one-shot magnitude pruning; 1: never",
+            ge=0,
+            le=1,
+        ),
     ] = 1.0
     rewind: Annotated[
         str | None,
@@ -184,16 +205,16 @@ class Settings:
         _told(
             HOW,
             "E",
-            "retrain under the mask from the weights of an epoch of dense training, a number or init, under the rest of its schedule "
-            "(all of it after the last epoch), or lr: the weights as they are, under all of it",
+            "what to retrain from under the mask: the weights of this epoch of dense training (a number, or init), with the rest of its "
+            "schedule (all of it after the last epoch); or lr: the trained weights, with the whole schedule",
             default="init for imp and omp, otherwise not",
         ),
     ] = None
-    per_round: Annotated[float, _told(HOW, "X", "imp: share of the weights left that goes in each round", gt=0, lt=1)] = 0.2
+    per_round: Annotated[float, _told(HOW, "X", "imp: share of the remaining weights that each round prunes", gt=0, lt=1)] = 0.2
     seed: Annotated[
         int,
         _checked("less than 2**63", lambda value: value < 2**63),
-        _told(TRAINING, "N", "decides the first weights and the order of the images", ge=0),
+        _told(TRAINING, "N", "seed of the first weights and of the order of the data", ge=0),
     ] = 0
     checkpoint: Annotated[
         str | None,
@@ -208,7 +229,7 @@ class Settings:
         _told(
             TRAINING,
             "",
-            f"hold out {VALIDATION_IMAGES:,} training images or texts, or a fifth if that is less, and measure there: for choosing options",
+            f"hold out {VALIDATION_IMAGES:,} training images or texts (or a fifth, if less) and measure on these, to choose options by",
             default="",
         ),
     ] = False
@@ -223,10 +244,10 @@ class Settings:
         ),
     ] = False
     # Of the CPU: they decide the order in which sums are made, and so the last bits of a result.
-    calibration: Annotated[int, _told(HOW, "N", "wanda and sparsegpt: windows of the training text that they look at", ge=1)] = 128
+    calibration: Annotated[int, _told(HOW, "N", "wanda and sparsegpt: how many windows of the training text they look at", ge=1)] = 128
     threads: Annotated[
         int | None,
-        _told(RUN, "N", "CPU threads; sums, and so results, depend on their number", default="one for each core", ge=1),
+        _told(RUN, "N", "CPU threads; their number changes the order of sums, and so the results", default="one for each core", ge=1),
     ] = None
 
     @property

@@ -25,7 +25,7 @@ def test_a_changed_figure_is_noticed():
     from bench import readme
 
     parts = [part for page in (ROOT / "docs").rglob("*.md") for part in readme.PART.finditer(page.read_text())]
-    assert {part[2] for part in parts} == {*readme.TABLES, "code"} - {"states"}
+    assert {part[2] for part in parts} == {*readme.TABLES, "code", "options"} - {"states"}
     spoilt = 0
     for part in parts:
         digit = re.search(r"\d", part[0][len(part[1]) : -len(part[4])])
@@ -69,7 +69,7 @@ def test_the_loops_that_pages_show_run(page):
     ],
 )
 def test_an_excerpt_is_one_function(place, begins):
-    from bench.excerpts import excerpt
+    from bench.pages.excerpts import excerpt
 
     lines = excerpt(ROOT, place).splitlines()
     assert lines[0].startswith("```")
@@ -78,7 +78,7 @@ def test_an_excerpt_is_one_function(place, begins):
 
 
 def test_an_excerpt_that_is_gone_is_an_error():
-    from bench.excerpts import excerpt
+    from bench.pages.excerpts import excerpt
 
     with pytest.raises(ValueError, match=r"csrc/order_key\.h has no function 'no_such'"):
         excerpt(ROOT, "csrc/order_key.h:no_such")

@@ -30,7 +30,7 @@ def table(package: Path) -> str:
     files = [path for path in sorted(package.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]
     unknown = {path.parent.relative_to(package).as_posix() for path in files} - {*FOLDERS}
     if unknown:
-        raise ValueError(f"folders of the package must be in FOLDERS of bench/rooms.py, got {', '.join(sorted(unknown))} beside them")
+        raise ValueError(f"folders of the package must be in FOLDERS of bench/pages/rooms.py, got {', '.join(sorted(unknown))} beside them")
     parts = []
     for folder in FOLDERS:
         own = [path for path in files if path.parent == package / folder]
