@@ -7,7 +7,7 @@
     python3 -m bench.pictures                                  draw docs/pictures
 
 test_steps, test_topk and test_iterations are the rows; workload and networks what is timed; peers and cub who is compared; gpu_clock and
-conftest how; studies of one question each are in `studies`, what pages show in `pages` and `pictures`. NOTES.md says what is expected. `bip-fast bench` is the short form, for a
-machine that has only the package.
+conftest how; studies of one question each are in `studies`, and what pages show in `pages` and `pictures`. NOTES.md says what is expected.
+`bip-fast bench` is the short form, for a machine that has only the package.
 Results are committed; the tables and pictures of the documentation are made from them.
 """
