@@ -125,8 +125,8 @@ def check_memory(param_groups: Groups, seen: Seen) -> None:
         if p.is_meta:
             name = seen.of(p).name or f"a parameter of shape {tuple(p.shape)}"
             raise RuntimeError(
-                f"{name} is on the meta device and has no memory yet: call model.to_empty(device=...) and load its weights before. "
-                "If the model has done so, its parameters are others than those that the optimizer was given; give it the Module"
+                f"{name} is on the meta device and has no memory yet: call model.to_empty(device=...) and load its weights first. "
+                "If that is done, the model has new parameters, which the optimizer does not know: give it the Module"
             )
 
 
@@ -165,4 +165,4 @@ def check_agreement(origin: Origin, param_groups: Groups, seen: Seen, rule: str,
         for number, what in enumerate(said):
             others = [rank for rank in range(len(found)) if table[rank, number] != table[0, number]]
             if others:
-                raise ValueError(f"all ranks must give FastBiP the same {what}, got others on ranks {others} than on rank 0")
+                raise ValueError(f"all ranks must give FastBiP the same {what}, but those of ranks {others} differ from those of rank 0")

@@ -375,7 +375,7 @@ def _check_coupled(weights: Sequence[Parameter]) -> None:
         if found[0] != found[1]:
             counts = [f"{units}" if matrices == 1 else f"{matrices} times {units}" for matrices, units in found]
             raise ValueError(
-                f"coupled weights must have as many filters, got {first.name} with {counts[0]} and {param.name} with {counts[1]}"
+                f"coupled weights must have the same number of filters, got {first.name} with {counts[0]} and {param.name} with {counts[1]}"
             )
 
 

@@ -37,7 +37,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize(("what", "options"), DIFFERENT.items(), ids=DIFFERENT)
 def test_every_rank_hears_of_different_arguments(what, options):
-    expected = f"all ranks must give FastBiP the same {what}, got others on ranks [1] than on rank 0"
+    expected = f"all ranks must give FastBiP the same {what}, but those of ranks [1] differ from those of rank 0"
     assert run_on(2, errors, options) == [expected, expected]
 
 

@@ -79,7 +79,7 @@ def test_overrides(backend):
     [
         ([["nope.weight"]], "nope.weight"),
         ([["0.weight", "1.weight"], ["1.weight"]], "once"),
-        ([["0.weight", "2.weight"]], "as many filters"),
+        ([["0.weight", "2.weight"]], "the same number of filters"),
         ([["0.weight", "3.bias"]], "entries"),
         (["0.weight"], "coupled must hold lists of names, got '0.weight'"),
         ([3], "coupled must hold lists of names, got 3"),

@@ -274,5 +274,5 @@ def test_coupled_stacks_must_be_alike(table):
     masks = [opt.mask_of(p).flatten(1).all(1) for p in (model["a"].both, model["b"].both)] + [opt.mask_of(model["b"].shift)]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
-    with pytest.raises(ValueError, match=r"as many filters, got a.both with 2 times 4 and c.weight with 8"):
+    with pytest.raises(ValueError, match=r"the same number of filters, got a.both with 2 times 4 and c.weight with 8"):
         FastBiP(copy.deepcopy(model), sparsity=0.5, pattern="filter", coupled=[["a.both", "c.weight"]])
