@@ -6,7 +6,7 @@ build/ makes it parallel and incremental. torch is not needed, and neither is a 
     BIP_FAST_CUDA          auto (default): CUDA if nvcc is found; 0: CPU only; 1: CUDA, or an error that says what is missing
     CUDA_HOME, CUDA_PATH   the CUDA toolkit; otherwise the nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   GPUs to compile for, such as "8.0;9.0+PTX"; otherwise DEFAULT_ARCHITECTURES as far as nvcc knows them
-    CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual
+    CXX, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual; the module is stripped unless CXXFLAGS has a -g
     BIP_FAST_MUTATION      no-fences: wrong CUDA kernels on purpose, for tests/large/stress.py; only for `build_ext`, never in an install
 """
 
@@ -163,10 +163,11 @@ def commands(environ: Mapping[str, str], nvcc: Nvcc | None, architectures: list[
     """The command lines that compile C++, compile CUDA and link, without inputs and outputs."""
     cxx = shlex.split(environ.get("CXX", "")) or [default_cxx()]
     cxxflags, ldflags = shlex.split(environ.get("CXXFLAGS", "")), shlex.split(environ.get("LDFLAGS", ""))
-    # Stripped; and a static CUDA runtime whose symbols were visible would resolve to the version that torch loads.
-    link = ["-shared", "-pthread", "-Wl,-s", "-Wl,--exclude-libs=ALL", *ldflags]
+    strip = not any(flag.startswith("-g") for flag in cxxflags)  # who asks for debug information wants to keep it
+    # A static CUDA runtime whose symbols were visible would resolve to the version that torch loads.
+    link = ["-shared", "-pthread", *(["-Wl,-s"] if strip else []), "-Wl,--exclude-libs=ALL", *ldflags]
     if sys.platform == "darwin":
-        link = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-x", *ldflags]
+        link = ["-bundle", "-undefined", "dynamic_lookup", *(["-Wl,-x"] if strip else []), *ldflags]
     compile_cxx = [*cxx, "-O3", *WARNINGS, "-pthread", *cxxflags, *EXACT, "-Icsrc"]
     if not nvcc:
         return {"cxx": compile_cxx, "link": [*cxx, *link]}

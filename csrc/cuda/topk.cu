@@ -79,7 +79,7 @@ struct Tile {
 
 __host__ __device__ __forceinline__ int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
-__device__ __forceinline__ Group group_of(const Topk& topk) { return {topk.n, topk.k, topk.n}; }
+__device__ __forceinline__ Group group_of(const Topk& topk) { return {topk.n, topk.k, topk.n, 0, 0, 0}; }
 
 __device__ __forceinline__ void wait_for_all() { cooperative_groups::this_grid().sync(); }
 

@@ -1,8 +1,8 @@
 """Builds and loads the CUDA kernels for the host: the module ``_sim``, the twin of ``bip_fast._C``.
 
 ``load().cuda`` is the CUDA backend on the simulator, ``load().cpu`` the CPU one, and ``load().sim`` steers the simulator. What it
-finds and what it cannot is said in cuda_runtime.h. Needs a C++ compiler (``$CXX``, else c++ or g++), pybind11 and numpy. Built once,
-into ``build/sim`` under a name that depends on everything that goes into it.
+finds and what it cannot is said in cuda_runtime.h. Needs a C++ compiler (``$CXX``, else c++ or g++), pybind11 and numpy; ``$CXXFLAGS``
+and ``$LDFLAGS`` are used as in setup.py. Built once, into ``build/sim`` under a name that depends on everything that goes into it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ ROOT = HERE.parents[1]
 OUT = ROOT / "build" / "sim"
 RUNTIME = HERE / "simulator.cpp"
 # The arithmetic of the real build: no contraction, no fast-math. The simulator's cuda_runtime.h is found before a toolkit's.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+FLAGS += ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+LINK = shlex.split(os.environ.get("LDFLAGS", ""))
 INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
 
 
@@ -68,7 +70,7 @@ def fingerprint(sources: Sequence[Path], cxx: list[str], flags: Sequence[str]) -
     digest = hashlib.sha256()
     version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True).stdout
     headers = (path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*") if path.suffix in (".h", ".cuh"))
-    for part in (sys.version, version, *cxx, *FLAGS, *flags, Path(__file__).read_text()):
+    for part in (sys.version, version, *cxx, *FLAGS, *LINK, *flags, Path(__file__).read_text()):
         digest.update(part.encode() + b"\0")
     for path in sorted({*sources, *headers}):
         digest.update(str(path).encode() + b"\0" + path.read_bytes())
@@ -100,7 +102,7 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path
                 list(pool.map(run, commands))
             beside = Path(folder) / library.name
             undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-            run([*cxx, "-shared", "-pthread", *undefined, *objects, "-o", str(beside)])
+            run([*cxx, "-shared", "-pthread", *undefined, *LINK, *objects, "-o", str(beside)])
             for old in OUT.glob(f"{name}-*"):
                 shutil.rmtree(old, ignore_errors=True)
             library.parent.mkdir()
