@@ -1,5 +1,7 @@
 """Fixtures. Every test that reaches a kernel takes `backend` and so runs on each of them."""
 
+import os
+
 import pytest
 import torch
 from helpers import BACKEND_NAMES, use_backend
@@ -15,6 +17,7 @@ else:
     settings.load_profile("bip_fast")
 
 
+THREADS = int(os.environ.get("BIP_FAST_TEST_THREADS", "1"))
 MISSING = environment.missing_extras()
 collect_ignore = ["experiments", "compare", "commands", "benchmarks"] if MISSING else []
 
@@ -40,9 +43,9 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Networks this small only wait for threads, and long where cores are shared."""
+    """Networks this small only wait for threads, and long where cores are shared. ThreadSanitizer wants several."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
 
@@ -51,7 +54,7 @@ def one_thread():
 def one_thread_again(one_thread):
     """After a test that has asked for more."""
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ int64_t topk_workspace_bytes(int64_t n) { return list_capacity(n) * static_cast<
 void topk(const Topk& args, int threads) {
   const int64_t n = args.n, k = args.k;
   if (k == 0 || k == n) {
-    std::memset(args.mask, k > 0, static_cast<size_t>(n));
+    std::fill_n(args.mask, n, static_cast<uint8_t>(k > 0));
     return;
   }
   Context context{args, static_cast<uint64_t*>(args.workspace), list_capacity(n), {}, std::vector<uint32_t>(kBins)};

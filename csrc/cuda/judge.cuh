@@ -138,6 +138,7 @@ __device__ __noinline__ inline Judged judge_near(JudgeRoom& room, Quad<float> s,
   const unsigned bits = above | (inside & old_bits);
   if (bits != old_bits) atomicAdd(&room.flips, static_cast<uint32_t>(__popc(bits ^ old_bits)));
   const uint32_t word = word_of_bits(bits);
+  __syncwarp();  // the other lanes have read the word
   if (lane_id() % 8 == 0 && word != old_word) *address = word;
   return {word, above};
 }

@@ -52,6 +52,8 @@ def is_clang(command: str) -> bool:
 
 
 def flags_for(source: Path, cxx: list[str]) -> list[str]:
+    if source == RUNTIME and "-fsanitize=thread" in FLAGS:  # sanitizers.h says why
+        return [*FLAGS, "-fno-sanitize=thread", "-DBIP_SIM_THREAD_SANITIZER"]
     if source.suffix != ".cu":
         return FLAGS
     # The checks call two functions of simulator.cpp; no sanitizer library is linked.
@@ -160,16 +162,21 @@ class _Guarded:
         self._free()
 
 
-@functools.cache
-def load() -> ModuleType:
-    """The module ``_sim``: the contents of ``bip_fast._C`` with the CUDA backend simulated, and ``.sim``, its `Simulator`."""
+def library() -> Path:
+    """The file of the module that `load` loads, built."""
     import pybind11
 
     csrc = ROOT / "csrc"
     sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp")), *sorted((csrc / "cuda").glob("*.cu"))]
     defines = ["-DBIP_MODULE=_sim", "-DBIP_WITH_CUDA", '-DBIP_CUDA_TOOLKIT="simulator"']
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    path = build("_sim", sources, [*defines, *includes])
+    return build("_sim", sources, [*defines, *includes])
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module ``_sim``: the contents of ``bip_fast._C`` with the CUDA backend simulated, and ``.sim``, its `Simulator`."""
+    path = library()
     loader = importlib.machinery.ExtensionFileLoader("_sim", str(path))
     spec = importlib.util.spec_from_file_location("_sim", path, loader=loader)
     assert spec is not None

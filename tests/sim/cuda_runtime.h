@@ -13,7 +13,7 @@
 // several blocks, of at most 1024 threads in all, take turns, and lets other threads go ahead at atomics, fences and __ldcg.
 //
 // Limits. A race shows only if an order that some seed makes changes the result, and a spin wait on a block that is not resident hangs.
-// Memory is sequentially consistent: a missing fence is not seen. A wrong access to host memory is only found where a page ends: use
+// Memory is sequentially consistent: a missing fence is not seen, but by ThreadSanitizer (.ci/sanitize), and so is a race. A wrong access to host memory is only found where a page ends: use
 // `guarded()`.
 // __shared__ must not be in a template. Speed says nothing about a GPU.
 #pragma once
@@ -74,6 +74,7 @@ void barrier(const char* file, int line);
 void grid_barrier(const char* file, int line);
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int argument, const char* file, int line);
 void maybe_yield();  // where another thread may go ahead
+void fence();
 
 template <class T>
 T exchange(Collective kind, unsigned mask, T value, int argument, const char* file, int line) {
@@ -88,8 +89,8 @@ T exchange(Collective kind, unsigned mask, T value, int argument, const char* fi
 template <class T, class F>
 T atomic(T* address, F change) {
   maybe_yield();
-  const T old = *address;
-  *address = change(old);
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);  // for ThreadSanitizer: no race with another atomic
+  __atomic_store_n(address, change(old), __ATOMIC_RELAXED);
   return old;
 }
 
@@ -127,7 +128,7 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 inline void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   sim::collective(sim::Collective::sync, mask, 0, 0, file, line);
 }
-inline void __threadfence() { sim::maybe_yield(); }
+inline void __threadfence() { sim::fence(); }
 
 inline unsigned __ballot_sync(unsigned mask, bool vote, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   return static_cast<unsigned>(sim::collective(sim::Collective::ballot, mask, vote, 0, file, line));

@@ -24,6 +24,7 @@
 // The scheduler behind cuda_runtime.h: fibres for the threads of one block at a time. What it finds and what it cannot is said there.
 #include <algorithm>
 #include <cstdio>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -31,6 +32,7 @@
 #include "cuda_runtime.h"
 #include "fiber.h"
 #include "memory.h"
+#include "sanitizers.h"
 
 dim3 threadIdx, blockIdx, gridDim, blockDim;
 
@@ -51,6 +53,7 @@ const char* const kCollectiveNames[] = {"", "__syncwarp", "__ballot_sync", "__sh
 
 struct Thread {
   Context context;
+  Known known;
   State state;
   const char* file;  // where it waits
   int line;
@@ -60,6 +63,12 @@ struct Thread {
   uint64_t value;  // in: the lane's own; out: the result
 };
 
+// Of a block: what its threads synchronise by. Only addresses, and new for each block.
+struct Meetings {
+  char all[8];
+  char warps[kMaxThreads / kWarp][8];
+};
+
 struct Simulator {
   std::mutex mutex;           // one launch at a time
   std::vector<Thread> all;    // of all blocks that are resident
@@ -67,6 +76,9 @@ struct Simulator {
   char* stacks = nullptr;
   size_t num_stacks = 0;
   Context scheduler;
+  Known host;
+  Meetings* meetings = nullptr;  // of the block that runs
+  alignas(8) char fences[8], grid[8], begin[8], end[8];  // what threads of all blocks synchronise by
   unsigned num_threads = 0, current = 0;
   bool in_thread = false;  // a fibre runs: faults are its own
   bool together = false;   // blocks may wait for each other
@@ -98,12 +110,19 @@ void record(const std::string& what) {
   s.faulted = true;
 }
 
+[[noreturn]] void leave_for_good() {
+  Thread& me = s.threads[s.current];
+  me.state = State::done;
+  release(s.end);
+  fiber_stops(s.host, me.known, true);
+  switch_context(me.context, s.scheduler);
+  __builtin_unreachable();
+}
+
 // A fault in the running fibre, which never goes on.
 [[noreturn]] void fault(const std::string& what) {
   record(thread_name(s.current) + ": " + what);
-  s.threads[s.current].state = State::done;
-  switch_context(s.threads[s.current].context, s.scheduler);
-  __builtin_unreachable();
+  leave_for_good();
 }
 
 void fault_anywhere(const std::string& what) {
@@ -112,17 +131,19 @@ void fault_anywhere(const std::string& what) {
 }
 
 void thread_main() {
+  fiber_runs(s.host, s.threads[s.current].known);
+  acquire(s.begin);
   s.run(s.context);
-  s.threads[s.current].state = State::done;
-  switch_context(s.threads[s.current].context, s.scheduler);
-  __builtin_unreachable();
+  leave_for_good();
 }
 
 void resume(unsigned thread) {
   s.current = thread;
   threadIdx = dim3(thread, 0, 0);
   s.in_thread = true;
+  before_fiber(s.host, s.threads[thread].known);
   switch_context(s.scheduler, s.threads[thread].context);
+  after_fiber(s.host);
   s.in_thread = false;
 }
 
@@ -131,7 +152,16 @@ void wait(State state, const char* file, int line) {
   me.state = state;
   me.file = file;
   me.line = line;
+  fiber_stops(s.host, me.known, false);
   switch_context(me.context, s.scheduler);
+  fiber_runs(s.host, me.known);
+}
+
+// The same, at a place that orders what came before it, in any of the threads that meet there, before what comes after it.
+void meet(State state, void* where, const char* file, int line) {
+  release(where);
+  wait(state, file, line);
+  acquire(where);
 }
 
 // ---- collectives ----
@@ -253,14 +283,23 @@ struct Resident {
   Block state = Block::ended;
   int barriers = 0;
   std::vector<char> shared;
+  std::unique_ptr<Meetings> meetings;
 };
 
 size_t shared_size() { return __start_bip_shared ? static_cast<size_t>(__stop_bip_shared - __start_bip_shared) : 0; }
 
+void copy_shared(char* to, const char* from) {
+  if (!shared_size()) return;
+  const Unseen unseen;
+  std::memcpy(to, from, shared_size());
+  forget(__start_bip_shared, shared_size());
+}
+
 void begin_block(Resident& resident, size_t place, unsigned block) {
-  resident = {block, Block::running, 0, std::vector<char>(shared_size(), static_cast<char>(0xA5))};
+  resident = {block, Block::running, 0, std::vector<char>(shared_size(), static_cast<char>(0xA5)), std::make_unique<Meetings>()};
   for (size_t i = place * s.num_threads; i < (place + 1) * s.num_threads; ++i) {
     s.all[i].state = State::ready;
+    know(s.all[i].known, s.stacks + i * kStack + kStackGuard, kStack - kStackGuard);
     make_context(s.all[i].context, s.stacks + i * kStack + kStackGuard, kStack - kStackGuard, thread_main);
   }
 }
@@ -286,11 +325,12 @@ void run_resident(Resident& resident, size_t place) {
   blockIdx = dim3(resident.block, 0, 0);
   s.threads = s.all.data() + place * s.num_threads;
   s.barriers = resident.barriers;
-  if (shared_size()) std::memcpy(__start_bip_shared, resident.shared.data(), shared_size());
+  s.meetings = resident.meetings.get();
+  copy_shared(__start_bip_shared, resident.shared.data());
   for (uint64_t turns = s.seed ? 1 + next_random() % (next_random() % 8 ? 4 : 64) : ~0ull; turns && resident.state == Block::running;
        --turns)
     resident.state = advance_block();
-  if (shared_size()) std::memcpy(resident.shared.data(), __start_bip_shared, shared_size());
+  copy_shared(resident.shared.data(), __start_bip_shared);
   resident.barriers = s.barriers;
 }
 
@@ -335,11 +375,11 @@ void run_blocks(const std::vector<unsigned>& order) {
 
 }  // namespace
 
-void barrier(const char* file, int line) { wait(State::at_barrier, file, line); }
+void barrier(const char* file, int line) { meet(State::at_barrier, s.meetings->all, file, line); }
 
 void grid_barrier(const char* file, int line) {
   if (!s.together) fault("a barrier over the grid in a launch whose blocks need not be resident (" + place(file, line) + ")");
-  wait(State::at_grid_barrier, file, line);
+  meet(State::at_grid_barrier, s.grid, file, line);
 }
 
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int argument, const char* file, int line) {
@@ -350,12 +390,21 @@ uint64_t collective(Collective kind, unsigned mask, uint64_t value, int argument
   me.mask = mask;
   me.value = value;
   me.argument = argument;
-  wait(State::at_collective, file, line);
+  if (kind == Collective::sync)
+    meet(State::at_collective, s.meetings->warps[s.current / kWarp], file, line);
+  else
+    wait(State::at_collective, file, line);
   return me.value;
 }
 
 void maybe_yield() {
   if (s.seed && next_random() % 16 == 0) wait(State::ready, "", 0);
+}
+
+void fence() {
+  maybe_yield();
+  acquire(s.fences);
+  release(s.fences);
 }
 
 cudaError_t run_grid(dim3 grid, dim3 block, bool together, void (*thread)(void*), void* context) {
@@ -392,7 +441,10 @@ cudaError_t run_grid(dim3 grid, dim3 block, bool together, void (*thread)(void*)
   const CatchFaults guard([](const char* what) {
     if (s.in_thread) fault(what);
   });
+  know_host(s.host);
+  release(s.begin);
   run_blocks(order);
+  acquire(s.end);
   return s.faulted ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
