@@ -77,7 +77,7 @@ struct Simulator {
   size_t num_stacks = 0;
   Context scheduler;
   Known host;
-  Meetings* meetings = nullptr;  // of the block that runs
+  Meetings* meetings = nullptr;                          // of the block that runs
   alignas(8) char fences[8], grid[8], begin[8], end[8];  // what threads of all blocks synchronise by
   unsigned num_threads = 0, current = 0;
   bool in_thread = false;  // a fibre runs: faults are its own
