@@ -11,4 +11,4 @@ from .optimizer import FastBiP
 from .schedule import SparsitySchedule
 
 __all__ = ["FastBiP", "SparsitySchedule", "__version__", "build_info", "reference", "register_layer", "topk_mask"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
