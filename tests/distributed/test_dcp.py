@@ -1,15 +1,18 @@
 """Checkpoints of `torch.distributed.checkpoint`: in one process, and saved on some ranks and loaded on others."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on
+from ranks import run_and_lose, run_on
 from sharded_runs import whole
 from torch import nn
 
 from bip_fast import FastBiP
+from bip_fast.engine.shards import Ranks
 
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
@@ -156,3 +159,25 @@ def test_saved_on_some_ranks_and_loaded_on_others(tmp_path, ranks, others, flat)
     found = run_on(others, load, str(tmp_path), flat)[0]
     for name, given in found.items():
         same(given, never_stopped(name))
+
+
+def save_and_die(folder):
+    """The last rank ends in the middle of a step after the checkpoint, while the others wait for what it has counted."""
+    save(folder, False)
+    model = _sharded()
+    opt = made(model, "sgd")
+    train(model, opt, range(5))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        Ranks.add = lambda self, x: os.kill(os.getpid(), signal.SIGKILL)
+    train(model, opt, range(5, 9))
+
+
+def test_a_rank_that_is_lost_in_a_step_ends_all_and_the_checkpoint_goes_on(tmp_path):
+    codes, errors = run_and_lose(3, save_and_die, str(tmp_path))
+    assert codes[2] == -signal.SIGKILL
+    assert None not in codes, "a rank waits for ever"
+    assert 0 not in codes
+    assert len(errors) == 2
+    assert all("shards.py" in error for error in errors), "it ends in the sums of the selection"
+    found = run_on(2, load, str(tmp_path), False)[0]
+    same(found["sgd"], never_stopped("sgd"))

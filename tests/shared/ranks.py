@@ -34,3 +34,18 @@ def run_on(world, function, *arguments):
             errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
             raise AssertionError("\n".join(errors) or "a rank ended without a word") from None
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def run_and_lose(world, function, *arguments):
+    """The same for a job in which a rank is lost: how every process has ended (None: not within 90 seconds), and the errors."""
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=_rank, args=(rank, world, folder, function, arguments)) for rank in range(world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(90)
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        return codes, [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
