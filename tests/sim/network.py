@@ -46,6 +46,7 @@ class Network:
                 row["mask"] = self.arrays["mask"][start // 32 :].ctypes.data
                 row["index"] = self.groups[group]["numel"]
                 self.groups[group]["numel"] += numel
+                self.groups[group]["entries"] += numel
             elif dtype == 0:
                 param[:] = self.arrays["theta"][start : start + numel]
                 row["theta"] = param.ctypes.data
