@@ -38,6 +38,13 @@ def test_all_combinations_and_what_they_start_from(tmp_path):
     assert [cell.epochs for cell in found.rows if cell.label == "imp"] == [1, 1, 1, 1], "a round of one epoch each"
 
 
+def test_more_seeds_without_a_list_of_seeds(tmp_path):
+    """They come on top of the seed that there is without one."""
+    text = "sparsity: [0.5, 0.8]\nmore_seeds: {0.8: [1, 2]}\nmethods: {random: {}}"
+    rows = [(cell.settings.sparsity, cell.settings.seed) for cell in grid.read(written(tmp_path, text)).rows]
+    assert sorted(rows) == [(0.5, 0), (0.8, 0), (0.8, 1), (0.8, 2)]
+
+
 def test_a_network_of_iterative_pruning_depends_on_no_other_sparsity_of_the_file(tmp_path):
     text = "seed: 0\nmethods: {imp: {rewind: 1, pretrain_epochs: 10, epochs: 10, sparsity: %s}}"
     both = {cell.settings.sparsity: cell for cell in grid.read(written(tmp_path, text % "[0.9, 0.95, 0.98]")).rows}

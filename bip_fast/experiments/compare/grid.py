@@ -213,8 +213,10 @@ class _Builder:
             for sparsity, seeds in more_seeds.items()
             if sparsity in lists.get("sparsity", ())
         ]
-        for values in itertools.chain.from_iterable(itertools.product(*own_lists.values()) for own_lists in (lists, *more)):
-            combination: dict[str, Any] = dict(zip(lists, values, strict=True))
+        combinations = (
+            dict(zip(own_lists, values, strict=True)) for own_lists in (lists, *more) for values in itertools.product(*own_lists.values())
+        )
+        for combination in combinations:
             if combination["method"] == "dense":
                 combination |= {"sparsity": 0.0, "pattern": Settings.pattern}
             self._add(label, combination, own, tuple((name, combination[name]) for name in swept))
