@@ -38,6 +38,7 @@ class BiPCallback(Callback):
 
     def __init__(self, *, freeze_at: float | None = None, layers: bool = False, prefix: str = PREFIX) -> None:
         self.freeze_at, self.layers, self.prefix = check_share("freeze_at", freeze_at), layers, prefix
+        self._logged = 0  # the step that was logged last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _found(trainer):
@@ -53,8 +54,9 @@ class BiPCallback(Callback):
                 opt.freeze_masks()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = trainer.log_every_n_steps
-        if every and trainer.global_step % every == 0:
+        every, step = trainer.log_every_n_steps, trainer.global_step
+        if every and step % every == 0 and step != self._logged:  # while gradients accumulate, the step stays
+            self._logged = step
             found = _found(trainer)
             for number, opt in enumerate(found):
                 prefix = self.prefix if len(found) == 1 else f"{self.prefix}{number}/"

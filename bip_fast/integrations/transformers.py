@@ -133,8 +133,13 @@ def add_pruning(
         options: of `FastBiP`, such as ``sparsity``, ``pattern`` and ``exclude``; they win over the arguments of the Trainer.
 
     Raises:
-        ValueError: the Trainer has an optimizer already, or was told to make one.
+        ValueError: the Trainer has an optimizer already, or was told to make one; or it uses DeepSpeed, which hides parameters behind flat
+            copies.
     """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "trainer must not use DeepSpeed, whose optimizers work on flat copies of parameters: use FSDP2 (fsdp_config version 2)"
+        )
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError("trainer must be made without optimizers and optimizer_cls_and_kwargs, and not have trained yet")
     callback = BiPCallback(freeze_at=freeze_at, layers=layers, prefix=prefix)

@@ -145,6 +145,9 @@ def test_what_cannot_work_is_an_error(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="not have trained yet"):
         add_pruning(trainer, sparsity=0.5)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="must not use DeepSpeed"):
+        add_pruning(trainer, sparsity=0.5)
     with pytest.raises(ValueError, match=r"freeze_at must be in \[0, 1\], got 2"):
         BiPCallback(freeze_at=2)
 

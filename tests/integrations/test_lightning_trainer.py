@@ -126,6 +126,14 @@ def test_metrics_reach_the_logger_and_the_end_is_a_plain_file(tmp_path):
         fit(Network(), tmp_path, BiPCallback(), epochs=EPOCHS + 1, ckpt_path=tmp_path / "end.ckpt", enable_checkpointing=False)
 
 
+def test_metrics_are_read_once_a_step_while_gradients_accumulate(tmp_path, monkeypatch):
+    steps, metrics = [], FastBiP.metrics
+    module = Network()
+    monkeypatch.setattr(FastBiP, "metrics", lambda opt, **own: steps.append(module.trainer.global_step) or metrics(opt, **own))
+    fit(module, tmp_path, BiPCallback(), epochs=2, accumulate_grad_batches=2, log_every_n_steps=1, enable_checkpointing=False)
+    assert steps == [1, 2, 3, 4]  # of three batches an epoch the last is a step of its own
+
+
 @pytest.mark.parametrize("options", [{}, {"max_steps": EPOCHS * BATCHES, "epochs": -1}])
 def test_masks_freeze(tmp_path, options):
     masks = []
