@@ -91,6 +91,13 @@ def test_a_folder_does_not_know_what_stands_above_it(folder):
         assert not wrong, f"{name} imports {wrong}"
 
 
+def test_nothing_imports_the_integrations():
+    """Each needs a package that only its users have."""
+    inside = {name for name in MODULES if name.split(".")[0] == "integrations"}
+    assert len(inside) > 3
+    assert {name: IMPORTS[name] & inside for name in MODULES.keys() - inside if IMPORTS[name] & inside} == {}
+
+
 @pytest.mark.parametrize("where", ["bip_fast", "tests", "bench", "csrc"])
 def test_no_folder_has_more_than_20_files(where):
     counts = Counter(path.parent for path in (ROOT / where).rglob("*") if path.suffix in {".py", ".cpp", ".cu", ".h", ".cuh"})
