@@ -151,8 +151,8 @@ __device__ inline bool publish_is_last(Room& room, Progress& progress, uint32_t 
     room.last = room.entries != 0 && atomicAdd(&progress.seen, room.entries) + room.entries == total;
     room.entries = room.above = 0;
     if (room.last) {
-      fence();
       progress.seen = 0;  // no other block follows: all entries have been seen
+      fence();
     }
   }
   __syncthreads();
