@@ -149,7 +149,7 @@ def lifting(protocol: list[Op], warps: int = 3) -> list[str]:
 
 
 def lift() -> list[Op]:
-    return parse(body("units.cuh", "if (set.min_kept == 0) continue;", "    lift_needed("), LIFT)
+    return parse(body("units.cuh", "= best;\n      continue;\n    }", "    lift_needed("), LIFT)
 
 
 def test_the_last_warp_sees_everything():
