@@ -51,7 +51,7 @@ struct Tensor {
   // Some columns of a matrix: entry i has index `index + i / row_length * row_stride + i % row_length`. 0: entry i has `index + i`.
   int64_t row_length, row_stride;
   // N:M: the `keep` largest of every `of` consecutive entries have m = 1. `of` is 2, 4, 8, 16 or 32 and divides `numel`; `group` is -1, and
-  // entry i has index i in the tie order. Both are 0 for every other pattern.
+  // entry i has the index in its matrix in the tie order. Both are 0 for every other pattern.
   int32_t keep, of;
 };
 

@@ -29,7 +29,7 @@ BIP_HD uint32_t candidate_capacity(int64_t numel) { return 1024 + static_cast<ui
 // Sets how far the next window reaches. `error`: by how many ranks the last threshold was off. The window may fill half of the list at
 // most.
 BIP_HD void widen_window(Memory& memory, int64_t error, int64_t numel) {
-  const int64_t most = candidate_capacity(numel) / 4, least = 64 + numel / 65536;
+  const int64_t most = (1024 + numel / 128) / 4, least = 64 + numel / 65536;
   const int64_t decayed = memory.spread - memory.spread / 8;
   const int64_t spread = memory.known ? (error > decayed ? error : decayed) : most / 4;
   memory.spread = static_cast<uint32_t>(spread < most ? spread : most);

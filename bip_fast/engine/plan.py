@@ -294,13 +294,15 @@ class StepPlan:
             self._most_needed = int(units.sets["min_kept"].max(initial=0))
             self._keys = torch.zeros(len(units.sets), dtype=torch.int64, device=device)
             self._sums = torch.zeros(self.num_groups, self._shards.SUMS, dtype=torch.int64, device=device)
+            told = [self._keys, self._sums]
         else:
+            told = []
             size = self.backend.step_workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
         self._workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
         self._unit_scratch = units.scratch
         self._counters = torch.zeros(max(self.num_groups, 1) * kernels().counters_dtype.itemsize, dtype=torch.uint8, device=device)
         tables = self._tensors, self._tile_tensor, self._groups, self._unit_sets, self._parts, self._hypers
-        self._memory = [*(table.memory for table in tables), self._workspace, self._unit_scratch, self._counters]
+        self._memory = [*(table.memory for table in tables), self._workspace, self._unit_scratch, self._counters, *told]
         self._streams = {launch_where(device)}  # that torch knows to use the memory: at first the one it was allocated on
 
     def hold(self) -> None:

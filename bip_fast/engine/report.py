@@ -76,7 +76,8 @@ class Selection(NamedTuple):
 
     ``steps`` counts upper and joint steps. Some took more than one pass, which costs time and changes nothing else: ``first``, no step
     before had left a window; ``missed``, the new threshold lay outside the window; ``crowded``, too many scores lay inside. In all other
-    steps together ``candidates`` scores were looked at twice. ``flips`` mask entries have changed; steps of more than one pass also count
+    steps together ``candidates`` scores were looked at twice. ``flips`` mask entries have changed (those of a parameter that
+    several ranks have whole count on each of them); steps of more than one pass also count
     those that changed back. Kept scores are at or above ``threshold``, the others at or below; it is infinite where all or none are kept.
     """
 

@@ -78,6 +78,7 @@ __device__ __forceinline__ uint32_t keep_quad(const Tile& tile, int place, const
   }
   if (__ballot_sync(kAllLanes, kept != (old_word >> bit_of_lane() & 0xfu)) == 0) return old_word;
   const uint32_t word = word_of_bits(kept);
+  __syncwarp();  // the other lanes have read the word
   if (lane_id() % 8 == 0 && word != old_word) tile.tensor.mask[tile.word_number(place)] = word;
   return word;
 }

@@ -313,6 +313,7 @@ __device__ __forceinline__ uint32_t settle_tile(const Tile& tile, const Threshol
     }
     flips += static_cast<uint32_t>(__popc(bits ^ (old_word >> bit_of_lane() & 0xfu)));
     const uint32_t word = word_of_bits(bits);
+    __syncwarp();  // the other lanes have read the word
     if (lane_id() % 8 == 0 && word != old_word) tile.tensor.mask[tile.word_number(place)] = word;
     flip_quad(tile, place, word, old_word);
   }

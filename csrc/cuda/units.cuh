@@ -224,9 +224,10 @@ __device__ inline void lift_needed(const UnitSet& set, const Tensor& units) {
   }
 }
 
-// One warp per tile of units. `lift`: else the ranks lift units together, later. Interleaving: a warp's scores and best keys come before its own add to `seen` (warp barrier, fence, add). In
-// the warp whose add completes the set, lane 0 reads from all of these adds. Its fence orders what they published before what lane 0 does
-// next, and the warp barrier after that before what the other lanes read. A shuffle alone orders no memory.
+// One warp per tile of units. `lift`: else the ranks lift units together, later. Interleaving: a warp's scores and best keys come before its
+// own add to `seen` (warp barrier, fence, add). In the warp whose add completes the set, lane 0 reads from all of these adds. Its fence orders
+// what they published before what lane 0 does next, and the warp barrier after that before what the other lanes read. A shuffle alone orders no
+// memory.
 // tests/kernels/test_memory_model.py reads the statements from the first warp barrier on, one a line.
 __device__ inline void score_units(const Step& step, bool lift) {
   for (int64_t number = step.unit_tile_begin + global_warp(); number < step.unit_tile_end; number += num_warps()) {

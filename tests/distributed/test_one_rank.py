@@ -31,6 +31,15 @@ def test_the_way_of_many_ranks_gives_the_bits_of_one(job, case):
     assert not differences(run(case, (1,), "0", 6, job.device.type), expected)
 
 
+def test_all_memory_of_a_plan_is_held(job):
+    """What the ranks tell each other too, for streams that the memory was not allocated on."""
+    mesh = mesh_of((1,), job.device.type)
+    opt = FastBiP([nn.Parameter(placed(x.to(job.device), mesh, placements_of("0", x))) for x in weights(SHAPES)], sparsity=0.7)
+    plan = opt._engine.plan
+    assert plan._ranks.groups
+    assert {name for name, x in vars(plan).items() if isinstance(x, torch.Tensor) and not any(x is y for y in plan._memory)} == set()
+
+
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 def test_a_step_with_its_collectives_is_captured(job):
     """Masks, scores and weights after replays of one graph for each phase are those of steps."""
