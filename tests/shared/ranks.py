@@ -1,6 +1,7 @@
 """Several processes that are the ranks of a job, over gloo, for tests of sharded parameters."""
 
 import os
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -36,11 +37,18 @@ def run_on(world, function, *arguments):
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
+def _rank_to_be_lost(*arguments):
+    try:
+        _rank(*arguments)
+    except Exception:
+        sys.exit(1)  # the file has the error, and a terminal needs no more of it
+
+
 def run_and_lose(world, function, *arguments):
     """The same for a job in which a rank is lost: how every process has ended (None: not within 90 seconds), and the errors."""
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(rank, world, folder, function, arguments)) for rank in range(world)]
+        ranks = [context.Process(target=_rank_to_be_lost, args=(rank, world, folder, function, arguments)) for rank in range(world)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
