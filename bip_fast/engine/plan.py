@@ -400,7 +400,7 @@ class StepPlan:
         )
         if phase == "lower" or not self._ranks.groups:
             self.backend.step(**arguments)
-        elif self.device.type == "cuda" or found_inf is None or not bool(found_inf):  # kernels on a GPU look at it themselves
+        else:
             self._select_over_ranks(arguments)
 
     def _select_over_ranks(self, arguments: dict[str, Any]) -> None:

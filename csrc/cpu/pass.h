@@ -19,6 +19,9 @@ struct Context {
   std::atomic<int64_t> nonfinite{0};
 };
 
+// Whether the gradients of the step overflowed, so that it does nothing.
+inline bool skipped(const Step& step) { return step.found_inf && *step.found_inf != 0.0f; }
+
 // Moves all entries, and judges those that compete by the windows of their groups: mask and z, counts, and the list of candidates.
 void update_and_judge(Context& context, int threads);
 

@@ -103,12 +103,14 @@ int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles) {
 }
 
 void shards_score(const Step& args, int threads) {
+  if (skipped(args)) return;
   const int64_t nonfinite = sum_units(args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, threads);
   if (args.phase == Phase::upper && args.num_nonfinite) *args.num_nonfinite += nonfinite;  // in a joint step the update counts them
   score_units(args, threads);
 }
 
 void shards_offer(const Step& args, int64_t* keys, int32_t lifted) {
+  if (skipped(args)) return;
   for (int64_t i = 0; i < args.num_unit_sets; ++i) {
     const UnitSet& set = args.unit_sets[i];
     keys[i] = static_cast<int64_t>((lifted < set.min_kept ? best_unit(args, set) : 0) ^ kSign);
@@ -116,11 +118,13 @@ void shards_offer(const Step& args, int64_t* keys, int32_t lifted) {
 }
 
 void shards_lift(const Step& args, const int64_t* keys) {
+  if (skipped(args)) return;
   for (int64_t i = 0; i < args.num_unit_sets; ++i) lift_unit(args, args.unit_sets[i], static_cast<uint64_t>(keys[i]) ^ kSign);
 }
 
 void shards_begin(const Step& args, int64_t* sums, int threads) {
   std::memset(sums, 0, static_cast<size_t>(args.num_groups * kShardSums) * sizeof(int64_t));
+  if (skipped(args)) return;
   Layout layout = lay_out(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, layout.selections.data(), stream_width(args.num_tiles)};
   for (int64_t group = 0; group < args.num_groups; ++group) {
@@ -141,6 +145,7 @@ void shards_begin(const Step& args, int64_t* sums, int threads) {
 }
 
 bool shards_narrow(const Step& args, int64_t* sums, int threads) {
+  if (skipped(args)) return false;
   {
     Layout before = lay_out(args);
     for (int64_t group = 0; group < args.num_groups; ++group) {
@@ -168,6 +173,7 @@ bool shards_narrow(const Step& args, int64_t* sums, int threads) {
 }
 
 void shards_end(const Step& args, int threads) {
+  if (skipped(args)) return;
   Layout layout = lay_out(args);
   Context context{args, 1.0f, layout.selections.data(), 0};
   if (!std::all_of(layout.searches, layout.searches + args.num_groups, [](const Search& search) { return search.listed; }))

@@ -173,7 +173,7 @@ int64_t step_workspace_bytes(int64_t, int64_t num_groups, int64_t num_scored_til
 }
 
 void step(const Step& args, int threads) {
-  if (args.found_inf && *args.found_inf != 0.0f) return;
+  if (skipped(args)) return;
   std::vector<Selection> selections = lay_out_selections(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, selections.data(), stream_width(args.num_tiles)};
   if (args.phase != Phase::lower) {

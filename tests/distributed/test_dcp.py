@@ -14,7 +14,7 @@ from torch import nn
 from bip_fast import FastBiP
 from bip_fast.engine.shards import Ranks
 
-dcp = pytest.importorskip("torch.distributed.checkpoint")
+dcp = pytest.importorskip("torch.distributed.checkpoint", reason="needs a torch with torch.distributed.checkpoint")
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_model_state_dict,

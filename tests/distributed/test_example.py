@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("torch.distributed.fsdp")
-pytest.importorskip("safetensors")
+pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with torch.distributed.fsdp")
+pytest.importorskip("safetensors", reason="needs the package safetensors: pip install 'bip-fast[test]'")
 ROOT = Path(__file__).parents[2]
 
 

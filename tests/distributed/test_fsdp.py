@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import bip_fast
 from bip_fast import FastBiP
 
-pytest.importorskip("torch.distributed.fsdp")
+pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with torch.distributed.fsdp")
 WIDTH, TOKENS = 65, 50  # rows that no number of ranks divides
 
 

@@ -9,7 +9,7 @@ from ranks import run_on
 @pytest.mark.parametrize("kind", ["accelerated", "trainer", "lightning"])
 def test_a_sharded_run_that_is_interrupted_has_the_bits_of_one_that_is_not(kind, tmp_path):
     for package in {"accelerated": ["accelerate"], "trainer": ["accelerate", "transformers"], "lightning": ["lightning"]}[kind]:
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason=f"needs the package {package}: pip install 'bip-fast[test]'")
     for whole, stopped in run_on(2, trainer_runs.both, getattr(trainer_runs, kind), str(tmp_path)):
         assert whole["sharded"]
         assert whole["sparsity"] == pytest.approx(0.9, abs=2e-4)

@@ -243,7 +243,7 @@ def test_a_pickle_carries_each_tensor_once(case):
 
 
 def test_modes_of_a_schedule_free_optimizer():
-    schedulefree = pytest.importorskip("schedulefree")
+    schedulefree = pytest.importorskip("schedulefree", reason="needs the package schedulefree: pip install 'bip-fast[test]'")
     model = make_model()
     opt = FastBiP(model, sparsity=0.5, optimizer=lambda groups: schedulefree.AdamWScheduleFree(groups, lr=0.05), levels="joint")
     opt.train()
@@ -267,7 +267,7 @@ def test_modes_of_a_schedule_free_optimizer():
 
 
 def test_lion_of_a_package():
-    lion = pytest.importorskip("lion_pytorch")
+    lion = pytest.importorskip("lion_pytorch", reason="needs the package lion-pytorch: pip install 'bip-fast[test]'")
     model, fresh = model_of(), model_of()
     opt, other = (FastBiP(m, sparsity=0.5, optimizer=lambda groups: lion.Lion(groups, lr=1e-3)) for m in (model, fresh))
     advance(model, opt, 4)
