@@ -12,7 +12,7 @@ from typing import Any
 from .engine.options import MASK_RATES, check_count
 from .engine.rules import GIVEN, Rule, rule_of
 
-__all__ = ["PRESETS", "preset_options", "preset_rows", "preset_text", "ramp_steps"]
+__all__ = ["PRESETS", "grows", "preset_options", "preset_rows", "preset_text", "ramp_steps"]
 
 OWN = "optimizer of your own"  # what `GIVEN` is called where people read it
 
