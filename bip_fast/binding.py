@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .engine.coverage import Seen
+from .engine.parameter import Seen
 from .engine.shards import is_sharded
 
 __all__ = ["Origin", "check_agreement", "check_memory", "members_of", "replacements", "same_members", "with_tensors", "world_size"]

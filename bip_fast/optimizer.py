@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from .binding import Origin, check_agreement, check_memory, members_of, replacements, same_members, with_tensors
 from .engine.arena import Arena
 from .engine.checkpoint import fitting_groups
-from .engine.coverage import Seen, would_prune
+from .engine.coverage import would_prune
 from .engine.engine import Engine
 from .engine.inner import InnerOptimizer
 from .engine.options import (
-    LOWER_KEYS,
     check_group,
     check_levels,
     check_lower_steps,
     check_score_start,
     refuse_count,
+    resolve_defaults,
     resolve_density,
     resolve_mask_lr,
     resolve_pattern,
 )
 from .engine.param_groups import param_groups_of, seen_in_group, split_names
+from .engine.parameter import Seen
 from .engine.phases import Phases
 from .engine.plan import StepPlan
 from .engine.report import Report
@@ -168,8 +169,6 @@ class FastBiP(torch.optim.Optimizer):
             "mask_lr": mask_lr, "mask_lr_per_lr": mask_lr_per_lr, "gamma": gamma, "mask_momentum": mask_momentum,
             "score_start": score_start, "levels": levels,
         }  # fmt: skip
-        if self._rule.gradient and (own := [name for name in LOWER_KEYS if given[name] is not None]):
-            raise ValueError(f"{own[0]} must be given to the optimizer that your function makes, got {own[0]}={given[own[0]]!r} beside it")
         chosen = preset_options(preset, self._rule, given)
         self._score_start = check_score_start(chosen.pop("score_start"))
         self._phases = Phases(check_levels(chosen.pop("levels")), check_lower_steps(lower_steps))
@@ -182,14 +181,8 @@ class FastBiP(torch.optim.Optimizer):
             "min_kept": min_kept,
             "prune": True,
             **chosen,
-            **unknown,
         }
-        refuse_count(unknown)
-        resolve_density(defaults)
-        if unknown:
-            raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
-        resolve_pattern(defaults)
-        check_group(defaults, self._rule)
+        resolve_defaults(defaults, unknown, self._rule)
         groups, self._seen = param_groups_of(params, exclude, overrides, coupled, inner=callable(optimizer))
         for group in groups:
             refuse_count(group)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .engine.options import MASK_RATES, check_count
+from .engine.options import LOWER_KEYS, MASK_RATES, check_count
 from .engine.rules import GIVEN, Rule, rule_of
 
 __all__ = ["PRESETS", "grows", "preset_options", "preset_rows", "preset_text", "ramp_steps"]
@@ -56,10 +56,17 @@ def preset_text(value: Any) -> str:
 
 
 def preset_options(preset: str, rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a preset under a rule, with what is not None in ``given`` in their place; ValueError if there is no such preset."""
+    """The options of a preset under a rule, with what is not None in ``given`` in their place.
+
+    Raises:
+        ValueError: there is no such preset; or an option of the lower level is given beside an optimizer of the user's, which has its own.
+    """
     if preset not in PRESETS:
         raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {preset!r}")
     chosen = {key: value for key, value in given.items() if value is not None}
+    for key in LOWER_KEYS:
+        if rule.gradient and key in chosen:
+            raise ValueError(f"{key} must be given to the optimizer that your function makes, got {key}={chosen[key]!r} beside it")
     options = {**dict.fromkeys(MASK_RATES), **PRESETS[preset][rule.name]}
     if not chosen.keys().isdisjoint(MASK_RATES):
         options |= dict.fromkeys(MASK_RATES)  # what is given of the two has no other beside it

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Blocks
-from .coverage import Parameter
 from .native import kernels
+from .parameter import Parameter
 from .rules import Rule
 from .shards import Ranks, is_sharded, like, like_units, local_of
 from .units import UnitScores, UnitSet, ones_in, pack_mask, unpack_mask

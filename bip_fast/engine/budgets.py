@@ -8,8 +8,8 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from ..reference import kept
-from .coverage import Parameter
 from .native import MAX_GROUP
+from .parameter import Parameter
 from .units import UnitSet
 
 __all__ = ["Budget", "SelectionGroup", "budget_of", "erk_kept", "selection_groups"]

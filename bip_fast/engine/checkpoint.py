@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import reference
 from ..reference import Blocks
 from .arena import Arena, in_memory_order
-from .coverage import Parameter
 from .inner import INNER
 from .options import check_group
+from .parameter import Parameter
 from .patterns import NofM
 from .phases import Phases
 from .rules import Rule

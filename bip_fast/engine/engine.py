@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
-from .coverage import Parameter, Seen, decide
+from .coverage import decide
 from .native import MAX_GROUP, MAX_SHARDED_GROUP, backend, not_capturing
 from .options import check_group, group_keys, hyper_table
+from .parameter import Parameter, Seen
 from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
 from .report import Decision, Report, Row, Selection, UnitCount, flat_metrics, layer_row

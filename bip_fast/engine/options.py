@@ -31,6 +31,7 @@ __all__ = [
     "group_keys",
     "hyper_table",
     "refuse_count",
+    "resolve_defaults",
     "resolve_density",
     "resolve_mask_lr",
     "resolve_pattern",
@@ -181,6 +182,26 @@ def resolve_pattern(options: dict[str, Any]) -> None:
     if given is not None and (not isinstance(given, Real) or abs(float(given) - own) > 1e-9):
         raise ValueError(f"sparsity must be {own:g} or left out with pattern {options['pattern']!r}, got {given!r}")
     options["sparsity"] = None
+
+
+def resolve_defaults(defaults: dict[str, Any], unknown: Mapping[str, Any], rule: Rule) -> None:
+    """Resolve and check the arguments that become the defaults of all parameter groups, in place.
+
+    Args:
+        defaults: the arguments.
+        unknown: those that have no such name.
+        rule: of the lower level.
+
+    Raises:
+        TypeError: an argument is unknown.
+        ValueError: one is out of range, or two contradict each other.
+    """
+    refuse_count(unknown)
+    resolve_density(defaults)
+    if unknown:
+        raise TypeError(f"FastBiP got unknown arguments: {', '.join(unknown)}")
+    resolve_pattern(defaults)
+    check_group(defaults, rule)
 
 
 def check_group(group: dict[str, Any], rule: Rule) -> None:

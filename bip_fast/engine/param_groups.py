@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .coverage import Parameter, Seen, frozen
+from .coverage import frozen
 from .layers import Layer, conv_and_linear, joined, plain_name, uses
 from .options import LOWER_KEYS, MASK_RATES, SHARED_KEYS
+from .parameter import Parameter, Seen
 from .report import Decision
 
 __all__ = ["OUTPUTS", "param_groups_of", "seen_in_group", "split_names"]

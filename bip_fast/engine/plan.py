@@ -18,8 +18,8 @@ from torch import Tensor
 from ..reference import Blocks
 from .arena import Arena
 from .budgets import SelectionGroup
-from .coverage import Parameter
 from .native import DTYPES, MAX_GROUP, PHASES, backend, kernels, launch_guard, launch_where, not_capturing, shard_kernels
+from .parameter import Parameter
 from .patterns import NofM
 from .shards import gradient_of
 from .units import UnitSet, blocks_of

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Blocks
-from .coverage import Parameter
 from .native import kernels
+from .parameter import Parameter
 
 __all__ = ["UnitScores", "UnitSet", "blocks_of", "ones_in", "pack_mask", "unpack_mask"]
 
