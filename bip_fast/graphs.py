@@ -116,6 +116,8 @@ class GraphedIteration:
     If the optimizer is not a `FastBiP`, or has another one inside, or has step hooks (which expect to see gradients), the graph holds
     forward, loss and backward, and ``optimizer.step()`` follows it.
 
+    Under DistributedDataParallel all calls run eagerly: what it sends during a backward pass is not captured.
+
     Args:
         model: called with the first tensor of a batch.
         optimizer: a FastBiP, or any torch optimizer, of parameters on one device.
@@ -161,9 +163,12 @@ class GraphedIteration:
             raise ValueError("the optimizer has no parameters")
         self._params: list[Tensor] = []
         self._device = given[0].device
-        can_record = self._device.type in RECORDERS
-        self.reason = None if can_record else f"the parameters are on {self._device}, and only CUDA has graphs"
-        self._recorder: Any = RECORDERS[self._device.type](self._device) if can_record else None
+        self.reason = None
+        if self._device.type not in RECORDERS:
+            self.reason = f"the parameters are on {self._device}, and only CUDA has graphs"
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            self.reason = "the model is in DistributedDataParallel"
+        self._recorder: Any = RECORDERS[self._device.type](self._device) if self.reason is None else None
         self._eager_calls: Counter[Any] = Counter()
         self._graphs: dict[Any, _Recorded] = {}
         self._surroundings: Any = None  # that the graphs were made in

@@ -13,9 +13,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from ..errors import UserError
+from ..experiments import ranks
 from .environment import EXTRAS, check_extras
 
 __all__ = ["COMMANDS", "main"]
@@ -31,6 +33,10 @@ COMMANDS = {
 }
 # Modules of [cli] that a command cannot do without.
 NEEDS = {"prune": tuple(EXTRAS), "compare": tuple(EXTRAS), "measure": ("pydantic", "filelock", "safetensors")}
+
+
+# Commands that torchrun may start in several processes.
+TOGETHER = ("prune", "compare")
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,22 +72,27 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
 
 
+def _run(command: str | None, arguments: Sequence[str]) -> int:
+    check_extras(NEEDS.get(str(command), ()))
+    top = parser(command)
+    try:
+        options = vars(top.parse_args(arguments))
+    except SystemExit as stop:  # bad options, or --help
+        return stop.code if isinstance(stop.code, int) else 2
+    if options.pop("command") is None:
+        top.print_help()
+        return 0
+    return int(room_of(str(command)).run(options))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     _open_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in arguments[:1] if word in COMMANDS), None)
     try:
-        check_extras(NEEDS.get(str(command), ()))
-        top = parser(command)
-        try:
-            options = vars(top.parse_args(arguments))
-        except SystemExit as stop:  # bad options, or --help
-            return stop.code if isinstance(stop.code, int) else 2
-        if options.pop("command") is None:
-            top.print_help()
-            return 0
-        return int(room_of(str(command)).run(options))
+        with ranks.opened() if command in TOGETHER else nullcontext():
+            return _run(command, arguments)
     except (UserError, ImportError) as error:  # ImportError: the kernels are not built, or a package is missing
         print(f"bip-fast {command}: {error}", file=sys.stderr)
         return 2

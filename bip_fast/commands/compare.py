@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..experiments import ranks
 from ..experiments.compare import cluster, figures, progress, results
-from ..experiments.compare.execution import Comparison, run_here
+from ..experiments.compare.execution import Comparison, follow, run_here
 from ..experiments.compare.grid import Grid, read
 from ..experiments.data.sources import source_of
 from ..experiments.runs.folder import RunFolder
@@ -51,6 +52,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> int:
     """Run the grid; returns 1 when a run failed. UserError where the input is not what it should be."""
     device = pick_device(options["device"])
+    if ranks.count() > 1:
+        for name in ("jobs", "address"):
+            if options[name] is not None:
+                raise UserError(f"--{name} is for several runs at a time, and torchrun starts processes that share each run: leave it out")
+    if not ranks.rank():
+        return _lead(options, device)
+    try:
+        if not options["list"]:
+            follow()
+    except Stop as stop:
+        return 128 + stop.number
+    return 0
+
+
+def _lead(options: dict[str, Any], device: torch.device) -> int:
     data_dir = options["data_dir"]
     grid = read(options["config"], data_dir)
     out: Path = options["out"] or Path("runs") / grid.name
@@ -92,7 +108,7 @@ def _jobs(grid: Grid, device: torch.device) -> int:
     """As many runs at a time as the CPU cores have room for, if there is Ray to run them; on a GPU one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = cores // max(cell.settings.threads or 1 for cell in grid.cells.values())
-    if device.type != "cpu" or room < 2:
+    if device.type != "cpu" or room < 2 or ranks.count() > 1:
         return 1
     if not cluster.available():
         print(f"one run at a time; {room} at a time need Ray: {cluster.INSTALL}", file=sys.stderr)

@@ -9,6 +9,7 @@ import torch
 
 from ..engine.native import BACKENDS
 from ..errors import UserError
+from ..experiments import ranks
 
 __all__ = ["EXTRAS", "INSTALL", "check_extras", "missing_extras", "pick_device"]
 
@@ -43,7 +44,7 @@ def pick_device(name: str) -> torch.device:
         UserError: it does not exist, or there are no kernels for it.
     """
     if name == "auto":
-        return torch.device("cuda" if "cuda" in BACKENDS and torch.cuda.is_available() else "cpu")
+        return _of_rank(torch.device("cuda" if "cuda" in BACKENDS and torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -55,4 +56,14 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; `bip-fast doctor` says more")
         if "cuda" not in BACKENDS:
             raise UserError(f"--device {name}: bip_fast was built without CUDA; `bip-fast doctor` says more")
+    return _of_rank(device)
+
+
+def _of_rank(device: torch.device) -> torch.device:
+    """The device, which `ranks.opened` has made the current one where it is a GPU."""
+    if device.type == "cuda" and ranks.count() > 1:
+        if str(device) != "cuda":
+            raise UserError(f"--device must be auto, cpu or cuda under torchrun, which gives each process a GPU of its own, got {device}")
+        if ranks.count_here() > torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node must be at most {torch.cuda.device_count()}, the GPUs here, got {ranks.count_here()}")
     return device

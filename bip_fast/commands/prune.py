@@ -13,6 +13,7 @@ import torch
 from ..engine.native import kernels
 from ..engine.report import Report, Row
 from ..errors import UserError
+from ..experiments import ranks
 from ..experiments.data.kinds import LANGUAGE
 from ..experiments.data.sources import DATA, TSV, load, source_of
 from ..experiments.methods.table import METHODS
@@ -107,7 +108,7 @@ def run(options: dict[str, Any]) -> int:
         torch.set_num_threads(settings.threads)
     data = load(settings.data, options.get("data_dir"))
     kernels()  # before anything is trained
-    events = EventFiles(folder.path) if "log" in options else NO_EVENTS
+    events = EventFiles(folder.path) if "log" in options and not ranks.rank() else NO_EVENTS
     job = Job(settings, folder, data, device, display.make(), events=events)
     try:
         if resume:

@@ -1,28 +1,18 @@
 """The example of sharded training, as a user starts it: by torchrun, stopped, and gone on with on another number of ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import torchrun
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with torch.distributed.fsdp")
 pytest.importorskip("safetensors", reason="needs the package safetensors: pip install 'bip-fast[test]'")
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(ROOT / "examples" / "sharded.py"), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def run(ranks, *arguments):
+    done = torchrun(ranks, ROOT / "examples" / "sharded.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -33,11 +23,11 @@ def test_it_goes_on_with_another_number_of_ranks(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "docs" / "paper.md").read_text())
     arguments = ["--text", text, "--save-every", 4, "--out", tmp_path / "run"]
-    first = torchrun(2, *arguments, "--steps", 8)
+    first = run(2, *arguments, "--steps", 8)
     assert "step 4 of 8" in first
     assert "step 8 of 8" in first
     (tmp_path / "run" / "model.safetensors").unlink()
-    second = torchrun(1, *arguments, "--steps", 8)  # nothing is left to do but to write the file
+    second = run(1, *arguments, "--steps", 8)  # nothing is left to do but to write the file
     assert "step" not in second
     weights = load_file(tmp_path / "run" / "model.safetensors")
     pruned = [x for name, x in weights.items() if x.dim() == 2 and "bytes" not in name and "places" not in name]

@@ -15,6 +15,7 @@ from bip_fast.errors import UserError
 from bip_fast.experiments.data import image_folders, parts, sources
 from bip_fast.experiments.data.batches import Position
 from bip_fast.experiments.methods.stage import Recipe
+from bip_fast.experiments.ranks import Share
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
 
 CLASSES = ("n01", "n02", "n03")
@@ -110,6 +111,17 @@ def test_an_epoch_has_every_image_once_and_any_batch_alone(images):
     late.batch(0)
     with pytest.raises(ValueError, match="expected 1, got 2"):
         late.batch(2)
+
+
+def test_ranks_share_what_is_decoded(images):
+    position, shares = Position(3, "prune", 0), [Share(rank, 2) for rank in range(2)]
+    found, labels = images.epoch(5, position).batch(0)
+    for share in shares:
+        part, own, divisor = images.epoch(5, position, share).batch(0)
+        assert torch.equal(part, found[share.rank :: 2])
+        assert own.tolist() == labels[share.rank :: 2].tolist()
+        assert float(divisor) == 2.5
+    assert [len(list(images.test_batches(share))) for share in shares] == [1, 0]
 
 
 def test_evaluation_sees_the_centre_of_every_image_in_order(images):

@@ -1,6 +1,7 @@
 """Several processes that are the ranks of a job, over gloo, for tests of sharded parameters."""
 
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -10,6 +11,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(ranks, *command):
+    """A job as a user starts it, on this machine: what it printed, and how it ended."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} | os.environ
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'shared'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
 
 
 def _rank(rank, world, folder, function, arguments):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import signal
 import time
 import traceback
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import UserError, one_line
+from .. import ranks
 from ..data.parts import AnyRead
 from ..data.sources import load
 from ..runs.display import Display
@@ -96,15 +96,19 @@ def run_cell(task: CellTask, tell: Tell) -> str | None:
 
     Raises:
         Stop: this process was asked to stop; the run has saved where it stands.
+        Exception: it failed on some of several ranks, and the others cannot go on.
     """
     torch.set_num_threads(task.settings.threads or 1)
     try:
         _run(task, _load(task.settings.data, task.data_dir), torch.device(task.device), _Telling(tell, task.address))
     except Stop:
         raise
-    except UserError as error:
-        return str(error)
-    except Exception as error:  # of the user's model, or a defect: the other runs go on
+    except Exception as error:
+        if not ranks.all_failed():
+            raise
+        if isinstance(error, UserError):
+            return str(error)
+        # of the user's model, or a defect: the other runs go on
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{one_line(error, 300, named=True)} ({Path(where.filename).name}:{where.lineno})"
     return None
@@ -134,8 +138,8 @@ def _run(task: CellTask, loaded: AnyRead, device: torch.device, shown: _Telling)
                 alone=task.alone,
             )
 
-        same = folder.began_with(settings)
-        if folder.begun and not same:
+        begun, same = ranks.told((folder.begun, folder.began_with(settings)))
+        if begun and not same:
             shown.note("began with other settings; it starts afresh")
         job = _resumed(new(), shown) if same else None
         if job is None:  # the memory of a job that could not resume is free again
@@ -145,16 +149,14 @@ def _run(task: CellTask, loaded: AnyRead, device: torch.device, shown: _Telling)
         job.run()
 
     with _held(task.folder, shown) as folder:  # before anything else: the process that had it may have finished the run
-        if not folder.finished:
+        if not ranks.told(folder.finished):
             go(folder, task.snapshots)
-        (folder.path / "checkpoint.pt").unlink(missing_ok=True)
-        missing = sorted(epoch for epoch in task.snapshots if not (folder.path / snapshot_name(epoch)).is_file())
+        folder.remove_checkpoint()
+        missing = ranks.told(sorted(epoch for epoch in task.snapshots if not (folder.path / snapshot_name(epoch)).is_file()))
         if missing:  # another file asks for them: trained again beside the finished run, as far as they go
             with _held(folder.path / f"until-{'-'.join(map(str, missing))}", shown) as beside:
                 go(beside, missing, until=missing[-1])
-                for epoch in missing:
-                    os.replace(beside.path / snapshot_name(epoch), folder.path / snapshot_name(epoch))
-                shutil.rmtree(beside.path)
+                folder.take(missing, beside.path)
 
 
 def _resumed(job: Job, shown: _Telling) -> Job | None:
@@ -163,6 +165,7 @@ def _resumed(job: Job, shown: _Telling) -> Job | None:
         job.resume()
     except DamagedCheckpoint as error:
         shown.note(f"{error.why}; it starts afresh")
+        ranks.told(None)  # all have read it
         job.folder.set_aside(error.path)
         return None
     return job

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..runs.folder import RunFolder, snapshot_name
 from ..runs.signals import interruptible
 from .cell import CellTask, finished, run_cell
 from .grid import Cell, Grid
 from .progress import Progress
 
-__all__ = ["Comparison", "run_here"]
+__all__ = ["Comparison", "follow", "run_here"]
 
 
 @dataclass
@@ -129,6 +130,8 @@ class Comparison:
 def run_here(comparison: Comparison) -> None:
     """Run all that is not finished in this process, one after another. A process that is killed loses at most a minute of one run.
 
+    Of several ranks the first calls this and the others `follow`: all train in every run, and only the first knows of the rest.
+
     Raises:
         Stop: a signal came; the run has saved where it stands.
     """
@@ -143,6 +146,20 @@ def run_here(comparison: Comparison) -> None:
             comparison.begin()
             for cell in comparison.waiting:
                 if cell.address not in comparison.failed:
-                    comparison.ended(cell, run_cell(comparison.task(cell, comparison.device, alone=True), tell))
+                    task = ranks.told(comparison.task(cell, comparison.device, alone=True))
+                    comparison.ended(cell, run_cell(task, tell))
+            ranks.told(None)
     finally:
         torch.set_num_threads(threads)
+
+
+def follow() -> None:
+    """Train in the runs of rank 0 until there are no more.
+
+    Raises:
+        Stop: as from `run_here`.
+    """
+    nothing: CellTask | None = None
+    with interruptible():
+        while (task := ranks.told(nothing)) is not None:
+            run_cell(task, lambda kind, address, what: False)

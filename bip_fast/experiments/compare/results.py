@@ -79,6 +79,7 @@ def _row(cell: Cell, report: Any) -> Row:
         "seconds_total": round(sum(totals["seconds"]), 3),
         "joules_total": round(sum(joules), 1) if joules and None not in joules else None,
         "device": own["device"],
+        "processes": " ".join(map(str, own.get("processes", [1]))),
         "torch": own["versions"]["torch"],
         "bip_fast": own["versions"]["bip_fast"],
         "folder": cell.folder,

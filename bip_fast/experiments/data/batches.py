@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ranks import WHOLE, Share
 from .augment import Augment
+from .scoring import IGNORED, counted
 
-__all__ = ["Epoch", "Position", "WholeBatches", "batch_count", "epoch_order"]
+__all__ = ["Epoch", "Position", "WholeBatches", "batch_count", "epoch_order", "places_of", "targets_of"]
 
 
 class Position(NamedTuple):
@@ -61,6 +63,21 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def places_of(share: Share, items: int) -> slice:
+    """Where in a batch of so many items those of a rank are; batches of text are sorted by length, so neighbours go to different ranks. A
+    rank without any takes the first, which `targets_of` does not count: few networks take an empty batch."""
+    return slice(share.rank, None, share.ranks) if share.rank < items else slice(0, 1)
+
+
+def targets_of(share: Share, labels: Tensor) -> tuple[Tensor, ...]:
+    """What the loss of a rank's part is taken of: its own of the labels (batch, ...), and if there are several ranks what the sum of its
+    losses is divided by, float32, so that the mean over ranks is the mean over the batch."""
+    if share.ranks == 1:
+        return (labels,)
+    own = labels[places_of(share, len(labels))]
+    return own if share.rank < len(labels) else torch.full_like(own, IGNORED), counted(labels) / share.ranks
+
+
 class Epoch:
     """Augmented batches of one epoch, from ``position.step`` to its end, on the device of the data.
 
@@ -69,9 +86,11 @@ class Epoch:
 
     Args:
         images, labels: of the training part.
+        share: which part of every batch is made. Random numbers are those of the whole one.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, augment: Augment, batch_size: int, position: Position) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, augment: Augment, batch_size: int, position: Position, share: Share = WHOLE) -> None:
+        self.share = share
         self.images, self.labels, self.augment = images, labels, augment
         self.batch_size, self.first = batch_size, position.step
         self.order = epoch_order(labels, position)
@@ -80,8 +99,9 @@ class Epoch:
         drawn = [augment.draw(n, position._replace(step=step).generator(1)) for step in steps]
         self.shifts, self.flips = (on_device(torch.stack(part), self.order.device) for part in zip(*drawn, strict=True))
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch ``step``: augmented, normalised images (batch, channels, h, w) float32 and labels int64 (batch,)."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Batch ``step``: augmented, normalised images (batch, channels, h, w) float32, and labels int64 (batch,) as from `targets_of`."""
         chosen = self.order[step * self.batch_size : (step + 1) * self.batch_size]
-        drawn = step - self.first
-        return self.augment(self.images[chosen], self.shifts[drawn], self.flips[drawn]), self.labels[chosen]
+        shifts, flips, own = self.shifts[step - self.first], self.flips[step - self.first], places_of(self.share, len(chosen))
+        images = self.augment(self.images[chosen[own]], shifts[:, own], flips[own])
+        return images, *targets_of(self.share, self.labels[chosen])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranks import WHOLE, Share
 from .augment import Augment, normalised
 from .batches import Epoch, Position, WholeBatches
 from .kinds import IMAGES, Kind
@@ -52,14 +53,15 @@ class Dataset(WholeBatches):
         """Two images, float32 (2, channels, height, width)."""
         return self.train_images[:2].float()
 
-    def epoch(self, batch_size: int, position: Position) -> Epoch:
-        """Augmented batches of an epoch from ``position.step`` on."""
+    def epoch(self, batch_size: int, position: Position, share: Share = WHOLE) -> Epoch:
+        """Augmented batches of an epoch from ``position.step`` on, or a part of each."""
         augment = Augment(self.padding, self.mirror, self.mean, self.std)
-        return Epoch(self.train_images, self.train_labels, augment, batch_size, position)
+        return Epoch(self.train_images, self.train_labels, augment, batch_size, position, share)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test images in order, normalised and not augmented."""
-        for images, labels in zip(self.test_images.split(EVALUATED), self.test_labels.split(EVALUATED), strict=True):
+    def test_batches(self, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images in order, or some of their batches, normalised and not augmented."""
+        batches = zip(self.test_images.split(EVALUATED), self.test_labels.split(EVALUATED), strict=True)
+        for images, labels in share.every(batches):
             yield normalised(images, self.mean, self.std), labels
 
     def selected(self, train: Tensor, test: Tensor | None = None) -> Dataset:

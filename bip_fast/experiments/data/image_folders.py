@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError, one_line
+from ..ranks import WHOLE, Share, count_here
 from .augment import normalised
-from .batches import Position, WholeBatches, batch_count
+from .batches import Position, WholeBatches, batch_count, places_of, targets_of
 from .kinds import IMAGES, Kind
 
 __all__ = ["Streamed", "crop_of", "read_image_folders"]
@@ -114,7 +115,7 @@ class Streamed(WholeBatches):
     channels: int = 3
     kind: Kind = IMAGES
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
+    workers: int = field(default_factory=lambda: max(1, min(16, (os.cpu_count() or 1) // count_here())))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,15 +136,15 @@ class Streamed(WholeBatches):
             parts |= {"test_files": self.train_files[test.numpy()], "test_labels": self.train_labels[test]}
         return replace(self, **parts)
 
-    def epoch(self, batch_size: int, position: Position) -> _Epoch:
-        """Batches of an epoch from ``position.step`` on."""
-        return _Epoch(self, batch_size, position)
+    def epoch(self, batch_size: int, position: Position, share: Share = WHOLE) -> _Epoch:
+        """Batches of an epoch from ``position.step`` on, or a part of each."""
+        return _Epoch(self, batch_size, position, share)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test images in order: the centre of each."""
+    def test_batches(self, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images in order, or some of their batches: the centre of each."""
         items: list[Item] = [(path, None) for path in self.test_files]
-        batches = [items[i : i + EVALUATED] for i in range(0, len(items), EVALUATED)]
-        for images, labels in zip(_stream(batches, self.workers), self.test_labels.split(EVALUATED), strict=True):
+        batches = list(share.every(items[i : i + EVALUATED] for i in range(0, len(items), EVALUATED)))
+        for images, labels in zip(_stream(batches, self.workers), share.every(self.test_labels.split(EVALUATED)), strict=True):
             yield self.normalised(images), labels
 
     def normalised(self, images: Tensor) -> Tensor:
@@ -155,8 +156,8 @@ class Streamed(WholeBatches):
 class _Epoch:
     """As `batches.Epoch`, but batches must be asked for in their order."""
 
-    def __init__(self, data: Streamed, batch_size: int, position: Position) -> None:
-        count = len(data.train_labels)
+    def __init__(self, data: Streamed, batch_size: int, position: Position, share: Share) -> None:
+        count, self.share = len(data.train_labels), share
         self.data, self.next, self.position = data, position.step, position
         self.order = torch.randperm(count, generator=position._replace(step=0).generator(0))
         self.n, self.steps = min(batch_size, count), batch_count(count, batch_size)
@@ -166,12 +167,13 @@ class _Epoch:
         """Indices of the images of a batch."""
         return self.order[step * self.n :][: self.n]
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch ``step``: augmented, normalised images (batch, 3, SIZE, SIZE) float32 and labels int64 (batch,)."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Batch ``step``: augmented, normalised images (batch, 3, SIZE, SIZE) float32, and labels int64 (batch,) as from `targets_of`."""
         if step != self.next:
             raise ValueError(f"batches of files come in their order: expected {self.next}, got {step}")
         self.next += 1
-        return self.data.normalised(next(self.images)), self.data.train_labels[self.chosen(step).to(self.data.device)]
+        labels = self.data.train_labels[self.chosen(step).to(self.data.device)]
+        return self.data.normalised(next(self.images)), *targets_of(self.share, labels)
 
 
 class _Items:
@@ -188,7 +190,8 @@ class _Items:
         for step in range(epoch.position.step, epoch.steps):
             generator = epoch.position._replace(step=step).generator(1)
             numbers = torch.rand(epoch.n, 2 * TRIES + 3, dtype=torch.float64, generator=generator).tolist()
-            yield [(epoch.data.train_files[i], own) for i, own in zip(epoch.chosen(step).tolist(), numbers, strict=True)]
+            items = [(epoch.data.train_files[i], own) for i, own in zip(epoch.chosen(step).tolist(), numbers, strict=True)]
+            yield items[places_of(epoch.share, len(items))]
 
 
 def read_image_folders(folder: Path, name: str, classes: int) -> Streamed:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .batches import Position, epoch_order, on_device
+from ..ranks import WHOLE, Share
+from .batches import Position, epoch_order, on_device, places_of, targets_of
 from .kinds import TEXT, Kind
 
 __all__ = ["PADDING", "BucketedEpoch", "Sentences", "Tokens", "bucketed"]
@@ -97,13 +98,13 @@ class Tokens:
         rows = torch.arange(len(self.train_ids))[:2]
         return _batch(self.train_ids, self.train_lengths, rows)
 
-    def epoch(self, batch_size: int, position: Position) -> BucketedEpoch:
-        """Batches of an epoch."""
-        return BucketedEpoch(self, batch_size, position)
+    def epoch(self, batch_size: int, position: Position, share: Share = WHOLE) -> BucketedEpoch:
+        """Batches of an epoch, or a part of each."""
+        return BucketedEpoch(self, batch_size, position, share)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test sentences, the shortest first."""
-        for rows in self.test_lengths.argsort(stable=True).split(EVALUATED):
+    def test_batches(self, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test sentences, the shortest first, or some of their batches."""
+        for rows in share.every(self.test_lengths.argsort(stable=True).split(EVALUATED)):
             yield _batch(self.test_ids, self.test_lengths, rows), self.test_labels[on_device(rows, self.test_labels.device)]
 
     def selected(self, train: Tensor, test: Tensor | None = None) -> NoReturn:
@@ -137,12 +138,13 @@ def bucketed(lengths: Tensor, order: Tensor, batch_size: int, generator: torch.G
 class BucketedEpoch:
     """Batches of one epoch by number."""
 
-    def __init__(self, data: Tokens, batch_size: int, position: Position) -> None:
-        self.data = data
+    def __init__(self, data: Tokens, batch_size: int, position: Position, share: Share = WHOLE) -> None:
+        self.data, self.share = data, share
         order = epoch_order(data.train_lengths, position)
         self.batches = bucketed(data.train_lengths, order, batch_size, position._replace(step=0).generator(1))
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch ``step``: ids int64 (batch, tokens) with `PADDING`, and labels int64 (batch,)."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Batch ``step``: ids int64 (batch, tokens) with `PADDING`, and labels int64 (batch,) as from `targets_of`."""
         rows, labels = self.batches[step], self.data.train_labels
-        return _batch(self.data.train_ids, self.data.train_lengths, rows), labels[on_device(rows, labels.device)]
+        ids = _batch(self.data.train_ids, self.data.train_lengths, rows[places_of(self.share, len(rows))])
+        return ids, *targets_of(self.share, labels[on_device(rows, labels.device)])

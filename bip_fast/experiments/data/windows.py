@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from .batches import Position, WholeBatches, batch_count, epoch_order
+from ..ranks import WHOLE, Share
+from .batches import Position, WholeBatches, batch_count, epoch_order, places_of, targets_of
 from .kinds import LANGUAGE, Kind
 from .scoring import IGNORED
 
@@ -97,14 +98,14 @@ class Windows(WholeBatches):
         rows = self.train_ids if len(self.train_ids) > 1 else self.train_ids.repeat(2, 1)
         return rows[:2, :EXAMPLE]
 
-    def epoch(self, batch_size: int, position: Position) -> _Epoch:
-        """Batches of an epoch."""
-        return _Epoch(self, batch_size, position)
+    def epoch(self, batch_size: int, position: Position, share: Share = WHOLE) -> _Epoch:
+        """Batches of an epoch, or a part of each."""
+        return _Epoch(self, batch_size, position, share)
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test windows in order."""
+    def test_batches(self, share: Share = WHOLE) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test windows in order, or some of their batches."""
         rows = max(1, EVALUATED // self.test_ids.shape[1])
-        return zip(self.test_ids.split(rows), self.test_labels.split(rows), strict=True)
+        return share.every(zip(self.test_ids.split(rows), self.test_labels.split(rows), strict=True))
 
     def first(self, count: int) -> Windows:
         """Only the first training windows."""
@@ -124,13 +125,14 @@ class Windows(WholeBatches):
 class _Epoch:
     """Batches of one epoch by number."""
 
-    def __init__(self, data: Windows, batch_size: int, position: Position) -> None:
-        self.data, self.batch_size = data, batch_size
+    def __init__(self, data: Windows, batch_size: int, position: Position, share: Share) -> None:
+        self.data, self.batch_size, self.share = data, batch_size, share
         self.order = epoch_order(data.train_labels, position)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch ``step``: tokens and labels int64 (batch, tokens)."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Batch ``step``: tokens int64 (batch, tokens), and labels int64 of that shape as from `targets_of`."""
         if not 0 <= step < batch_count(len(self.order), self.batch_size):
             raise IndexError(f"step must be one of the epoch, got {step}")
         chosen = self.order[step * self.batch_size : (step + 1) * self.batch_size]
-        return self.data.train_ids[chosen], self.data.train_labels[chosen]
+        own = places_of(self.share, len(chosen))
+        return self.data.train_ids[chosen[own]], *targets_of(self.share, self.data.train_labels[chosen])

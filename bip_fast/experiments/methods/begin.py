@@ -18,6 +18,7 @@ from ...optimizer import FastBiP
 from ...schedule import CURVES
 from ..data.parts import AnyData
 from ..models.heads import head_of, stays_dense
+from ..ranks import same_
 from ..settings import Settings
 from .criteria import MAGNITUDE, Scored, Scores, Select, to_unit_interval
 from .stage import Stage, pretraining
@@ -49,7 +50,7 @@ def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | N
     rule: dict[str, Any] = {"momentum": settings.momentum}
     if settings.optimizer == "adamw":
         rule = {"betas": (settings.beta1, settings.beta2), "eps": settings.eps}
-    return FastBiP(
+    optimizer = FastBiP(
         model,
         optimizer=settings.optimizer,
         exclude=stays_dense(model),
@@ -66,6 +67,8 @@ def pruner(model: nn.Module, settings: Settings, data: AnyData, stage: Stage | N
         levels="joint" if moves == "joint" else "alternating",
         **rule,
     )
+    optimizer.bind()  # among several ranks it would wait, as somebody might shard the model
+    return optimizer
 
 
 def optimizer_of(stage: Stage, model: nn.Module, settings: Settings, data: AnyData) -> torch.optim.Optimizer:
@@ -83,6 +86,8 @@ def begin(
         rewind: loads the weights of a stage that rewinds.
     """
     chosen = None if stage.sparsity is None else _scores(stage, model, settings, data)
+    if chosen is not None:  # every rank has made its own, also of weights (`layerwise`), and not every device has the same bits twice
+        same_([*model.state_dict().values(), *chosen.values()])
     if stage.rewind:
         rewind()
     optimizer = optimizer_of(stage, model, settings, data)

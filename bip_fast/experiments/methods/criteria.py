@@ -48,9 +48,9 @@ class Scored:
         return Position(self.settings.seed, "scores", 0)
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first batches of an epoch of their own."""
+        """The first batches of an epoch of their own, whole on every rank."""
         epoch = self.data.epoch(self.settings.batch_size, self.position)
-        return [epoch.batch(i) for i in range(count)]
+        return [(inputs, labels) for inputs, labels in (epoch.batch(i) for i in range(count))]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ curves.png          loss, accuracy and mask changes
 events.out.tfevents.*  with `--log tensorboard`: one file for every time that the run began or went on
 report.json         every figure; written last, so a folder with one is finished
 .lock               empty: held by the process that works here
+
+Of the ranks of a job only the first writes; the others may read.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from ...atomic import write_beside
 from ...errors import MEMORY, UserError, one_line
+from ..ranks import by_first
 from ..settings import FIELDS, PATHS, Settings, option
 from .resolve import resolve
 
@@ -99,6 +103,7 @@ class RunFolder:
             return False
         return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
 
+    @by_first
     def open(self, settings: Settings, *, overwrite: bool) -> None:
         """Make the folder and write its config.
 
@@ -126,6 +131,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from error
 
+    @by_first
     def make(self) -> None:
         """Make the folder if there is none.
 
@@ -137,6 +143,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from error
 
+    @by_first
     def lock(self) -> None:
         """Hold the folder until `release`, or until this process ends, so that no two runs write into it.
 
@@ -244,10 +251,12 @@ class RunFolder:
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 
+    @by_first
     def write(self, name: str, save: Callable[[Path], object]) -> None:
         """`write_beside` for a file of this folder."""
         write_beside(self.path / name, save)
 
+    @by_first
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing; such files are never read."""
         for name in (*FILES, snapshot_name("*")):
@@ -260,11 +269,25 @@ class RunFolder:
             for path in self.path.glob(f"{name}{DAMAGED}"):
                 path.unlink(missing_ok=True)
 
+    @by_first
+    def take(self, snapshots: Collection[int], other: Path) -> None:
+        """Take the weights after so many epochs from the folder ``other``, and delete that."""
+        for epoch in snapshots:
+            os.replace(other / snapshot_name(epoch), self.path / snapshot_name(epoch))
+        shutil.rmtree(other)
+
+    @by_first
     def set_aside(self, path: Path) -> None:
         """Rename a damaged file, which is not read any more, for a person to look at."""
         with suppress(FileNotFoundError):
             os.replace(path, path.with_name(f"{path.name}{DAMAGED}"))
 
+    @by_first
+    def remove_checkpoint(self) -> None:
+        """Delete the checkpoint of a run that is finished."""
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    @by_first
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
         contents = io.BytesIO()

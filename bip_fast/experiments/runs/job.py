@@ -22,6 +22,7 @@ from ...engine.report import Report, layer_table
 from ...errors import UserError, one_line
 from ...optimizer import FastBiP
 from ...state_dicts import load_into, read_state_dict, write_safetensors
+from .. import ranks
 from ..data.parts import AnyRead
 from ..methods.begin import before_step, begin, dense_optimizer, moving, optimizer_of
 from ..methods.stage import PRETRAIN, Stage, first_epoch
@@ -34,6 +35,7 @@ from .curves import curves
 from .energy import Meter
 from .events import NO_EVENTS, Events
 from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
+from .processes import load_processes, processes_state, seed_process
 from .signals import STOP_SIGNALS, Stop, stop_requests
 from .training import Cursor, check_finite, evaluate, train
 from .trial import check_model
@@ -89,9 +91,12 @@ class Job:
         except (RuntimeError, MemoryError) as error:
             raise UserError(f"cannot build --model {settings.model}: {one_line(error, 160)}") from error
         model = model.to(getattr(torch, settings.dtype)) if settings.dtype != "float32" else model
-        check_model(model, settings, self.data)
-        torch.manual_seed(settings.seed)
+        unused = check_model(model, settings, self.data)
+        seed_process(settings.seed)
         self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Ranks come together here, before any of them writes: until then they may look at the folder on their own.
+        self.network = ranks.replicated(self.model, torch.zeros_like(self.data.example(), device=device), unused=unused)
+        self.counts = [ranks.count()]  # of processes, one after another
         self.steps = self.data.steps(settings.batch_size)
         self.stages: tuple[Stage, ...] = ()
         self.at = 0  # number of the stage
@@ -101,7 +106,7 @@ class Job:
         self.optimizer = dense_optimizer(self.model, settings)
         self.snapshots, self.until = set(snapshots), until
         self.decisions: list[dict[str, Any]] = []
-        self.meter = Meter(device, counts=alone)
+        self.meter = Meter(device, counts=alone and ranks.count() == 1)
         self.saved = time.monotonic()
         self.signals: list[int] = []
         self.say_once = functools.cache(shown.say)  # every stage may have the same to say
@@ -184,9 +189,7 @@ class Job:
             self.cursor = Cursor.from_state(state["cursor"], self.device)
             if not (0 <= self.cursor.epoch <= self.stage.recipe.epochs and 0 <= self.cursor.step < self.steps):
                 raise ValueError(f"epoch {self.cursor.epoch}, batch {self.cursor.step} are not in this run")
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            self.counts = load_processes(state, self.device, self.settings.seed, self.stage.name, self.cursor.epoch, self.cursor.step)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, UserError) as error:
             if of_the_machine(error):
                 raise
@@ -209,9 +212,11 @@ class Job:
             self.cursor,
             self._after_step,
             before_step=before_step(self.stage, self.optimizer),
+            network=self.network,
             amp=self.settings.amp,
             say=self.say_once,
         )
+        ranks.same_(self.model.buffers())
 
     def _begin_stage(self, number: int) -> None:
         self.at = number
@@ -242,6 +247,7 @@ class Job:
     def _after_step(self, cursor: Cursor) -> None:
         show = self.shown.wants() or (cursor.epoch == self.stage.recipe.epochs and not cursor.step)
         save = bool(self.signals) or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY
+        show, save = map(bool, ranks.largest(show, save))  # by the clock of any rank
         if not show and not save:
             return
         with cursor.aside():
@@ -249,12 +255,11 @@ class Job:
             if not cursor.step:
                 self.events.epoch(self._batches_done(), cursor.history[-1], self._report, self.optimizer)
                 self._keep(cursor.epoch)
-            if save or unread or self.signals:  # one may have come while it told
+            lost, stop = ranks.largest(unread is not None, *self.signals[:1] or [0])  # one may have come while it told
+            if save or lost or stop:
                 self._save()
-            if unread:
-                raise unread
-            if self.signals:
-                raise Stop(self.signals[0])
+            if unread or stop:
+                raise unread or Stop(stop)
 
     def _show(self, cursor: Cursor) -> BrokenPipeError | None:
         """Tell how far the run is. Returns the error of a pipe that nobody reads any more, to be raised once the state is saved."""
@@ -275,8 +280,7 @@ class Job:
             "done": self.done,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            **processes_state(self.device, self.counts),
         })  # fmt: skip
         self.saved = time.monotonic()
 
@@ -336,6 +340,7 @@ class Job:
             "history": self.done["history"],
             "settings": self.settings.as_dict(),
             "versions": {"bip_fast": bip_fast.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "processes": self.counts,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         }
         self.folder.write("curves.png", lambda path: curves(result, path))

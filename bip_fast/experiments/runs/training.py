@@ -24,6 +24,7 @@ from ..data.parts import AnyData
 from ..data.scoring import counted, loss_of, right_answers
 from ..methods.stage import Recipe
 from ..models.heads import candidates, head_of
+from ..ranks import share, summed
 
 __all__ = ["Cursor", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
@@ -99,14 +100,14 @@ def kept_flags(model: nn.Module) -> dict[str, Tensor]:
 
 
 def evaluate(model: nn.Module, data: AnyData) -> Score:
-    """Score on the test part of ``data``, in eval mode; leaves the model in it."""
+    """Score on the test part of ``data``, in eval mode; leaves the model in it. Ranks share the batches."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=data.test_labels.device)
     with torch.no_grad():
-        for inputs, labels in data.test_batches():
+        for inputs, labels in data.test_batches(share()):
             logits = model(inputs)
             sums += torch.stack([right_answers(logits, labels), loss_of(logits, labels, "sum"), counted(labels)]).double()
-    right, loss, count = sums.tolist()
+    right, loss, count = summed(sums).tolist()
     return Score(right / count, loss / count)
 
 
@@ -144,10 +145,16 @@ def clipped(model: nn.Module, optimizer: torch.optim.Optimizer, norm: float) -> 
         hook.remove()
 
 
-def measured(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and what it adds to the sums of a `Cursor`."""
-    loss, count = loss_of(logits, labels), counted(labels)
-    return loss, torch.stack([loss.detach() * count, right_answers(logits, labels), count]).double()
+def measured(logits: Tensor, labels: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and what it adds to the sums of a `Cursor`. ``divisor``: of the losses of a part (`batches.targets_of`)."""
+    count = counted(labels)
+    if divisor is None:
+        loss = loss_of(logits, labels)
+        total = loss.detach() * count
+    else:
+        total = loss_of(logits, labels, "sum")
+        loss = total / divisor
+    return loss, torch.stack([total.detach(), right_answers(logits, labels), count]).double()
 
 
 def train(
@@ -159,6 +166,7 @@ def train(
     after_step: Callable[[Cursor], None] = lambda cursor: None,
     *,
     before_step: Callable[[int, int], None] = lambda done, total: None,
+    network: nn.Module | None = None,
     amp: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -169,6 +177,7 @@ def train(
         cursor: moved in place.
         after_step: may raise to stop between two batches; its time counts, but for what it does in `Cursor.aside`.
         before_step: is told the batches done and all batches of the schedule; may change the optimizer's options and scores.
+        network: runs ``model`` together with other ranks; None: there are none.
         amp: bfloat16 autocast.
         say: is told once, and why, when the iterations cannot be graphs although the device has them.
     """
@@ -178,13 +187,13 @@ def train(
     cursor.sums = cursor.sums.to(data.train_labels.device)
     if not cursor.flags:
         cursor.flags = kept_flags(model)
-    iteration = GraphedIteration(model, optimizer, measured, autocast=torch.bfloat16 if amp else None)
+    iteration = GraphedIteration(network or model, optimizer, measured, autocast=torch.bfloat16 if amp else None)
     said = iteration.reason is not None  # a device without graphs is no news
     head = set(head_of(model).values())
     model.train()
     while cursor.epoch < recipe.epochs:
         cursor.began = time.perf_counter()
-        batches = data.epoch(recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step))
+        batches = data.epoch(recipe.batch_size, Position(recipe.seed, recipe.stage, cursor.epoch, cursor.step), share())
         while cursor.step < steps:
             done = cursor.epoch * steps + cursor.step
             before_step(done, total)
@@ -194,7 +203,7 @@ def train(
             lr = set_rates(optimizer, recipe, rate_at(recipe, done, total), head)
             with clipped(model, optimizer, recipe.clip):
                 _, sums = iteration(*batches.batch(cursor.step))
-            cursor.sums += sums
+            cursor.sums += summed(sums)
             if iteration.reason is not None and not said:
                 say(f"no CUDA graphs: {iteration.reason}")
                 said = True

@@ -17,8 +17,12 @@ from ..settings import Settings
 __all__ = ["check_model"]
 
 
-def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
-    """UserError unless ``model`` makes logits of two items of the data set, learns, and can be pruned and saved. Works on a copy."""
+def check_model(model: nn.Module, settings: Settings, data: AnyData) -> bool:
+    """UserError unless ``model`` makes logits of two items of the data set, learns, and can be pruned and saved. Works on a copy.
+
+    Returns:
+        Whether some of the parameters that could learn get no gradient.
+    """
     name, items, blank = settings.model, data.kind.items, torch.zeros_like(data.example(), device="cpu")
     shape = tuple(blank.shape)
     try:
@@ -40,8 +44,10 @@ def check_model(model: nn.Module, settings: Settings, data: AnyData) -> None:
         trial = copy.deepcopy(model).train()
         optimizer = pruner(trial, settings, data)
         trial(blank).sum().backward()
+        unused = any(p.requires_grad and p.grad is None for p in trial.parameters())
         optimizer.step()
         if not all(isinstance(x, torch.Tensor) for x in trial.state_dict().values()):
             raise TypeError("its state_dict() holds more than tensors")
     except Exception as error:  # the user's code may raise anything
         raise UserError(f"--model {name} cannot be trained and pruned: {one_line(error, named=True)}") from error
+    return unused

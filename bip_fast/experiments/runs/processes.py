@@ -1,0 +1,42 @@
+"""What a checkpoint knows of the processes that train: how many they are, and the random state of each.
+
+Rank 0 draws what a single process would draw (for dropout and the like), and the others numbers of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import ranks
+from ..data.batches import Position
+
+__all__ = ["load_processes", "processes_state", "seed_process"]
+
+
+def seed_process(seed: int, stage: str = "", epoch: int = 0, step: int = 0) -> None:
+    """Seed torch: rank 0 with the seed of the run, every other with one of its own, which depends on where the run stands."""
+    torch.manual_seed(Position(seed, stage, epoch, step).generator(ranks.rank()).initial_seed() if ranks.rank() else seed)
+
+
+def processes_state(device: torch.device, counts: list[int]) -> dict[str, Any]:
+    """For a checkpoint: ``counts`` of processes, one after another, and the states of all ranks, uint8 (ranks, bytes). Every rank must call
+    this."""
+    cuda = ranks.gathered(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
+    return {"processes": counts, "rng": ranks.gathered(torch.get_rng_state()), "cuda_rng": cuda}
+
+
+def load_processes(state: dict[str, Any], device: torch.device, *where: Any) -> list[int]:
+    """Take up the random state of this rank. If there were more or fewer ranks, all but rank 0 are seeded by ``where`` the run stands
+    (`seed_process`). Returns the counts with that of now."""
+    rng, cuda = (torch.atleast_2d(x) if x is not None else None for x in (state["rng"], state["cuda_rng"]))  # once (bytes,), of one process
+    assert rng is not None
+    if len(rng) != ranks.count() and ranks.rank():
+        seed_process(*where)
+    else:
+        torch.set_rng_state(rng[ranks.rank()].clone())  # torch reads a view from the wrong place
+        if device.type == "cuda" and cuda is not None:
+            torch.cuda.set_rng_state(cuda[ranks.rank()].clone(), device)
+    before: list[int] = state.get("processes", [1])
+    return before if before[-1] == ranks.count() else [*before, ranks.count()]
