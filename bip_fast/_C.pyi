@@ -53,6 +53,8 @@ class _Shards(Protocol):
     """The stages of a step whose groups have entries on several ranks (csrc/bip.h). All take the arguments of `_Backend.step`."""
 
     SUMS: int
+    ABSENT: int
+    ROUNDS: int
 
     def workspace_bytes(self, num_tensors: int, num_groups: int, num_scored_tiles: int) -> int: ...
     def score(self, **step: Any) -> None: ...

@@ -198,6 +198,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
   // For groups with entries on several ranks.
   py::module_ shards = m.def_submodule("cpu_shards");
   shards.attr("SUMS") = bip::cpu::kShardSums;
+  shards.attr("ABSENT") = bip::cpu::kShardAbsent;
+  shards.attr("ROUNDS") = bip::cpu::kShardRounds;
   shards.def(
       "workspace_bytes",
       [](int64_t, int64_t groups, int64_t scored_tiles) { return bip::cpu::shards_workspace_bytes(groups, scored_tiles); },
@@ -217,6 +219,8 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       bip::cuda::topk_workspace_bytes);
   py::module_ cuda_shards = m.def_submodule("cuda_shards");
   cuda_shards.attr("SUMS") = bip::cuda::kShardSums;
+  cuda_shards.attr("ABSENT") = bip::cuda::kShardAbsent;
+  cuda_shards.attr("ROUNDS") = bip::cuda::kShardRounds;
   cuda_shards.def("workspace_bytes", bip::cuda::shards_workspace_bytes, py::arg("num_tensors"), py::arg("num_groups"),
                   py::arg("num_scored_tiles"));
   define_step(cuda_shards, "score", [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_score(step, extra.stream()); });

@@ -176,7 +176,11 @@ void topk(const Topk& args, int threads);
 // `sums`: [num_groups][kShardSums], `keys`: [num_unit_sets], written here. shards_narrow returns the same on every rank. The other arguments
 // are those of the whole step in every call. Nothing but `sums` and `keys` is shared; see cpu/shards.cpp.
 // On CUDA all of them are enqueued as `step` is, and shards_narrow returns whether another round may be needed at worst: nothing is read back.
-constexpr int64_t kShardSums = 4 + 4096;
+// A rank that cannot make the step adds, in kShardRounds rounds, rows that are 0 but for a 1 in their column kShardAbsent. The masks of all
+// groups then stay as the pass has left them, on every rank, until the next upper or joint step.
+constexpr int64_t kShardSums = 8 + 4096;
+constexpr int64_t kShardAbsent = 5;
+constexpr int64_t kShardRounds = 1;  // after the first all groups are given up
 int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles);
 void shards_score(const Step& args, int threads);
 void shards_offer(const Step& args, int64_t* keys, int32_t lifted);
@@ -196,7 +200,9 @@ void step(const Step& args, void* stream);
 void topk(const Topk& args, void* stream);
 
 // As those of bip::cpu.
-constexpr int64_t kShardSums = 4 + 2048;
+constexpr int64_t kShardSums = 8 + 2048;
+constexpr int64_t kShardAbsent = cpu::kShardAbsent;
+constexpr int64_t kShardRounds = 8;  // the pass, six digits of a key, and one of the index: all that any scores can need
 int64_t shards_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles);
 void shards_score(const Step& args, void* stream);
 void shards_offer(const Step& args, int64_t* keys, int32_t lifted, void* stream);

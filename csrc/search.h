@@ -88,7 +88,33 @@ struct PassSums {
   int64_t inside;    // and inside
   int64_t crowded;   // ranks whose list had too little room
   int64_t reaching;  // candidates that reach the threshold of the step before
+  int64_t ranks;     // that make the step
+  int64_t absent;    // ranks that an error keeps from it
+  int64_t windows;   // numbers that stand for the windows of the ranks, and their squares (window_number)
+  int64_t squares;
 };
+
+// 24 bits that stand for what is remembered of a window; 0: none is known.
+BIP_HD int64_t window_number(const Memory& memory) {
+  if (!memory.known) return 0;
+  uint64_t mixed = (memory.lo * 0x9e3779b97f4a7c15ull ^ memory.hi) * 0xff51afd7ed558ccdull;
+  mixed = (mixed ^ mixed >> 32) * 0xc4ceb9fe1a85ec53ull;
+  return static_cast<int64_t>(mixed >> 40) + 1;
+}
+
+// What a rank says of itself.
+BIP_HD void report_in(PassSums& sums, const Memory& memory) {
+  sums.ranks = 1;
+  sums.windows = window_number(memory);
+  sums.squares = sums.windows * sums.windows;
+}
+
+// Whether all ranks remember the same window. They do, but for one that an error stopped in the middle of a step. From the sums alone, so that
+// all ranks decide alike: numbers are equal exactly if the sum of their squares, times how many there are, is the square of their sum.
+BIP_HD bool same_window(const PassSums& sums) {
+  return static_cast<uint64_t>(sums.ranks) * static_cast<uint64_t>(sums.squares) ==
+         static_cast<uint64_t>(sums.windows) * static_cast<uint64_t>(sums.windows);
+}
 
 // How far the selection of a group has come; the same on every rank, but for `found`.
 struct Search {
@@ -99,6 +125,7 @@ struct Search {
   bool begun;        // the sums of the pass have been read
   bool listed;       // the window of the pass was right, so its candidates are all that is open
   bool settled;
+  bool given_up;            // a rank is absent: masks stay as the pass has left them
   bool by_index;            // the next digit is index / 2^32: the window has one key
   bool bound_lo, bound_hi;  // `lo`, `hi` are set
 
@@ -118,8 +145,9 @@ struct Digit {
 };
 
 // At the beginning of a step.
-BIP_HD Search opened(const Memory& memory, const Group& group) {
+BIP_HD Search opened(Memory& memory, const Group& group) {
   Search search{};
+  follow(memory, group.kept, group.numel);
   if (group.kept > 0 && group.kept < group.numel) {
     if (memory.known) search.window = {memory.lo, memory.hi, 0, 0};
   } else {
@@ -157,19 +185,21 @@ BIP_HD void bound(Search& search, int64_t half, const KeyWindow& window, const B
 // Reads the sums of the pass.
 template <class Bins>
 BIP_HD void read_pass(Search& search, Memory& memory, Counters& counters, const Group& group, const PassSums& sums, const Bins& bins) {
+  const bool agreed = same_window(sums);
+  if (!agreed) memory.known = 0;
   const bool known = memory.known != 0;
   KeyWindow window = search.window;
   window.wanted = group.kept - sums.above;
   window.inside = sums.inside;
-  const bool crowded = sums.crowded != 0;
-  if (crowded && !Bins::kCountsCrowded) search.window = {};
-  const bool hit = crowded && !Bins::kCountsCrowded ? judged(search.window, 0, group.numel, group.numel, group.kept)
-                                                    : judged(search.window, sums.above, sums.inside, group.numel, group.kept);
+  const bool crowded = sums.crowded != 0, counted = agreed && (!crowded || Bins::kCountsCrowded);
+  if (!counted) search.window = {};
+  const bool hit = counted ? judged(search.window, sums.above, sums.inside, group.numel, group.kept)
+                           : judged(search.window, 0, group.numel, group.numel, group.kept);
   const int64_t error = sums.reaching > window.wanted ? sums.reaching - window.wanted : window.wanted - sums.reaching;
   if (!hit) memory.known = 0;
   widen_window(memory, known && hit && !crowded ? error : 0, group.numel);
   search.begun = true;
-  search.listed = hit && !crowded;
+  search.listed = hit && !crowded && agreed;
   search.settled = search.window.lo == search.window.hi;
   if (!search.listed) {
     ++(!known ? counters.first : hit ? counters.crowded : counters.missed);
@@ -183,7 +213,10 @@ BIP_HD void read_pass(Search& search, Memory& memory, Counters& counters, const 
 template <class Bins>
 BIP_HD void read_sums(Search& search, Memory& memory, Counters& counters, const Group& group, const PassSums& sums, const Bins& bins) {
   if (search.settled) return;
-  if (!search.begun) {
+  if (!search.begun && sums.absent) {
+    search.begun = search.listed = search.settled = search.given_up = true;
+    return;
+  } else if (!search.begun) {
     read_pass(search, memory, counters, group, sums, bins);
     if (!search.listed || search.settled) return;
   } else if (search.by_index) {  // a window of one key, which several entries have: down to the index that decides
@@ -200,6 +233,10 @@ BIP_HD void read_sums(Search& search, Memory& memory, Counters& counters, const 
 
 // At the end of a step.
 BIP_HD void remember(const Search& search, Memory& memory, Counters& counters) {
+  if (search.given_up) {
+    memory.known = 0;
+    return;
+  }
   counters.threshold = key_score(static_cast<uint32_t>(search.window.lo >> 32));
   memory.known = search.bound_lo && search.lo < search.hi;
   memory.lo = search.lo;

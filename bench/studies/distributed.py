@@ -123,7 +123,7 @@ def table(results: dict[str, Any]) -> str:
 # and over a network of 400 Gbit/s. Seconds of one small all-reduce: in a node of 8, and between nodes (both assumed).
 COPY, NVLINK, NETWORK = 4.3e12, 450e9, 50e9
 IN_NODE, BETWEEN_NODES, NODE = 30e-6, 80e-6, 8
-SUMS = 8 * 2052  # bytes of a selection group in one all-reduce
+SUMS = 8 * 2056  # bytes of a selection group in one all-reduce
 COLLECTIVES = 8  # of every upper step: on a GPU the host does not look whether fewer would do
 
 

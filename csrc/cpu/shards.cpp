@@ -9,6 +9,7 @@
 // What the ranks add up is a few counts and one histogram a group, however many entries there are. Whatever a window decides about the
 // time, the mask depends on the keys alone, so the number of ranks and the way in which they share the entries change no bit of it.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <vector>
 
@@ -29,7 +30,8 @@ struct Sums {
   PassSums pass;
   int64_t counts[kBins];
 };
-static_assert(sizeof(Sums) == kShardSums * sizeof(int64_t), "the caller makes the rows");
+static_assert(sizeof(Sums) == kShardSums * sizeof(int64_t) && offsetof(PassSums, absent) == kShardAbsent * sizeof(int64_t),
+              "the caller makes the rows");
 
 struct Layout {
   Memory* memories;
@@ -85,6 +87,7 @@ void count_candidates(const Step& step, const Selection& selection, Sums& sums) 
 // What this rank has counted in the pass.
 void count_pass(const Step& step, const Selection& selection, Search& search, Sums& sums) {
   search.found = selection.found;
+  report_in(sums.pass, *selection.memory);
   sums.pass.above = selection.above;
   sums.pass.inside = selection.found - selection.elsewhere;
   sums.pass.crowded = selection.found > selection.capacity;
@@ -181,7 +184,7 @@ void shards_end(const Step& args, int threads) {
   for (int64_t group = 0; group < args.num_groups; ++group) {
     const Search& search = layout.searches[group];
     Selection& selection = layout.selections[static_cast<size_t>(group)];
-    judge_candidates(args, selection, search.threshold(), threads);
+    if (!search.given_up) judge_candidates(args, selection, search.threshold(), threads);
     remember(search, layout.memories[group], args.counters[group]);
   }
   spread_units(args, threads);

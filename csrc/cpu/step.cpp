@@ -78,7 +78,8 @@ void open_windows(Context& context, int threads) {
   bool any = false;
   for (int64_t group = 0; group < context.step.num_groups; ++group) {
     Selection& selection = context.selections[group];
-    const Memory& memory = *selection.memory;
+    Memory& memory = *selection.memory;
+    follow(memory, selection.kept, selection.numel);
     const bool open = selection.kept > 0 && selection.kept < selection.numel;
     selection.sampled = selection.sample = open && !memory.known;
     if (open)

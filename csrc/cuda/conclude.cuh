@@ -24,7 +24,8 @@ __device__ __forceinline__ Guess guess_of(const Args& args, int group) {
   if (args.workspace.searches) return shared_guess_of(args, group);
   const Window whole = whole_window(args.step.groups[group]);
   if (whole.inside <= capacity_of(args, group)) return {whole, true};
-  const Memory& memory = state_of(args, group).memory;
+  Memory memory = state_of(args, group).memory;
+  follow(memory, args.step.groups[group].kept, args.step.groups[group].numel);
   return memory.known ? Guess{{memory.lo, memory.hi, 0, 0}, true} : Guess{whole, false};
 }
 
@@ -183,9 +184,10 @@ __device__ __noinline__ inline void conclude(const Args& args, JudgeRoom& room, 
   const bool known = room.group.capacity != 0;
   GroupState& state = state_of(args, group);
   const int64_t kept = args.step.groups[group].kept, above = state.progress.above, inside = state.progress.collected;
-  if (thread_id() == 0) room.memory = state.memory;
   __syncthreads();  // all threads have read it
   if (thread_id() == 0) {
+    follow(state.memory, kept, args.step.groups[group].numel);
+    room.memory = state.memory;
     state.progress = {};
     add(args.step.counters[group].steps, 1);
   }

@@ -18,8 +18,6 @@
 namespace bip::cuda {
 namespace {
 
-// The pass, six digits of a key, and one of the index.
-constexpr int32_t kShardRounds = 8;
 static_assert((kShardRounds - 2) * kDigitBits >= 64 && (1 << kDigitBits) >= 1 << 8, "keys of 64 bits, groups of up to 2^40");
 
 // A group's row of what the ranks add up.
@@ -78,12 +76,13 @@ __global__ void __launch_bounds__(kThreads) shards_lift_kernel(const Args __grid
 // --- the search --------------------------------------------------------------------------------------------------------------------------
 
 // One thread per group.
-__global__ void __launch_bounds__(kThreads) shards_open_kernel(const Args __grid_constant__ args) {
+__global__ void __launch_bounds__(kThreads) shards_open_kernel(const Args __grid_constant__ args, ShardSums* sums) {
   if (skipped(args.step)) return;
   const int threads = static_cast<int>(gridDim.x) * kThreads;
   for (int group = static_cast<int>(blockIdx.x) * kThreads + thread_id(); group < args.step.num_groups; group += threads) {
     GroupState& state = state_of(args, group);
     args.workspace.searches[group] = opened(state.memory, args.step.groups[group]);
+    report_in(sums[group].pass, state.memory);
     state.progress = {};
     ++args.step.counters[group].steps;
   }
@@ -327,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) shards_end_kern
     const Search& search = args.workspace.searches[group];
     const Threshold threshold = search.threshold();
     if (part == 0 && thread_id() == 0) remember(search, state_of(args, group).memory, args.step.counters[group]);
-    if (!search.listed) return;
+    if (!search.listed || search.given_up) return;
     const Candidate* list = candidates_of(args, group);
     for (int i = share.begin + thread_id(); i < share.end; i += kThreads) {
       const Candidate candidate = list[i];
@@ -390,7 +389,7 @@ void shards_begin(const Step& args, int64_t* sums, void* stream) {
   const size_t bytes = static_cast<size_t>(args.num_groups) * sizeof(ShardSums);
   if (bytes) {
     check(cudaMemsetAsync(sums, 0, bytes, stream_of(stream)), "shards", "cudaMemsetAsync");
-    launch<shards_open_kernel>("shards", "shards_open_kernel", (args.num_groups + kWarp - 1) / kWarp, stream, pass.args());
+    launch<shards_open_kernel>("shards", "shards_open_kernel", (args.num_groups + kWarp - 1) / kWarp, stream, pass.args(), rows(sums));
   }
   if (args.num_tiles) pass.launch_update();
   if (bytes) launch_count(pass, sums, true, stream);

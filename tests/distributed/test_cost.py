@@ -18,7 +18,7 @@ KINDS = (
     "gather",
     "scatter",
 )
-SUMS = 8 * 4100  # bytes of a selection group: four counts, and a histogram
+SUMS = 8 * 4104  # bytes of a selection group: eight counts, and a histogram
 
 
 def _counted(found):

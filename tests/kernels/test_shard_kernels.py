@@ -179,6 +179,82 @@ def test_windows_that_are_right_wrong_and_crowded(shards, jump):
         assert rows["missed"] + rows["crowded"] > 0
 
 
+@pytest.mark.parametrize("total", [400, 9000])
+@pytest.mark.parametrize("known", ["nothing", "an older window"])
+def test_ranks_that_remember_different_windows_find_the_mask(shards, total, known):
+    """As after an error that only one of them had; a small group is listed whole where nothing is known."""
+    random = np.random.default_rng(4)
+    kept, sizes = total // 4, (total // 2, total // 3, total - total // 2 - total // 3)
+    starts = np.cumsum([0, *sizes[:-1]])
+    ranks = [Rank(shards, [(random.random(n), int(start), 0, 0)], total, kept) for n, start in zip(sizes, starts, strict=True)]
+    select(ranks)
+    select(ranks)
+    for wrong in (0, 1, 2):
+        ranks[wrong].workspace[:] = 0 if known == "nothing" else older(ranks, wrong)
+        for rank in ranks:
+            rank.scores[0] += np.float32(0.2 / total)
+        before = ranks[0].counters["first"][0]
+        select(ranks)
+        check(ranks, kept)
+        assert ranks[0].counters["first"][0] == before + 1, "as if no window were known"
+        for expected_rounds in (2, 2):
+            assert select(ranks) <= expected_rounds if shards is kernels().cpu_shards else True
+        check(ranks, kept)
+        assert ranks[0].counters["first"][0] == before + 1
+
+
+def older(ranks, number):
+    """The workspace of a rank before a step in which all others went on, by far."""
+    kept = ranks[number].workspace.copy()
+    for rank in ranks:
+        rank.scores[0] *= np.float32(0.5)
+    select(ranks)
+    return kept
+
+
+def test_where_a_rank_is_absent_all_masks_stay(shards):
+    """Its row of the sums says so. The next step selects anew."""
+    random = np.random.default_rng(5)
+    ranks = [Rank(shards, [(random.random(3000), 3000 * i, 0, 0)], 6000, 1500) for i in range(2)]
+    select(ranks)
+    select(ranks)
+    masks = [rank.bits() for rank in ranks]
+    for rank in ranks:
+        rank.scores[0] += 1e-6 * random.standard_normal(3000).astype(np.float32)
+    ranks[0].call("begin")
+    rounds = 0
+    while True:
+        ranks[0].sums[0, shards.ABSENT] += 1
+        rounds += 1
+        if not ranks[0].call("narrow", rounds - 1):
+            break
+    ranks[0].call("end")
+    assert rounds == shards.ROUNDS
+    apart = ranks[0].bits() != masks[0]
+    assert apart.sum() < 30, "what the pass was sure of"
+    np.testing.assert_array_equal(ranks[0].z[0], ranks[0].bits())
+    select(ranks)
+    check(ranks, 1500)
+
+
+def test_a_window_follows_the_number_of_kept(shards):
+    """As a sparsity grows along the cubic curve: a window that stays would miss in 23 of these steps, more than half of the growth."""
+    random = np.random.default_rng(6)
+    total, steps = 30_000, 40
+    ranks = [Rank(shards, [(random.random(n), start, 0, 0)], total, total) for n, start in ((18_000, 0), (12_000, 18_000))]
+    for step in range(steps + 3):
+        kept = total - round(0.9 * total * (1 - (1 - min(step / steps, 1)) ** 3))
+        for rank in ranks:
+            rank.groups["kept"] = kept
+            rank.scores[0] += 1e-5 * random.standard_normal(len(rank.scores[0])).astype(np.float32)
+            np.clip(rank.scores[0], 0, 1, out=rank.scores[0])
+        select(ranks)
+        if step % 10 == 5:
+            check(ranks, kept)
+    wrong = {name: int(ranks[0].counters[name][0]) for name in ("first", "missed", "crowded")}
+    assert sum(wrong.values()) <= 8, wrong
+
+
 def test_what_is_on_several_ranks_is_counted_once(shards):
     random = np.random.default_rng(2)
     own = [random.random(5000), random.random(5000)]
