@@ -5,7 +5,6 @@ Trainers make the optimizer first and shard the model later, and then put other 
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .engine.agreement import number_of
 from .engine.parameter import Seen
 from .engine.shards import is_sharded
 
@@ -133,11 +133,6 @@ def check_memory(param_groups: Groups, seen: Seen) -> None:
 # --- several ranks -------------------------------------------------------------------------------------------------------------------
 
 
-def _number(x: Any) -> int:
-    """64 bits that stand for a value."""
-    return int.from_bytes(hashlib.blake2b(repr(x).encode(), digest_size=8).digest(), "big", signed=True)
-
-
 def check_agreement(origin: Origin, param_groups: Groups, seen: Seen, rule: str, levels: tuple[Any, ...]) -> None:
     """One small collective for every group of ranks that share parameters.
 
@@ -158,7 +153,7 @@ def check_agreement(origin: Origin, param_groups: Groups, seen: Seen, rule: str,
         "optimizer, levels and lower_steps": (rule, levels),
     }
     for group in groups:
-        own = torch.tensor([_number(value) for value in said.values()], device=param_groups[0]["params"][0].device)
+        own = torch.tensor([number_of(value) for value in said.values()], device=param_groups[0]["params"][0].device)
         found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(found, own, group=group)
         table = torch.stack(found).cpu()

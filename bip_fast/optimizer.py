@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .binding import Origin, check_agreement, check_memory, members_of, replacements, same_members, with_tensors
+from .engine.agreement import check_same, together
 from .engine.arena import Arena
 from .engine.checkpoint import fitting_groups
 from .engine.coverage import would_prune
@@ -33,6 +34,7 @@ from .engine.phases import Phases
 from .engine.plan import StepPlan
 from .engine.report import Report
 from .engine.rules import rule_of
+from .engine.shards import Ranks
 from .presets import preset_options, ramp_steps
 from .saving import compact_states, load_options, load_states, saved_states, shown_states, whole_state
 from .schedule import SparsitySchedule
@@ -248,15 +250,16 @@ class FastBiP(torch.optim.Optimizer):
     def _take(self, moved: Mapping[Tensor, Tensor]) -> None:
         """Bind to the parameters of the groups, where those in ``moved`` have others in their place."""
         groups = [{**group, "params": [moved.get(p, p) for p in group["params"]]} for group in self.param_groups]
-        new = {**moved, **replacements(self._members, groups, self._seen)}
-        if new and self._stepped:
-            name = self._seen.of(next(iter(new))).name or f"a parameter of shape {tuple(next(iter(new)).shape)}"
-            raise RuntimeError(
-                f"{name} was replaced by another parameter after a step was taken. Wrap or shard the model before the first step, or "
-                "make a new FastBiP and load the state_dict() of this one"
-            )
-        seen = with_tensors(self._seen, new)
-        check_memory(groups, seen)
+        with together(Ranks(p for group in groups for p in group["params"]), "bind()"):
+            new = {**moved, **replacements(self._members, groups, self._seen)}
+            if new and self._stepped:
+                name = self._seen.of(next(iter(new))).name or f"a parameter of shape {tuple(next(iter(new)).shape)}"
+                raise RuntimeError(
+                    f"{name} was replaced by another parameter after a step was taken. Wrap or shard the model before the first step, or "
+                    "make a new FastBiP and load the state_dict() of this one"
+                )
+            seen = with_tensors(self._seen, new)
+            check_memory(groups, seen)
         check_agreement(self._origin, groups, seen, self._rule.name, (self._phases.levels, self._phases.lower_steps))
         old = self._engine
         states = {new.get(p, p): whole_state(p, own, new.get(p, p)) for p, own in (old.saved_state() if old else {}).items()}
@@ -293,7 +296,9 @@ class FastBiP(torch.optim.Optimizer):
             return
         waits = self._engine is None and self._finished is None
         if not waits:
-            self._arena_of("add a parameter group").check_untouched()
+            arena = self._arena_of("add a parameter group")
+            with together(arena.ranks, "add_param_group()"):
+                arena.check_untouched()
         seen = seen_in_group(self._seen, group["params"], names)
         if self._phases.frozen and any(would_prune(seen.of(p), self.defaults | group) for p in group["params"]):
             raise RuntimeError("masks are frozen since freeze_masks(), so a new parameter group must have prune=False")
@@ -388,12 +393,13 @@ class FastBiP(torch.optim.Optimizer):
         engine, phase = self._running("step"), self._phases.check()
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             engine = self._without_gradients()
-        engine.arena.check_untouched()
         # grad_scale and found_inf: set by torch.amp.GradScaler for the time of the step
         found_inf = engine.arena.ranks.anywhere(getattr(self, "found_inf", None))
-        launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
-        if engine.refresh(phase):
-            self._state.update(shown_states(engine, self._inner))
+        with engine.awaited(phase):
+            engine.arena.check_untouched()
+            launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
+            if engine.refresh(phase):
+                self._state.update(shown_states(engine, self._inner))
         self._stepped = True
         launch(engine.plan)
         inner = self._inner if phase != "upper" and not (found_inf is not None and bool(found_inf)) else None
@@ -571,8 +577,9 @@ class FastBiP(torch.optim.Optimizer):
         if self._finished is not None:
             return
         engine = self._running("finish")
-        engine.arena.check_untouched()
-        self._rewrite(engine)
+        with together(engine.arena.ranks, "finalize()"):
+            engine.arena.check_untouched()
+            self._rewrite(engine)
         self._last_metrics, self._finished = engine.metrics(), self.report()
         if self._ramp is not None and (self._ramp.left or engine.waits):
             what = f"finalize() came {self._ramp.left + 1} steps before the sparsity had grown to its end, at {self._finished.sparsity:.4f}"
@@ -625,14 +632,19 @@ class FastBiP(torch.optim.Optimizer):
         """
         if self._finished is not None:
             self._running("load")
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = dict(changed) if changed is not None else state_dict
-        if not self._stepped and state_dict.get("state") == {} and state_dict.keys() == {"state", "param_groups"}:
-            load_options(self.param_groups, fitting_groups(self._rule, self.param_groups, state_dict))
+        ranks = self._engine.arena.ranks if self._engine is not None else Ranks(())
+        with together(ranks, "load_state_dict()"):
+            if not isinstance(state_dict, Mapping):
+                raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+            state_dict = dict(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = pre_hook(self, state_dict)
+                state_dict = dict(changed) if changed is not None else state_dict
+            unbound = not self._stepped and state_dict.get("state") == {} and state_dict.keys() == {"state", "param_groups"}
+            groups = fitting_groups(self._rule, self.param_groups, state_dict) if unbound else None
+        check_same(ranks, "what a state_dict holds, options only or states too,", unbound)
+        if groups is not None:
+            load_options(self.param_groups, groups)
         else:
             engine = self._running("load")
             load_states(engine, self._phases, self._ramp, self._inner, self.param_groups, state_dict)

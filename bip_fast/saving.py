@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .engine.checkpoint import EXTRA, extra, fitting
+from .engine.agreement import together
+from .engine.checkpoint import EXTRA, check_whole, extra, fitting
 from .engine.engine import Engine
 from .engine.inner import INNER, InnerOptimizer
 from .engine.phases import Phases
@@ -45,20 +46,23 @@ def load_states(
         ValueError: it does not fit, or is damaged. Nothing has changed then.
         RuntimeError: other code has moved a parameter.
     """
-    groups, states, whole = fitting(engine.arena, phases, ramp, param_groups, state_dict)
-    engine.arena.check_place()
-    own: dict[Tensor, Any] = {
-        param.tensor: state[INNER] for param, state in zip(engine.arena.parameters, states, strict=True) if state.get(INNER)
-    }
-    if inner is not None:
-        inner.check_state(own)
-    if ramp is not None:
-        ramp.load_state_dict(whole["ramp"])  # first: the sparsity of the groups is theirs
-    load_options(param_groups, groups)
-    engine.load(states, whole["num_nonfinite"])
-    if inner is not None:
-        inner.load(own, param_groups)
-    phases.load(whole)
+    with together(engine.arena.ranks, "load_state_dict()"):
+        groups, states, whole, kept = fitting(engine.arena, phases, ramp, param_groups, state_dict)
+        engine.arena.check_place()
+        own: dict[Tensor, Any] = {
+            param.tensor: state[INNER] for param, state in zip(engine.arena.parameters, states, strict=True) if state.get(INNER)
+        }
+        if inner is not None:
+            inner.check_state(own)
+    check_whole(engine.arena, groups, whole, kept)
+    with together(engine.arena.ranks, "load_state_dict()"):
+        if ramp is not None:
+            ramp.load_state_dict(whole["ramp"])  # first: the sparsity of the groups is theirs
+        load_options(param_groups, groups)
+        engine.load(states, whole["num_nonfinite"])
+        if inner is not None:
+            inner.load(own, param_groups)
+        phases.load(whole)
 
 
 def load_options(param_groups: Groups, saved: Groups) -> None:

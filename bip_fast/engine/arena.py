@@ -243,14 +243,14 @@ class Arena:
         """Take new scores of a parameter whose entries have one each, if there are some."""
         if param.scored and param.tensor in scores:
             view = self._view(self.scores, param)
-            view.copy_(self._own(param, scores[param.tensor]).reshape(view.shape))
+            view.copy_(self.own_part(param, scores[param.tensor]).reshape(view.shape))
 
     def rescore_units(self, number: int, scores: Mapping[Tensor, Tensor]) -> None:
         """Take new scores of a set of units, each the mean over its weights, if there are some for all its `scoring` parameters."""
         scoring = self.units.sets[number].scoring
         if all(param.tensor in scores for param in scoring):
             given = [
-                in_memory_order(_laid_out_like(param.local, self._own(param, scores[param.tensor])))[param.offset :] for param in scoring
+                in_memory_order(_laid_out_like(param.local, self.own_part(param, scores[param.tensor])))[param.offset :] for param in scoring
             ]
             self.units.start(number, [x[: param.numel].float() for x, param in zip(given, scoring, strict=True)])
 
@@ -269,7 +269,7 @@ class Arena:
             self.ensure_score_momentum()
         for name, view in self.state_of(param).items():
             if name in state and name != "mask":
-                view.copy_(self._own(param, state[name]).reshape(view.shape))
+                view.copy_(self.own_part(param, state[name]).reshape(view.shape))
             elif name != "mask":
                 view.zero_()
         if self.rule.counts:
@@ -281,10 +281,10 @@ class Arena:
 
     def mask_in(self, param: Parameter, state: Mapping[str, Tensor]) -> Tensor:
         """The mask of a saved state, bool, shaped like what this rank has of the parameter."""
-        mask = self._own(param, state["mask"])
+        mask = self.own_part(param, state["mask"])
         return mask if mask.dtype == torch.bool else unpack_mask(mask, param.numel).view(param.shape)
 
-    def _own(self, param: Parameter, x: Tensor) -> Tensor:
+    def own_part(self, param: Parameter, x: Tensor) -> Tensor:
         """What this rank has of a state that may be of the whole parameter, or of all its units."""
         if is_sharded(x) or param.shard is None or param.shape == param.whole:
             return local_of(x)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Blocks
+from .agreement import check_same
 from .arena import Arena, in_memory_order
 from .inner import INNER
 from .options import check_group
@@ -21,7 +22,7 @@ from .phases import Phases
 from .rules import Rule
 from .shards import local_of
 
-__all__ = ["EXTRA", "extra", "fitting", "fitting_groups"]
+__all__ = ["EXTRA", "check_whole", "extra", "fitting", "fitting_groups"]
 
 EXTRA = "bip"  # the key of every parameter's state for what belongs to no parameter
 _KINDS = {"mask": ("int32", "bool"), "step": ("int64",)}  # all else is floating-point
@@ -103,8 +104,8 @@ def _expected(own: Mapping[str, Any]) -> dict[str, Any]:
 
 def fitting(
     arena: Arena, phases: Phases, ramp: Any, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
-) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any]]:
-    """`_fitting`, with every way in which a damaged state can fail as a ValueError."""
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any], int]:
+    """`_fitting`, without collectives, with every way in which a damaged state can fail as a ValueError."""
     try:
         return _fitting(arena, phases, ramp, param_groups, state_dict)
     except (AttributeError, KeyError, TypeError, RuntimeError, IndexError) as error:  # NotImplementedError is a RuntimeError
@@ -113,9 +114,9 @@ def fitting(
 
 def _fitting(
     arena: Arena, phases: Phases, ramp: Any, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
-) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any]]:
-    """Groups, the state of every parameter of ``arena``, and what belongs to none, of a ``state_dict`` that fits an optimizer with
-    ``param_groups``.
+) -> tuple[Sequence[dict[str, Any]], list[dict[str, Tensor]], dict[str, Any], int]:
+    """Groups, the state of every parameter of ``arena``, what belongs to none, and how many weights this rank counts as kept, of a
+    ``state_dict`` that fits an optimizer with ``param_groups``.
 
     Raises:
         ValueError: it is from another optimizer, for other parameters or groups, damaged, or has options out of range.
@@ -144,14 +145,25 @@ def _fitting(
         if shapes != own_shapes:
             raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {shapes}")
         _check_values(arena, param, state)
+        _check_sizes(arena, param, state)
         if param.pruned and groups[param.group].get("sparsity") is None and param_groups[param.group]["sparsity"] is not None:
             raise ValueError(f"state_dict must have a sparsity for {param.name}, got None")
         kept += int(arena.mask_in(param, state).sum()) if param.masked and not param.elsewhere else 0
         states.append({name: value for name, value in state.items() if name != EXTRA})
-    (kept,) = arena.ranks.added([kept], arena.device)
-    if kept != saved["kept"]:
-        raise ValueError(f"state_dict is damaged: its masks keep {kept} weights, and {saved['kept']} were saved")
-    return groups, states, saved
+    return groups, states, saved, kept
+
+
+def check_whole(arena: Arena, groups: Sequence[dict[str, Any]], saved: Mapping[str, Any], kept: int) -> None:
+    """ValueError, on all ranks alike, unless what each found `fitting` makes one state. Two small collectives where weights are sharded.
+
+    Args:
+        groups, saved, kept: as `fitting` gives them.
+    """
+    options = [[group.get(key) for key in ("sparsity", "scope", "min_kept")] for group in groups]
+    check_same(arena.ranks, "step, phase and options of a state_dict", (sorted(saved.items(), key=str), options))
+    (total,) = arena.ranks.added([kept], arena.device)
+    if total != saved["kept"]:
+        raise ValueError(f"state_dict is damaged: its masks keep {total} weights, and {saved['kept']} were saved")
 
 
 def fitting_groups(rule: Rule, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> Sequence[dict[str, Any]]:
@@ -187,6 +199,16 @@ def _check_values(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> N
         raise ValueError(f"state_dict must hold {_MAY_BE_MISSING} of shape {shape} for {param.name}, got {tuple(u.shape)}")
     if param.division is not None:
         _check_division(param, arena.mask_in(param, state).cpu(), param.division)
+
+
+def _check_sizes(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> None:
+    """ValueError unless this rank's part of every tensor has as many entries as it needs."""
+    views = arena.state_of(param)
+    views = {_MAY_BE_MISSING: views["scores"], **views} if "scores" in views else views
+    for name in (name for name in state if name in views and name != "mask"):
+        found, expected = arena.own_part(param, state[name]).numel(), views[name].numel()
+        if found != expected:
+            raise ValueError(f"state_dict must hold {expected} entries of {name} on this rank for {param.name}, got {found}")
 
 
 def _check_division(param: Parameter, mask: Tensor, division: Blocks | NofM) -> None:

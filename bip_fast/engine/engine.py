@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .agreement import together
 from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
 from .coverage import decide
@@ -18,7 +20,7 @@ from .patterns import NofM
 from .plan import StepPlan, gradient_table, no_gradients
 from .report import Decision, Report, Row, Selection, UnitCount, flat_metrics, layer_row
 from .rules import NONE, Rule
-from .shards import Ranks
+from .shards import Ranks, local_of
 
 __all__ = ["Engine"]
 
@@ -65,16 +67,17 @@ class Engine:
         score_start: str,
     ) -> None:
         self._groups, self._rule = param_groups, rule
-        decided, self.decisions, ranks = self.check(param_groups, seen, rule)
-        self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
-        self._need_sparsity = _need_sparsity(decided)
-        device = decided[0].local.device
-        backend(device)
         self._checked: Any = None  # the options that were last found valid
-        self._check_options()
-        # Nothing is written before all memory is there.
-        self.arena = Arena(decided, device, rule, ranks)
-        self.replan()
+        with together(Ranks(p for group in param_groups for p in group["params"]), "binding parameters"):
+            decided, self.decisions, ranks = self.check(param_groups, seen, rule)
+            self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
+            self._need_sparsity = _need_sparsity(decided)
+            device = decided[0].local.device
+            backend(device)
+            self._check_options()
+            self.arena = Arena(decided, device, rule, ranks)
+            self._make_plan()
+        # Nothing is written before all memory is there, on all ranks.
         for param in self.arena.parameters:
             if param.tensor in states:
                 self.arena.load(param, states[param.tensor])
@@ -114,21 +117,9 @@ class Engine:
             ValueError: a key is not pruned, or its scores have another shape or leave [0, 1]. Nothing has changed then.
             RuntimeError: other code has moved or written to a parameter.
         """
-        if not isinstance(scores, Mapping):
-            raise TypeError(f"scores must be a dict of tensors by parameter, got {type(scores).__name__}")
-        for p, own in scores.items():
-            param = self.arena.masked(p)
-            if not param.pruned:
-                raise ValueError(f"scores must be of parameters that have their own, got {param.name}, which goes with others")
-            if not isinstance(own, Tensor) or own.shape != p.shape:
-                found = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
-                raise ValueError(f"scores of {param.name} must have the shape {tuple(p.shape)}, got {found}")
-            if own.layout != torch.strided or own.is_meta or own.is_complex() or (own.is_floating_point() and own.element_size() == 1):
-                kind = f"{own.layout} of {own.dtype} on {own.device}"
-                raise ValueError(f"scores of {param.name} must be a dense tensor of real numbers of 16 bits or more, got {kind}")
-            if not ((own >= 0) & (own <= 1)).all():
-                raise ValueError(f"scores of {param.name} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
-        self.arena.check_untouched()
+        with together(self.arena.ranks, "set_scores()"):
+            self._check_scores(scores)
+            self.arena.check_untouched()
         new = self.refresh("upper")
         for param in self.arena.pruned:
             self.arena.rescore(param, scores)
@@ -137,12 +128,30 @@ class Engine:
         self._project()
         return new
 
+    def _check_scores(self, scores: Any) -> None:
+        """TypeError or ValueError unless scores can be those of parameters, as far as this rank has them."""
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"scores must be a dict of tensors by parameter, got {type(scores).__name__}")
+        for p, given in scores.items():
+            param = self.arena.masked(p)
+            if not param.pruned:
+                raise ValueError(f"scores must be of parameters that have their own, got {param.name}, which goes with others")
+            if not isinstance(given, Tensor) or given.shape != p.shape:
+                found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                raise ValueError(f"scores of {param.name} must have the shape {tuple(p.shape)}, got {found}")
+            own = local_of(given)
+            if own.layout != torch.strided or own.is_meta or own.is_complex() or (own.is_floating_point() and own.element_size() == 1):
+                kind = f"{own.layout} of {own.dtype} on {own.device}"
+                raise ValueError(f"scores of {param.name} must be a dense tensor of real numbers of 16 bits or more, got {kind}")
+            if not ((own >= 0) & (own <= 1)).all():
+                raise ValueError(f"scores of {param.name} must be in [0, 1], got {float(own.min()):g} to {float(own.max()):g}")
+
     def load(self, states: Sequence[dict[str, Tensor]], num_nonfinite: int) -> None:
-        """Take a saved state for every parameter of the arena, and make the plan for the options as they are now."""
+        """Take a saved state for every parameter of the arena, and make the plan for the options as they are now. No collectives."""
         for param, state in zip(self.arena.parameters, states, strict=True):
             self.arena.load(param, state)
         self.arena.record()
-        self.replan()
+        self._make_plan()
         self.arena.set_nonfinite(num_nonfinite)
 
     # --- options and the plan --------------------------------------------------------------------------------------------------------
@@ -162,11 +171,16 @@ class Engine:
         return selection_groups([budget_of(rival, self._groups[rival.group]) for rival in self.arena.rivals], most)
 
     def replan(self) -> None:
-        """Make the plan for the options as they are now.
+        """Make the plan for the options as they are now, on all ranks.
 
         Raises:
             RuntimeError: the current stream is being captured in a graph. Nothing has changed then.
         """
+        with together(self.arena.ranks, "making a new plan"):
+            self._make_plan()
+
+    def _make_plan(self) -> None:
+        """`replan` of this rank alone."""
         not_capturing(self.arena.device, "the optimizer needs new tables")
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
@@ -234,6 +248,17 @@ class Engine:
             alive.clear()  # the kernels are launched; memory freed now is reused behind them on the stream
 
         return launch
+
+    @contextmanager
+    def awaited(self, phase: str) -> Iterator[None]:
+        """Where an error inside keeps this rank from a step of ``phase``, the others do not wait for it: they learn of it from the sums of
+        the selection."""
+        try:
+            yield
+        except Exception:
+            if phase != "lower":
+                self.plan.stay_away()
+            raise
 
     def write_masked(self) -> None:
         """z = m*theta, after an optimizer of the user's has moved theta."""

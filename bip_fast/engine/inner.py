@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .arena import Arena
 from .options import SHARED_KEYS
-from .shards import like, point_at
+from .shards import is_sharded, like, local_of, point_at
 
 __all__ = ["INNER", "InnerOptimizer"]
 
@@ -219,6 +219,9 @@ class InnerOptimizer:
             for key, x in own.items():
                 if isinstance(x, Tensor) and not _goes_with(x.shape, p.shape):
                     raise ValueError(f"state_dict must hold a state of {what}, got {key} of shape {tuple(x.shape)}")
+                if is_sharded(x) and x.shape == p.shape and local_of(x).shape != local_of(p).shape:
+                    found = f"{tuple(local_of(x).shape)} in place of {tuple(local_of(p).shape)}"
+                    raise ValueError(f"state_dict must hold a state of {what}, got {key} whose part on this rank is {found}")
 
     def load(self, states: Mapping[Tensor, dict[str, Any]], param_groups: Groups) -> None:
         """Continue with saved states and with the options of the groups."""

@@ -373,6 +373,20 @@ class StepPlan:
                 self._unit_scratch.zero_()
             raise
 
+    def stay_away(self) -> None:
+        """Instead of an upper or joint step that an error keeps this rank from: what the others wait for, with word that it is absent."""
+        if not self._ranks.groups or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        with launch_guard(self.device):
+            self.hold()
+            self._keys.fill_(torch.iinfo(torch.int64).min)
+            for _ in range(self._most_needed):
+                self._ranks.maximum(self._keys)
+            for _ in range(self._shards.ROUNDS):
+                self._sums.zero_()
+                self._sums[:, self._shards.ABSENT] = 1
+                self._ranks.add(self._sums)
+
     def _launch(
         self, phase: str, rule: int, gradients: np.ndarray, num_nonfinite: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
@@ -417,6 +431,11 @@ class StepPlan:
         arguments["sums"] = self._sums.data_ptr()
         self._shards.begin(**arguments)
         self._ranks.add(self._sums)
+        if self._shards.ROUNDS == 1 and bool(self._sums[:, self._shards.ABSENT].any()):
+            raise RuntimeError(
+                "an error, which is reported there, keeps another rank from this step. Scores, and weights in a joint step, have moved on "
+                "this rank all the same: go on from a checkpoint"
+            )
         rounds = 0
         while self._shards.narrow(**arguments, turn=rounds):
             self._ranks.add(self._sums)

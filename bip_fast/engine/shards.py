@@ -47,9 +47,11 @@ def like(p: Tensor, x: Tensor, shape: Sequence[int] | None = None, placements: S
     whole: DTensor = p  # type: ignore[assignment]
     size = torch.Size(p.shape if shape is None else shape)
     stride = tuple(math.prod(size[d + 1 :]) for d in range(len(size)))
-    return DTensor.from_local(
-        x, whole.device_mesh, whole.placements if placements is None else placements, run_check=False, shape=size, stride=stride
-    )
+    placements = whole.placements if placements is None else placements
+    # Made of nothing, and then pointed at x: what is made of a view in the middle of an array keeps its offset, and deepcopy fails at that.
+    made = DTensor.from_local(x.new_empty(0), whole.device_mesh, placements, run_check=False, shape=size, stride=stride)
+    point_at(made, x)
+    return made
 
 
 def point_at(p: Tensor, memory: Tensor) -> None:
@@ -228,6 +230,19 @@ def _groups_of(p: DTensor) -> list[Any]:
     return [mesh.get_group(i) for i, placement in enumerate(p.placements) if not placement.is_replicate() and mesh.size(i) > 1]
 
 
+def _all_groups_of(p: DTensor) -> list[Any]:
+    """The process groups of its mesh."""
+    mesh = p.device_mesh
+    return [mesh.get_group(i) for i in range(mesh.ndim) if mesh.size(i) > 1]
+
+
+def _add_new(groups: list[Any], more: Iterable[Any]) -> None:
+    """Add those of other members than any of ``groups`` has."""
+    for group in more:
+        if _members(group) not in map(_members, groups):
+            groups.append(group)
+
+
 def _members(group: Any) -> list[int]:
     """What tells groups apart: meshes that are equal may have groups of their own, and torch takes one such mesh for the other."""
     return torch.distributed.get_process_group_ranks(group)
@@ -240,14 +255,22 @@ class Ranks:
 
     Args:
         params: of the optimizer, in its order, which is the same on every rank.
+
+    Attributes:
+        groups: the process groups.
+        everyone: the same and those of replicas, for what all ranks must do alike.
+        device: where these tell each other something.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.groups: list[Any] = []
+        self.everyone: list[Any] = []
+        self.device = torch.device("cpu")
         for p in params:
-            for group in _groups_of(p) if is_sharded(p) else ():  # type: ignore[arg-type]
-                if _members(group) not in map(_members, self.groups):
-                    self.groups.append(group)
+            if is_sharded(p):
+                _add_new(self.groups, _groups_of(p))  # type: ignore[arg-type]
+                _add_new(self.everyone, _all_groups_of(p))  # type: ignore[arg-type]
+                self.device = torch.device(p.device_mesh.device_type) if p.is_meta else p.device  # type: ignore[attr-defined]
 
     def repeats(self, sharded: Sequence[Any]) -> bool:
         """Whether what is sharded over some of the groups only is counted by another rank."""
