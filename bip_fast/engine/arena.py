@@ -249,9 +249,8 @@ class Arena:
         """Take new scores of a set of units, each the mean over its weights, if there are some for all its `scoring` parameters."""
         scoring = self.units.sets[number].scoring
         if all(param.tensor in scores for param in scoring):
-            given = [
-                in_memory_order(_laid_out_like(param.local, self.own_part(param, scores[param.tensor])))[param.offset :] for param in scoring
-            ]
+            own = [self.own_part(param, scores[param.tensor]) for param in scoring]
+            given = [in_memory_order(_laid_out_like(param.local, x))[param.offset :] for param, x in zip(scoring, own, strict=True)]
             self.units.start(number, [x[: param.numel].float() for x, param in zip(given, scoring, strict=True)])
 
     def load(self, param: Parameter, state: dict[str, Tensor]) -> None:
