@@ -13,6 +13,7 @@ from cli_runs import Interrupting
 from bip_fast.commands import cli
 from bip_fast.errors import UserError
 from bip_fast.experiments import ranks
+from bip_fast.experiments.compare import cell
 from bip_fast.experiments.runs import display
 
 OWN = """
@@ -46,6 +47,7 @@ sparsity: 0.8
 methods:
   snip:
   imp: {{rewind: 1, per_round: 0.6}}
+  diverges: {{method: dense, lr: 1.0e+30}}
 """
 
 
@@ -57,12 +59,20 @@ def options(folder, model, out):
 
 def ended(command, *arguments, stop_after=None):
     """The exit code. ``stop_after``: rank 1 alone is interrupted after so many batches."""
-    made = Interrupting(stop_after) if stop_after and ranks.rank() == 1 else display.Display()
-    with patch.object(display, "make", lambda: made):
+    shown = Interrupting(stop_after) if stop_after and ranks.rank() == 1 else display.Display()
+    with patch.object(display, "make", lambda: shown), patch.object(cell._Telling, "wants", lambda _: shown.wants()):
         try:
             return cli._run(command, [command, *map(str, arguments)])
         except UserError as error:
             return str(error)
+
+
+def damaged(checkpoint):
+    """It cannot be read any more."""
+    if not ranks.rank():
+        checkpoint.write_bytes(b"damaged")
+    ranks.told(None)
+    return checkpoint.stat().st_size
 
 
 def main(folder):
@@ -77,8 +87,9 @@ def main(folder):
         "stopped": ended("prune", *options(folder, "noisy", folder / "stopped"), stop_after=7),
         "resumed": ended("prune", "--resume", folder / "stopped"),
         "left": ended("prune", *options(folder, "noisy", folder / "left"), stop_after=12),
-        "compare": ended("compare", grid, "--out", folder / "grid"),
-        "again": ended("compare", grid, "--out", folder / "grid"),
+        "compare": ended("compare", grid, "--out", folder / "grid", stop_after=7),
+        "damaged": damaged(*(folder / "grid").glob("*snip*/checkpoint.pt")),
+        "compare again": ended("compare", grid, "--out", folder / "grid"),
         "jobs": ended("compare", grid, "--out", folder / "grid", "--jobs", 2),
     }
 

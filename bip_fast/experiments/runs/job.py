@@ -282,6 +282,7 @@ class Job:
             "optimizer": self.optimizer.state_dict(),
             **processes_state(self.device, self.counts),
         })  # fmt: skip
+        ranks.told(None)  # torchrun would end rank 0, which is writing, as soon as another rank has stopped
         self.saved = time.monotonic()
 
     def _report(self) -> Report:
