@@ -59,6 +59,7 @@ def test_a_failed_stage_ends_the_run_only_where_others_need_it(gate, monkeypatch
     assert {"one.log", "two.log", "two-2.log", "three.log"} <= logs
 
 
+@pytest.mark.slow
 def test_a_stage_at_its_limit_writes_what_it_has(gate, monkeypatch, tmp_path):
     write = "open(r'{0}', 'w').write('{{}}'); print('begun', flush=True)"
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
@@ -79,6 +80,7 @@ def test_a_stage_at_its_limit_writes_what_it_has(gate, monkeypatch, tmp_path):
     assert "saved" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_results_of_benchmarks_are_kept_and_the_rest_is_not(gate, tmp_path):
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
@@ -111,6 +113,7 @@ def test_unknown_stages_and_no_gpu(gate, tmp_path, capsys, monkeypatch):
     assert "nvidia-smi shows no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_stand_in_runs_kernels(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path, "first", "--stand-in", "--only", "device"], capture_output=True, text=True, check=False

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from data_files import write_cifar
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FILES = {"accuracy.png", "runs.csv", "runs.tar.gz", "summary.json", "table.md"}
 

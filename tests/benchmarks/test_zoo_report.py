@@ -42,6 +42,7 @@ def test_a_line_for_each_network_and_a_sentence_for_all(zoo):
     assert "**differ**" in zoo.table({"rows": [ROWS[0] | {"same": False}]})
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_in_a_process_of_its_own_and_kept_beside_others(zoo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         zoo, "built", lambda name: (torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.randn(1, 6))

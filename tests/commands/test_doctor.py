@@ -126,6 +126,7 @@ def test_an_interrupt_while_torch_is_loaded_is_one_line(tmp_path):
     assert 'bip-fast = "bip_fast_cli:main"' in (root / "pyproject.toml").read_text()
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_package_of_the_command_line():
     extras = {"rich", "sklearn", "matplotlib", "safetensors", "bip_fast.experiments", "bip_fast.commands.cli"}
     code = f"import sys, bip_fast; print(*(set(sys.modules) & {extras}))"

@@ -22,6 +22,8 @@ from bip_fast.experiments.compare import cluster, grid
 from bip_fast.experiments.compare.execution import Comparison
 from bip_fast.experiments.compare.progress import Progress
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray", reason=f"needs Ray: {cluster.INSTALL}")
 
 ONE_SEED = TINY.replace("seed: [0, 1]", "seed: 0")

@@ -17,6 +17,8 @@ from bip_fast.commands import cli
 from bip_fast.experiments.compare import cluster
 from bip_fast.experiments.compare.execution import Comparison
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_figure_of_every_run(finished):
     rows = rows_of(finished / "runs.csv")

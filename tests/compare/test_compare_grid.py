@@ -99,6 +99,7 @@ def test_other_files_of_the_same_name_are_another_run(tmp_path):
     assert len(addresses) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_began_with_other_settings_starts_afresh(finished, tmp_path, capsys):
     text = TINY.replace("seed: [0, 1]", "seed: 0").split("  imp")[0]
     out = tmp_path / "out"

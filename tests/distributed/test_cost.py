@@ -1,5 +1,6 @@
 """What ranks tell each other in a step, and what a rank holds."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on
@@ -7,6 +8,8 @@ from sharded_runs import mesh_of, placed, placements_of
 from torch import nn
 
 from bip_fast import FastBiP
+
+pytestmark = pytest.mark.slow
 
 KINDS = (
     "all_reduce",

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     set_optimizer_state_dict,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def adagrad(groups):
     return torch.optim.Adagrad(groups, lr=0.05)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from ranks import torchrun
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with torch.distributed.fsdp")
 pytest.importorskip("safetensors", reason="needs the package safetensors: pip install 'bip-fast[test]'")
 ROOT = Path(__file__).parents[2]

@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import bip_fast
 from bip_fast import FastBiP
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch.distributed.fsdp", reason="needs a torch with torch.distributed.fsdp")
 WIDTH, TOKENS = 65, 50  # rows that no number of ranks divides
 

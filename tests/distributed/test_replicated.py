@@ -19,7 +19,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("world", "arguments"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("world", "arguments"),
+    [pytest.param(*run, id=name, marks=() if name == "plain" else pytest.mark.slow) for name, run in RUNS.items()],
+)
 def test_all_ranks_have_the_same_bits(world, arguments):
     first, *others = run_on(world, run, *arguments)
     assert any(name.endswith("mask") for name in first)
@@ -35,6 +38,7 @@ DIFFERENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "options"), DIFFERENT.items(), ids=DIFFERENT)
 def test_every_rank_hears_of_different_arguments(what, options):
     expected = f"all ranks must give FastBiP the same {what}, but those of ranks [1] differ from those of rank 0"
@@ -45,6 +49,7 @@ def test_ranks_may_train_different_models():
     assert run_on(2, different_models) == [16, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["untold", "as accelerate", "pruned before"])
 def test_a_model_that_is_sharded_after_the_optimizer_was_made(how):
     """Its bits are those of one process, also where it had pruned the whole parameters already."""

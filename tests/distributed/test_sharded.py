@@ -67,7 +67,13 @@ def differences(given, expected):
     return [name for name in names if given[name].shape != expected[name].shape or not torch.equal(bits(given[name]), bits(expected[name]))]
 
 
-@pytest.mark.parametrize(("mesh", "layout", "cases"), LAYOUTS, ids=[f"{'x'.join(map(str, mesh))}-{layout}" for mesh, layout, _ in LAYOUTS])
+@pytest.mark.parametrize(
+    ("mesh", "layout", "cases"),
+    [
+        pytest.param(mesh, layout, cases, id=f"{'x'.join(map(str, mesh))}-{layout}", marks=() if layout == "1" else pytest.mark.slow)
+        for mesh, layout, cases in LAYOUTS
+    ],
+)
 def test_every_bit_is_that_of_one_process(mesh, layout, cases):
     world = torch.Size(mesh).numel()
     found = run_on(world, run_cases, list(cases.values()), mesh, layout)[0]
@@ -81,6 +87,7 @@ BY_ROWS = {
 BY_COLUMNS = {"all equal": PLAIN["all equal"], "layer, adamw": PLAIN["layer, adamw"]} | COLUMNS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "cases"), [("0", BY_ROWS), ("1", BY_COLUMNS)], ids=["rows", "columns"])
 def test_the_kernels_for_cuda_give_the_same_bits(layout, cases):
     """On the host simulator, on every rank."""
@@ -108,6 +115,7 @@ def skipped_on(rank):
     return found
 
 
+@pytest.mark.slow
 def test_a_step_that_one_rank_must_skip_is_skipped_by_all():
     for found in run_on(2, skipped_on, 1):
         for later in found[1:]:

@@ -5,6 +5,8 @@ import torch
 import trainer_runs
 from ranks import run_on
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ["accelerated", "trainer", "lightning"])
 def test_a_sharded_run_that_is_interrupted_has_the_bits_of_one_that_is_not(kind, tmp_path):

@@ -78,6 +78,7 @@ def test_the_plain_loop(capsys):
     assert "pruned 0.9" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_filters_go_to_onnx(tmp_path):
     """In a process of its own, as what runs there is not ours."""
     for package in ("torch_pruning", "onnxruntime", "onnxscript"):

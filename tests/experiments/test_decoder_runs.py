@@ -114,6 +114,7 @@ def test_half_of_every_matrix_in_the_blocks_goes_and_nothing_else_changes(prune,
 # --- runs ----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "more"),
     [

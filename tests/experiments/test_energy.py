@@ -84,6 +84,7 @@ def test_what_a_run_used_by_stage(tmp_path, monkeypatch):
     assert sum(used.values()) == 2 * (looks - 1)
 
 
+@pytest.mark.slow
 def test_a_stage_of_which_a_part_was_not_counted_has_no_figure(tmp_path, monkeypatch):
     used, _ = counted(tmp_path, monkeypatch, lambda i: 100.0 if i == 0 else float(i))  # the counter started again
     assert used["pretrain"] is None

@@ -19,6 +19,7 @@ def points(folder):
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_every_epoch_once(finished_run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     out = tmp_path / "run"

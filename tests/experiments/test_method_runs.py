@@ -44,6 +44,7 @@ def test_exactly_k_and_the_cost_of_the_table(whole, method):
     assert (whole[method] / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PRUNING)
 @pytest.mark.parametrize("after", [3, 13, 21])
 def test_stopped_and_resumed(whole, tmp_path, monkeypatch, capsys, method, after):

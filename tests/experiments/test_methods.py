@@ -45,6 +45,7 @@ def test_pruning_at_the_start_uses_the_scores_of_the_criterion(digits, method):
     assert flat[mask].min() >= flat[~mask].max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "pattern"),
     [("global", "unstructured"), ("layer", "unstructured"), ("erk", "unstructured"), ("layer", "filter"), ("global", "block:2x2")],
@@ -263,6 +264,7 @@ def test_rounds_remove_a_share_of_what_is_left(start, end, found):
 EVERY = itertools.product(["bip", "gmp", "hydra", "snip", "synflow", "omp"], ["filter", "channel", "block:2x2", "2:4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "pattern"), [pair for pair in EVERY if pair != ("synflow", "2:4")])  # which is refused
 def test_methods_take_every_pattern(digits, method, pattern):
     """One epoch: masks are whole units, and what is not kept is 0."""

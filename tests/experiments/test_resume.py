@@ -23,6 +23,7 @@ from bip_fast.state_dicts import write_safetensors
 
 
 # 10 batches of dense training, then 15 of pruning; after an even number of those the next step is a lower one.
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [[1], [5], [10], [11], [12, 1], [3, 4, 8], [25]])
 def test_stop_and_resume_gives_the_same_bits(finished_run, tmp_path, monkeypatch, capsys, after):
     out, resume = tmp_path / "run", []
@@ -82,6 +83,7 @@ class Unread(display.Display):
             raise BrokenPipeError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("after", "batches"), [(3, 3), (10, 10), (25, 25), (0, 10)])
 def test_progress_that_nobody_reads_loses_nothing(finished_run, tmp_path, monkeypatch, after, batches):
     """`bip-fast prune 2>&1 | head -1`"""
@@ -125,6 +127,7 @@ def wait_for(path, process, seconds=60):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_process_leaves_a_good_checkpoint(longer, tmp_path):
     out = tmp_path / "run"
     process = start(out)
@@ -139,6 +142,7 @@ def test_ctrl_c_of_a_process_leaves_a_good_checkpoint(longer, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (longer / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_whole_files(longer, tmp_path):
     out = tmp_path / "run"
     process = start(out)
@@ -152,6 +156,7 @@ def test_a_killed_process_leaves_whole_files(longer, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (longer / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished_run, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -234,6 +239,7 @@ def change_checkpoint(change):
     return damage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [

@@ -139,6 +139,7 @@ def test_a_network_that_reads_to_the_last_token_works_too(tmp_path):
 # --- every method ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TEXT)
 def test_every_method_runs_and_reaches_its_sparsity_exactly(place, tmp_path, method, capsys):
     out = tmp_path / "run"
@@ -226,6 +227,7 @@ def test_a_run_of_files_named_from_here_is_resumed_from_elsewhere(place, tmp_pat
     assert resolve(read(tmp_path / "run")["settings"]).folder_name == "sst2-bert-50-seed0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["movement", "gmp", "hydra", "dense"])
 def test_other_methods_resume_too(place, tmp_path, monkeypatch, method):
     given = ["--method", method, *(["--sparsity", "0"] if method == "dense" else [])]
@@ -256,6 +258,7 @@ methods:
 """
 
 
+@pytest.mark.slow
 def test_a_comparison_of_text(place, tmp_path, capsys):
     config = written(tmp_path, GRID % (place / "bert"))
     assert compare(config, tmp_path / "out", "--data-dir", str(place)) == 0

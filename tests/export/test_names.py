@@ -38,6 +38,7 @@ def test_the_names_are_functions():
         assert getattr(export, name).__module__.startswith("bip_fast.export.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [PUBLIC, PUBLIC[::-1]], ids=["forwards", "backwards"])
 def test_no_room_takes_the_place_of_a_function(order):
     """An import of a room puts it into the package under its own name."""
@@ -53,6 +54,7 @@ def test_what_is_no_name():
         from bip_fast.export import shrnk  # noqa: F401
 
 
+@pytest.mark.slow
 def test_imports_are_light():
     core = modules_after("import bip_fast")
     rooms = {name.split(".")[1] for name in core if "." in name}

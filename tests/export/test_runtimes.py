@@ -37,6 +37,7 @@ def session_runs(monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_all_networks_run_there_and_only_there_while_they_are_timed(monkeypatch):
     runs = session_runs(monkeypatch)
     found = measure(halved(), X[:1], dense=network(), data=[(X, torch.zeros(3, dtype=torch.int64))], runtime="onnxruntime", **QUICK)
@@ -118,6 +119,7 @@ class Decides(nn.Module):
         return self.fc(x) if float(x.sum()) > 0 else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -21,6 +21,8 @@ import pytest
 
 from bip_fast.engine import native
 
+pytestmark = pytest.mark.slow
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # blocks of 256 threads on a multiprocessor with 64 K registers; the bytes in flight that follow are checked in update.cuh
 SOURCES = {

@@ -9,6 +9,8 @@ import pytest
 
 from bip_fast import build_info
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(__file__).resolve().parents[1] / "shared" / "simd_child.py"
 WIDTHS = ["baseline", "avx2", "avx512"]
 

@@ -231,6 +231,7 @@ def test_build_is_incremental(build: ModuleType, tmp_path: Path, monkeypatch: py
         build.run_ninja("build/here", environ, 0)
 
 
+@pytest.mark.slow
 def test_everything_compiles_without_a_warning_on_clang(build: ModuleType, tmp_path: Path) -> None:
     """Its own assembler reads less than that of GCC. Optimisation, most of the time, adds no warning."""
     from sim import build as simulator
