@@ -1,4 +1,5 @@
-"""Run by test_together.py under torchrun, on every rank of a job: commands one after another, and how each ended.
+"""Run by test_together.py under torchrun, on every rank of a job: commands one after another, and how each ended. In the last one a rank
+fails.
 
 Usage: torchrun --nproc-per-node N together.py FOLDER
 """
@@ -33,7 +34,7 @@ class Fails(nn.Linear):
     calls = 0
     def forward(self, x):
         import os
-        Fails.calls += os.environ.get("RANK") == "1"
+        Fails.calls += os.environ["RANK"] == "1"
         if Fails.calls > 6:
             raise ValueError("what rank 1 says")
         return super().forward(x)
@@ -51,6 +52,9 @@ methods:
 """
 
 
+run = cli._run
+
+
 def options(folder, model, out):
     """Of `prune`: 10 batches of dense training, then 15 of pruning."""
     settings = ["--batch-size", "200", "--pretrain-epochs", "2", "--epochs", "3", "--sparsity", "0.8"]
@@ -62,7 +66,7 @@ def ended(command, *arguments, stop_after=None):
     shown = Interrupting(stop_after) if stop_after and ranks.rank() == 1 else display.Display()
     with patch.object(display, "make", lambda: shown), patch.object(cell._Telling, "wants", lambda _: shown.wants()):
         try:
-            return cli._run(command, [command, *map(str, arguments)])
+            return run(command, [command, *map(str, arguments)])
         except UserError as error:
             return str(error)
 
@@ -94,7 +98,13 @@ def main(folder):
     }
 
 
+def everything(command, arguments):
+    """In the place of a single command."""
+    folder = Path(sys.argv[1])
+    (folder / f"ended-{ranks.rank()}.json").write_text(json.dumps(main(folder)))
+    return run("prune", ["prune", *options(folder, "fails", folder / "fails")])
+
+
 if __name__ == "__main__":
-    with ranks.opened():
-        path = Path(sys.argv[1])
-        (path / f"ended-{ranks.rank()}.json").write_text(json.dumps(main(path)))
+    with patch.object(cli, "_run", everything):
+        sys.exit(cli.main(["prune"]))
