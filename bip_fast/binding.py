@@ -19,7 +19,18 @@ from .engine.agreement import number_of
 from .engine.parameter import Seen
 from .engine.shards import is_sharded
 
-__all__ = ["Origin", "check_agreement", "check_memory", "members_of", "replacements", "same_members", "with_tensors", "world_size"]
+__all__ = [
+    "Origin",
+    "check_agreement",
+    "check_memory",
+    "check_place",
+    "members_of",
+    "place_of",
+    "replacements",
+    "same_members",
+    "with_tensors",
+    "world_size",
+]
 
 Groups = Sequence[Mapping[str, Any]]
 Members = list[list[Tensor]]
@@ -131,6 +142,22 @@ def check_memory(param_groups: Groups, seen: Seen) -> None:
 
 
 # --- several ranks -------------------------------------------------------------------------------------------------------------------
+
+
+def place_of(param_groups: Groups) -> tuple[int, int] | None:
+    """Number of this rank and of all ranks, where parameters are sharded over some."""
+    sharded = any(is_sharded(p) for group in param_groups for p in group["params"])
+    return (dist.get_rank(), dist.get_world_size()) if sharded and dist.is_initialized() else None
+
+
+def check_place(place: tuple[int, int] | None) -> None:
+    """RuntimeError where parameters that were sharded in a job (`place_of`) are unpickled by another rank, or in a job of another size."""
+    now = (dist.get_rank(), world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if place is not None and place != now:
+        raise RuntimeError(
+            "a pickle of sharded parameters must be loaded by the rank that made it, rank {} of {}, got rank {} of {}; save state_dict() "
+            "with torch.distributed.checkpoint instead, which any number of ranks can load".format(*place, *now)
+        )
 
 
 def check_agreement(origin: Origin, param_groups: Groups, seen: Seen, rule: str, levels: tuple[Any, ...]) -> None:

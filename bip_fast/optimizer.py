@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .binding import Origin, check_agreement, check_memory, members_of, replacements, same_members, with_tensors
+from .binding import Origin, check_agreement, check_memory, check_place, members_of, place_of, replacements, same_members, with_tensors
 from .engine.agreement import check_same, together
 from .engine.arena import Arena
 from .engine.checkpoint import fitting_groups
@@ -653,16 +653,22 @@ class FastBiP(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle. A copy trains copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``."""
+        """For copy and pickle. A copy trains copies of the parameters, so copy model and optimizer together: ``deepcopy((model, opt))``.
+
+        Of sharded parameters each rank has its part in its pickle, which only the same rank of a job of as many can load. (A model under
+        ``fully_shard`` refuses to be copied.)
+        """
         arena = self._arena_of("copy")
         arena.check_untouched()  # the copy makes its parameters from the state
         names = ("_rule", "_score_start", "_phases", "_ramp", "_seen", "_inner", "_stepped")
         own = {name: getattr(self, name) for name in names}
         states = compact_states(self._running("copy").saved_state())
-        return super().__getstate__() | own | {"state": states, "num_nonfinite": arena.num_nonfinite}
+        place = place_of(self.param_groups)
+        return super().__getstate__() | own | {"state": states, "num_nonfinite": arena.num_nonfinite, "place": place}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
+        check_place(state.pop("place", None))
         num_nonfinite, states, stepped = state.pop("num_nonfinite"), state.pop("state"), state.pop("_stepped")
         self._reset()
         self._state = {}

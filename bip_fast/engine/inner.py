@@ -42,6 +42,11 @@ def _goes_with(shape: torch.Size, of: torch.Size) -> bool:
     return all(size in (1, own) for size, own in zip(shape, of, strict=True)) or (len(set(shape)) == 1 and shape[0] in of)
 
 
+def _without_values(theta: Tensor) -> Tensor:
+    """An empty tensor; a DTensor of the same shape, of which this rank has no entry, where ``theta`` is sharded."""
+    return like(theta, local_of(theta).new_empty(0)) if is_sharded(theta) else theta.detach().new_empty(0)
+
+
 class InnerOptimizer:
     """The optimizers that a user's function made, over a theta for every parameter.
 
@@ -237,7 +242,7 @@ class InnerOptimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle, until the next `bind`: thetas without values, which are in the flat arrays that a copy makes anew."""
-        empty: dict[Tensor, nn.Parameter] = {theta: nn.Parameter(theta.detach().new_empty(0)) for theta in self._thetas.values()}
+        empty: dict[Tensor, nn.Parameter] = {theta: nn.Parameter(_without_values(theta)) for theta in self._thetas.values()}
         twins = []
         for inner in self.optimizers:
             twin = copy.copy(inner)

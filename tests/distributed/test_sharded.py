@@ -1,5 +1,8 @@
 """Weights that ranks share out: every bit of masks, scores and theta is that of one process, whatever the layout."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,6 +98,49 @@ def test_the_kernels_for_cuda_give_the_same_bits(layout, cases):
     found = run_on(2, run_cases, list(cases.values()), (2,), layout, 10, True)[0]
     for (name, case), given in zip(cases.items(), found, strict=True):
         assert not differences(given, run(case, steps=10)), name
+
+
+def adagrad(groups):
+    return torch.optim.Adagrad(groups, lr=0.01)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+def copies(folder):
+    """Whether copies go on as what they were made of, and leave it alone."""
+    mesh, found = mesh_of((dist.get_world_size(),)), []
+    for options in ({"optimizer": "adamw"}, {"optimizer": adagrad}, {"pattern": "filter"}):
+        for copied in COPIES.values():
+            params = [nn.Parameter(placed(x, mesh, placements_of("0", x))) for x in weights(SHAPES)]
+            opt = FastBiP(params, sparsity=0.7, **options)
+            go_on(params, opt, range(2))
+            others, other = copied((params, opt))
+            copied(opt.state_dict())
+            ends = [go_on(*own, range(2, 5)) for own in ((others, other), (params, opt))]
+            found.append(all(torch.equal(x, y) for x, y in zip(*ends, strict=True)))
+    torch.save(opt, f"{folder}/{dist.get_rank()}.pt")
+    return found
+
+
+def go_on(params, opt, steps):
+    """Upper and lower steps in turn; the values and scores after them."""
+    for step in steps:
+        for number, p in enumerate(params):
+            g = gradient(tuple(p.shape), step, number)
+            p.grad = placed(g, p.device_mesh, p.placements)
+        with opt.lower() if step % 2 else opt.upper():
+            opt.step()
+    return [whole(x) for p in params for x in (p.detach(), opt.scores_of(p))]
+
+
+def test_copies_and_pickles_go_on(tmp_path):
+    assert run_on(2, copies, str(tmp_path)) == [[True] * 6] * 2
+    with pytest.raises(RuntimeError, match="must be loaded by the rank that made it, rank 1 of 2, got rank 0 of 1; save state_dict"):
+        torch.load(tmp_path / "1.pt", weights_only=False)
 
 
 def skipped_on(rank):
