@@ -50,6 +50,26 @@ def adam(groups):
     return torch.optim.Adam(groups, lr=0.01)
 
 
+def compiled(backend):
+    """Names and states of a network under `fully_shard` after some steps; ``backend`` of torch.compile, or None: it is not compiled."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 33), nn.ReLU(), nn.Linear(33, 20))
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    fully_shard(model)
+    network = model if backend is None else torch.compile(model, backend=backend)
+    opt = FastBiP(network, sparsity=0.9, preset="joint", mask_lr=1.0)
+    for step in range(5):
+        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        network(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        check(opt)
+    return [row.name for row in opt.report().rows], [whole(x) for p in opt.pruned_params for x in (opt.mask_of(p), opt.weight_of(p))]
+
+
 def policies():
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -114,6 +134,17 @@ def test_fully_shard(world):
         assert ("layers.0.0.weight" in names) == (extra != "frozen")
         if extra == "checkpointed":
             assert "layers.0.0.weight" in names, "without the wrapper's prefix"
+
+
+def compiled_or_not():
+    return [compiled(backend) for backend in (None, "aot_eager")]
+
+
+def test_a_compiled_network_has_the_same_masks():
+    """Bit for bit, as "aot_eager" runs the same kernels in the same order."""
+    for (names, expected), (again, given) in run_on(2, compiled_or_not):
+        assert names == again == ["0.weight", "2.weight"], "without the wrapper's prefix"
+        assert all(torch.equal(x, y) for x, y in zip(expected, given, strict=True))
 
 
 def parallel(names):
