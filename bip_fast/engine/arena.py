@@ -64,7 +64,7 @@ class Arena:
             self.parameters.append(replace(param, start=start, row=row))
             self.num_rows += param.matrices
             self.num_scored += param.matrices if param.scored else 0
-            start += param.matrices * param.pitch
+            start += param.room
             scored_end = start if param.scored else scored_end
             masked_end = start if param.masked else masked_end
             theta_end = start if param.has_theta else theta_end
@@ -134,7 +134,7 @@ class Arena:
         if param.has_theta:
             state["theta"] = self._view(self.theta, param)
         if param.masked:
-            state["mask"] = self.mask[param.start // 32 :][: (param.matrices - 1) * param.pitch // 32 + -(-param.parts[0].numel // 32)]
+            state["mask"] = self.mask[param.start // 32 :][: param.words]
         if param.scored:
             state["scores"] = self._view(self.scores, param)
             if self.score_momentum is not None:
@@ -209,7 +209,7 @@ class Arena:
         """Number of ones in the mask of every parameter of `pruned`: int64, 0 where another rank counts them. Reads the masks alone."""
         align = kernels().ALIGN  # where every place begins and ends
         before = torch.nn.functional.pad(ones_in(self.mask).view(-1, align // 8).sum(1, dtype=torch.int64).cumsum(0), (1, 0))
-        places = [(param.start // align, (param.start + param.matrices * param.pitch) // align) for param in self.pruned]
+        places = [(param.start // align, (param.start + param.room) // align) for param in self.pruned]
         counted = [not param.elsewhere for param in self.pruned]
         first, last = torch.tensor(places, device=self.device).unbind(1)
         return (before[last] - before[first]) * torch.tensor(counted, device=self.device)

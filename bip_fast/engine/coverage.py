@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -13,13 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from ..reference import Blocks
 from .layers import Layer
-from .native import DTYPES, is_ordinary
+from .native import DTYPES, is_ordinary, kernels
 from .parameter import Parameter, Seen, matrix_shape
 from .patterns import SINGLE, NofM, Refused, memory_order, parse
 from .report import Decision
-from .shards import Ranks, local_of, shard_of, units_of
+from .shards import Ranks, Shard, local_of, shard_of, units_of
 
-__all__ = ["decide", "frozen", "would_prune"]
+__all__ = ["check_split", "decide", "frozen", "would_prune"]
 
 
 def frozen(p: Tensor) -> str | None:
@@ -117,15 +118,36 @@ def _sharded(param: Parameter, group: Mapping[str, Any], ranks: Ranks) -> Parame
         shard = shard_of(param.tensor, ranks)
     except ValueError as error:
         raise ValueError(f"{param.name} {error}") from error
-    layer = param.layer
-    if param.shape != param.whole and (layer.matrices > 1 or layer.experts):
-        if group["pattern"] != SINGLE or group["scope"] != "global":
+    param, layer = replace(param, shard=shard), param.layer
+    if shard is None or param.shape == param.whole or not (layer.matrices > 1 or layer.experts) or param.whole[0] % layer.matrices:
+        return param
+    if param.dense is not None or not group["prune"]:
+        return param
+    if group["pattern"] != SINGLE:
+        raise ValueError(
+            f"{param.name} holds several matrices, and is sharded over ranks: its pattern must be {SINGLE!r}, got {group['pattern']!r}"
+        )
+    if _parts_are_aligned(shard, layer):
+        return replace(param, split="cut")
+    return replace(param, split="mixed", layer=layer._replace(matrices=1, experts=False))  # entries have the same order among themselves
+
+
+def _parts_are_aligned(shard: Shard, layer: Layer) -> bool:
+    """Whether what a rank has of each of several matrices begins where tensors may, if all its entries lie behind each other."""
+    rows, *others = shard.spans
+    size = 1 if layer.experts else rows.size // layer.matrices
+    return math.gcd(size, rows.step) * math.prod(span.length for span in others) % kernels().ALIGN == 0
+
+
+def check_split(decided: Iterable[Parameter], param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where matrices of one parameter, which their ranks do not let apart, should have budgets of their own."""
+    for param in decided:
+        scope = param_groups[param.group]["scope"]
+        if param.pruned and param.split == "mixed" and scope != "global":
             raise ValueError(
-                f"{param.name} holds several matrices, and is sharded over ranks: it must have pattern {SINGLE!r} and scope 'global', got "
-                f"{group['pattern']!r} and {group['scope']!r}"
+                f"{param.name} of shape {tuple(param.whole)} holds several matrices, and the ranks cut it at places that are no multiple "
+                f"of {kernels().ALIGN} entries, got {tuple(param.shape)} on this rank: its scope must be 'global', got {scope!r}"
             )
-        layer = layer._replace(matrices=1, experts=False)  # its entries compete in the same order, wherever the ranks cut
-    return replace(param, shard=shard, layer=layer)
 
 
 def _placed(param: Parameter) -> Parameter:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .agreement import together
 from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
-from .coverage import decide
+from .coverage import check_split, decide
 from .native import MAX_GROUP, MAX_SHARDED_GROUP, backend, not_capturing
 from .options import check_group, group_keys, hyper_table
 from .parameter import Parameter, Seen
@@ -71,7 +71,7 @@ class Engine:
         with together(Ranks(p for group in param_groups for p in group["params"]), "binding parameters"):
             decided, self.decisions, ranks = self.check(param_groups, seen, rule)
             self._fixed = [(group["pattern"], bool(group["prune"])) for group in param_groups]
-            self._need_sparsity = _need_sparsity(decided)
+            self._need_sparsity, self._decided = _need_sparsity(decided), decided
             device = decided[0].local.device
             backend(device)
             self._check_options()
@@ -102,6 +102,7 @@ class Engine:
         for group in param_groups:
             check_group(group, rule)
         _check_sparsity(param_groups, _need_sparsity(decided))
+        check_split(decided, param_groups)
         return decided, decisions, ranks
 
     def _project(self) -> None:
@@ -227,6 +228,7 @@ class Engine:
             if bool(group["prune"]) != prune:
                 raise ValueError(f"prune of a parameter group cannot change any more, got {group['prune']!r}")
         _check_sparsity(self._groups, self._need_sparsity)
+        check_split(self._decided, self._groups)
         self._checked = values
 
     # --- a step ----------------------------------------------------------------------------------------------------------------------

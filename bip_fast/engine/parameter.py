@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from .layers import Layer
 from .native import kernels
 from .patterns import NofM
 from .report import Decision
-from .shards import Shard, local_of
+from .shards import Shard, Span, local_of
 
 __all__ = ["Parameter", "Seen", "matrix_shape"]
 
@@ -39,6 +39,8 @@ class Parameter:
         shape, stride, dtype: those of the tensor when this was decided; of what this rank has, if it is sharded.
         whole: the shape over all ranks.
         shard: what this rank has of it; None: all, and no other rank counts it.
+        split: what the ranks do to its matrices, if it has several: "cut" them, so that `parts` are what this rank has of each; or "mixed",
+            they cut where the flat arrays cannot, and all entries count as one matrix; None: each rank has all of them.
         places: of its entries, or of its units if it is in a set, among those of the whole matrix (`Shard.places`).
         division: how the entries of each of its matrices form units; None: every entry is one, or the parameter is dense.
         whole_division: of a sharded parameter whose `division` is in units of several weights: that over all ranks.
@@ -62,6 +64,7 @@ class Parameter:
     dtype: torch.dtype = torch.float32
     whole: torch.Size = field(default_factory=torch.Size)
     shard: Shard | None = None
+    split: str | None = None
     places: tuple[int, int, int] = (0, 0, 0)
     whole_division: Blocks | None = None
     division: Blocks | NofM | None = None
@@ -121,6 +124,18 @@ class Parameter:
         return matrix_shape(self.shape, self.layer) if self.masked else self.shape
 
     @property
+    def room(self) -> int:
+        """Entries of the flat arrays that it takes."""
+        align = kernels().ALIGN
+        return -(-self.numel // align) * align if self.split == "cut" else self.matrices * self.pitch
+
+    @property
+    def words(self) -> int:
+        """Mask words, up to the last that has an entry."""
+        rest = 0 if self.split == "cut" else (self.matrices - 1) * self.pitch
+        return rest // 32 + -(-(self.numel if self.split == "cut" else self.parts[0].numel) // 32)
+
+    @property
     def pitch(self) -> int:
         """Entries of the flat arrays from one matrix to the next: each begins where tensors may."""
         return -(-self.matrix_shape.numel() // kernels().ALIGN) * kernels().ALIGN
@@ -128,7 +143,7 @@ class Parameter:
     @property
     def place(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape and stride in the flat arrays: those of the parameter, or (matrices, *matrix) where there is room between matrices."""
-        if self.matrices == 1 or self.pitch == self.matrix_shape.numel():
+        if self.split == "cut" or self.matrices == 1 or self.pitch == self.matrix_shape.numel():
             return self.shape, self.stride
         return (self.matrices, *self.matrix_shape), (self.pitch, *self.stride[len(self.stride) - len(self.matrix_shape) :])
 
@@ -137,6 +152,8 @@ class Parameter:
         """Records of the single matrices."""
         if self.matrices == 1 and not (self.masked and self.layer.experts):
             return (self,)
+        if self.split == "cut":
+            return tuple(self._cut_parts())
         shape = self.matrix_shape
         return tuple(
             replace(
@@ -153,6 +170,35 @@ class Parameter:
             )
             for i in range(self.matrices)
         )
+
+    def _cut_parts(self) -> Iterator[Parameter]:
+        """What this rank has of each matrix, which may be nothing: all its entries, one part behind the other."""
+        assert self.shard is not None
+        rows, *others = self.shard.spans
+        size = 1 if self.layer.experts else rows.size // self.layer.matrices  # of a matrix, along dimension 0
+        offset = 0
+        for i in range(self.matrices):
+            first, last = (min(max(place, rows.start), rows.start + rows.length) for place in (i * size, (i + 1) * size))
+            spans = [Span(max(first - i * size, 0), last - first, size, 1), *others]
+            if self.layer.experts:
+                spans = others if last > first else [others[0]._replace(length=0), *others[1:]]
+            shard = Shard(tuple(spans), self.elsewhere)
+            part = replace(
+                self,
+                name=f"{self.name}[{i}]",
+                layer=self.layer._replace(matrices=1, experts=False),
+                split=None,
+                shape=torch.Size(span.length for span in spans),
+                whole=shard.whole,
+                stride=self.stride[len(self.stride) - len(spans) :],
+                shard=shard,
+                places=shard.places(),
+                start=self.start + offset,
+                row=self.row + i,
+                offset=offset,
+            )
+            offset += part.numel
+            yield part
 
 
 @dataclass(frozen=True)

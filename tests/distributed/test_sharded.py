@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from helpers import load_simulator
 from ranks import run_on
-from sharded_runs import gradient, mesh_of, placed, placements_of, run, run_cases, weights, whole
+from sharded_runs import PHASES, gradient, mesh_of, placed, placements_of, run, run_cases, weights, whole
 from torch import nn
 
 from bip_fast import FastBiP
+from bip_fast.engine.layers import PRUNABLE, LayerRule
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
@@ -98,6 +99,76 @@ def test_the_kernels_for_cuda_give_the_same_bits(layout, cases):
     found = run_on(2, run_cases, list(cases.values()), (2,), layout, 10, True)[0]
     for (name, case), given in zip(cases.items(), found, strict=True):
         assert not differences(given, run(case, steps=10)), name
+
+
+class Stacks(nn.Module):
+    """Three matrices in one parameter, which two ranks cut inside the second, and experts."""
+
+    def __init__(self, width):
+        super().__init__()
+        made = torch.Generator().manual_seed(0)
+        self.attention = nn.MultiheadAttention(width, 2, bias=False)
+        self.experts = nn.Module()
+        self.experts.weight = nn.Parameter(torch.randn(3, 16, 32, generator=made))
+        for number, p in enumerate(self.parameters()):
+            p.data = torch.randn(p.shape, generator=made) * (1 + number)
+
+
+STACKED = {
+    "layer": {"scope": "layer", "optimizer": "adamw"},
+    "erk": {"scope": "erk", "mask_momentum": 0.9},
+    "global": {},
+    "global, then layer": {},
+}
+
+
+def stacked(name, layout, width=16):
+    """States after some steps, whole, of a Module whose parameters are sharded if ``layout`` says how, and what was kept of each matrix."""
+    model, mesh = Stacks(width), mesh_of((dist.get_world_size(),)) if layout else None
+    for module in model.modules():
+        for key, p in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(placed(p.detach(), mesh, placements_of(layout, p))))
+    opt = FastBiP(model, sparsity=0.7, mask_lr=0.3, **STACKED[name])
+    for step in range(6):
+        if step == 3 and name == "global, then layer":
+            opt.param_groups[0]["scope"] = "layer"
+        for number, p in enumerate(model.parameters()):
+            g = gradient(tuple(p.shape), step, number)
+            p.grad = placed(g, mesh, placements_of(layout, g))
+        with getattr(opt, PHASES[step % len(PHASES)])():
+            opt.step()
+        if step == 2:
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    kept = [[int(x.sum()) for x in whole(opt.mask_of(p)).chunk(3)] for p in opt.pruned_params]
+    looks = (opt.mask_of, opt.scores_of, opt.weight_of)
+    return kept, [whole(x) for p in opt.pruned_params for x in (p.detach(), *(look(p) for look in looks))]
+
+
+def stacked_all(width):
+    PRUNABLE.append(LayerRule(nn.Module, "weight", experts=True))
+    found = {(name, layout): stacked(name, layout, width) for name in STACKED for layout in ("0", "1")}
+    try:
+        stacked("layer", "0", 10)
+    except ValueError as error:
+        return found, str(error), stacked("global", "0", 10)
+    raise AssertionError("no error")
+
+
+def test_matrices_of_one_parameter_keep_their_budgets_wherever_ranks_cut():
+    found, error, mixed = run_on(2, stacked_all, 16)[0]
+    PRUNABLE.append(LayerRule(nn.Module, "weight", experts=True))
+    try:
+        for (name, layout), (kept, values) in found.items():
+            expected, bits = stacked(name, "")
+            assert kept == expected, (name, layout)
+            assert all(torch.equal(x, y) for x, y in zip(values, bits, strict=True)), (name, layout)
+            if name in ("layer", "global, then layer"):
+                assert kept[0] == [256 - round(0.7 * 256)] * 3, "each matrix its own"
+        assert stacked("global", "", 10)[0] == mixed[0]
+    finally:
+        PRUNABLE.pop()
+    assert "attention.in_proj_weight of shape (30, 10) holds several matrices" in error
+    assert "its scope must be 'global', got 'layer'" in error
 
 
 def adagrad(groups):
