@@ -14,7 +14,7 @@ from bip_fast.commands import cli
 from bip_fast.commands.environment import INSTALL, missing_extras
 from bip_fast.experiments.runs import display
 
-pytestmark = pytest.mark.skipif(bool(missing_extras()), reason=f"needs {INSTALL}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing_extras()), reason=f"needs {INSTALL}")]
 RANKS = 3  # of which some sums depend on the order, and which share batches of 200 unevenly
 
 
