@@ -197,9 +197,9 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       bip::cpu::topk_workspace_bytes);
   // For groups with entries on several ranks.
   py::module_ shards = m.def_submodule("cpu_shards");
-  shards.attr("SUMS") = bip::cpu::kShardSums;
   shards.attr("ABSENT") = bip::cpu::kShardAbsent;
-  shards.attr("ROUNDS") = bip::cpu::kShardRounds;
+  shards.def("sums", bip::cpu::shard_sums, py::arg("num_groups"));
+  shards.def("rounds", bip::cpu::shard_rounds, py::arg("num_groups"));
   shards.def(
       "workspace_bytes",
       [](int64_t, int64_t groups, int64_t scored_tiles) { return bip::cpu::shards_workspace_bytes(groups, scored_tiles); },
@@ -218,9 +218,9 @@ PYBIND11_MODULE(BIP_MODULE, m) {
       [](const bip::Topk& topk, uintptr_t stream) { bip::cuda::topk(topk, at<void>(stream)); }, bip::cuda::step_workspace_bytes,
       bip::cuda::topk_workspace_bytes);
   py::module_ cuda_shards = m.def_submodule("cuda_shards");
-  cuda_shards.attr("SUMS") = bip::cuda::kShardSums;
-  cuda_shards.attr("ABSENT") = bip::cuda::kShardAbsent;
-  cuda_shards.attr("ROUNDS") = bip::cuda::kShardRounds;
+  cuda_shards.attr("ABSENT") = bip::cpu::kShardAbsent;
+  cuda_shards.def("sums", bip::cuda::shard_sums, py::arg("num_groups"));
+  cuda_shards.def("rounds", bip::cuda::shard_rounds, py::arg("num_groups"));
   cuda_shards.def("workspace_bytes", bip::cuda::shards_workspace_bytes, py::arg("num_tensors"), py::arg("num_groups"),
                   py::arg("num_scored_tiles"));
   define_step(cuda_shards, "score", [](const bip::Step& step, const Extra& extra) { bip::cuda::shards_score(step, extra.stream()); });

@@ -173,14 +173,14 @@ void topk(const Topk& args, int threads);
 // An upper or joint step whose groups have entries on several ranks. The ranks count, and the caller adds up what they have counted:
 //   shards_score; for (lifted < the largest min_kept) { shards_offer; the maximum of `keys` of all ranks, in place; shards_lift }
 //   shards_begin; for (round = 0; ; ++round) { add `sums` of all ranks, in place; if (!shards_narrow(round)) break; } shards_end
-// `sums`: [num_groups][kShardSums], `keys`: [num_unit_sets], written here. shards_narrow returns the same on every rank. The other arguments
-// are those of the whole step in every call. Nothing but `sums` and `keys` is shared; see cpu/shards.cpp.
+// `sums`: [num_groups][shard_sums(num_groups)], `keys`: [num_unit_sets], written here. shards_narrow returns the same on every rank. The other
+// arguments are those of the whole step in every call. Nothing but `sums` and `keys` is shared; see cpu/shards.cpp.
 // On CUDA all of them are enqueued as `step` is, and shards_narrow returns whether another round may be needed at worst: nothing is read back.
-// A rank that cannot make the step adds, in kShardRounds rounds, rows that are 0 but for a 1 in their column kShardAbsent. The masks of all
+// A rank that cannot make the step adds, in shard_rounds() rounds, rows that are 0 but for a 1 in their column kShardAbsent. The masks of all
 // groups then stay as the pass has left them, on every rank, until the next upper or joint step.
-constexpr int64_t kShardSums = 8 + 4096;
 constexpr int64_t kShardAbsent = 5;
-constexpr int64_t kShardRounds = 1;  // after the first all groups are given up
+int64_t shard_sums(int64_t num_groups);
+constexpr int64_t shard_rounds(int64_t) { return 1; }  // after the first all groups are given up
 int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles);
 void shards_score(const Step& args, int threads);
 void shards_offer(const Step& args, int64_t* keys, int32_t lifted);
@@ -200,9 +200,8 @@ void step(const Step& args, void* stream);
 void topk(const Topk& args, void* stream);
 
 // As those of bip::cpu.
-constexpr int64_t kShardSums = 8 + 2048;
-constexpr int64_t kShardAbsent = cpu::kShardAbsent;
-constexpr int64_t kShardRounds = 8;  // the pass, six digits of a key, and one of the index: all that any scores can need
+int64_t shard_sums(int64_t num_groups);
+int64_t shard_rounds(int64_t num_groups);  // the pass, the digits of a key, and one of the index: all that any scores can need
 int64_t shards_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles);
 void shards_score(const Step& args, void* stream);
 void shards_offer(const Step& args, int64_t* keys, int32_t lifted, void* stream);

@@ -4,7 +4,7 @@
 // many of the keys inside are kept. Histograms of the keys inside, one digit after the other, then narrow the window until all or none of
 // what is left in it is kept. Where entries of a group of 2^32 or more have one key, the last histogram is of their index / 2^32.
 //
-// `Bins` is a histogram over a window: `kDigitBits`, and `of_rank(rank)`, the bin of the rank-th largest key, counted from 1; and whether the
+// `Bins` is a histogram over a window: `digit_bits`, and `of_rank(rank)`, the bin of the rank-th largest key, counted from 1; and whether the
 // counts of the pass are right where lists had too little room, `kCountsCrowded`.
 #pragma once
 
@@ -16,6 +16,13 @@
 #include "window.h"
 
 namespace bip {
+
+// From how many groups on digits are short: each round tells an eighth or less, and there are a few rounds more.
+constexpr int64_t kManyGroups = 32;
+constexpr int kShortDigitBits = 8;  // a digit of the index has as many: a group has up to 2^40 entries
+
+// Bits of a digit, of all groups of a step: `most`, or few.
+BIP_HD int digit_bits_of(int64_t num_groups, int most) { return num_groups < kManyGroups ? most : kShortDigitBits; }
 
 // What is known about the k-th largest key of a selection group: every key >= hi is kept, every key < lo is not, and of the `inside` keys
 // in [lo, hi) the largest `wanted` are kept.
@@ -55,7 +62,7 @@ BIP_HD KeyWindow window_of(const KeyWindow& window, const RankedBin& found, int 
 // Narrows an open window to the bin of the k-th key.
 template <class Bins>
 BIP_HD void narrow(KeyWindow& window, const Bins& bins) {
-  window = window_of(window, bins.of_rank(window.wanted), digit_shift(window, Bins::kDigitBits));
+  window = window_of(window, bins.of_rank(window.wanted), digit_shift(window, bins.digit_bits));
   if (window.settled()) close(window);
 }
 
@@ -161,7 +168,7 @@ BIP_HD Search opened(Memory& memory, const Group& group) {
 template <class Bins>
 BIP_HD uint64_t key_at_rank(const KeyWindow& window, const Bins& bins, int64_t rank) {
   const RankedBin found = bins.of_rank(rank);
-  const KeyWindow bin = window_of(window, found, digit_shift(window, Bins::kDigitBits));
+  const KeyWindow bin = window_of(window, found, digit_shift(window, bins.digit_bits));
   return key_at(bin.lo, bin.hi, static_cast<double>(found.inside), static_cast<double>(rank - found.above));
 }
 
@@ -220,7 +227,7 @@ BIP_HD void read_sums(Search& search, Memory& memory, Counters& counters, const 
     read_pass(search, memory, counters, group, sums, bins);
     if (!search.listed || search.settled) return;
   } else if (search.by_index) {  // a window of one key, which several entries have: down to the index that decides
-    search.end = (1 << Bins::kDigitBits) - bins.of_rank(search.window.wanted).bin;
+    search.end = (1 << bins.digit_bits) - bins.of_rank(search.window.wanted).bin;
     search.settled = true;
     return;
   } else {

@@ -123,29 +123,37 @@ def table(results: dict[str, Any]) -> str:
 # and over a network of 400 Gbit/s. Seconds of one small all-reduce: in a node of 8, and between nodes (both assumed).
 COPY, NVLINK, NETWORK = 4.3e12, 450e9, 50e9
 IN_NODE, BETWEEN_NODES, NODE = 30e-6, 80e-6, 8
-SUMS = 8 * 2056  # bytes of a selection group in one all-reduce
-COLLECTIVES = 8  # of every upper step: on a GPU the host does not look whether fewer would do
+MANY = 32  # selection groups: from so many on, digits are short (csrc/search.h)
 
 
-def modelled(weights: float, gpus: int) -> dict[str, float]:
+def told_of(groups: int) -> tuple[int, int]:
+    """Bytes of one all-reduce, and how many of them every upper step has: on a GPU the host does not look whether fewer would do."""
+    bits, rounds = (8, 10) if groups >= MANY else (11, 8)
+    return 8 * (8 + 2**bits) * groups, rounds
+
+
+def modelled(weights: float, gpus: int, groups: int = 1) -> dict[str, float]:
     """Seconds of an upper step on so many GPUs, nothing of which was measured: the pass over 16.3 bytes a weight, what the ranks tell each
     other, and instead of that the 4 bytes a weight that every rank receives when scores are gathered."""
+    size, rounds = told_of(groups)
     speed, latency = (NVLINK, IN_NODE) if gpus <= NODE else (NETWORK, BETWEEN_NODES)
     others = (gpus - 1) / gpus
     return {
         "pass": 16.3 * weights / gpus / COPY,
-        "told": COLLECTIVES * (latency + 2 * others * SUMS / speed),
+        "told": rounds * (latency + 2 * others * size / speed),
         "gathered": 4 * weights * others / speed,
     }
 
 
 def model_table() -> str:
     """Markdown: `modelled` for two sizes on 8 to 512 GPUs."""
-    lines = ["| weights | GPUs | pass | told to each other | scores gathered instead | which every rank must hold |", "|---" * 6 + "|"]
-    for weights in (7e9, 70e9):
+    columns = "weights | groups | GPUs | pass | told to each other | scores gathered instead | which every rank must hold"
+    lines = [f"| {columns} |", "|---" * 7 + "|"]
+    for weights, groups in ((7e9, 1), (7e9, 300), (70e9, 1)):
         for gpus in (8, 64, 512):
-            row = {name: f"{1000 * seconds:,.2f} ms" for name, seconds in modelled(weights, gpus).items()}
-            lines.append(f"| {weights / 1e9:g}e9 | {gpus} | {row['pass']} | {row['told']} | {row['gathered']} | {4 * weights / 1e9:g} GB |")
+            row = {name: f"{1000 * seconds:,.2f} ms" for name, seconds in modelled(weights, gpus, groups).items()}
+            figures = f"{row['pass']} | {row['told']} | {row['gathered']} | {4 * weights / 1e9:g} GB"
+            lines.append(f"| {weights / 1e9:g}e9 | {groups} | {gpus} | {figures} |")
     return "\n".join(lines)
 
 

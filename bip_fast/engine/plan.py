@@ -293,7 +293,7 @@ class StepPlan:
             size = self._shards.workspace_bytes(self.num_tensors, self.num_groups, self.num_scored_tiles)
             self._most_needed = int(units.sets["min_kept"].max(initial=0))
             self._keys = torch.zeros(len(units.sets), dtype=torch.int64, device=device)
-            self._sums = torch.zeros(self.num_groups, self._shards.SUMS, dtype=torch.int64, device=device)
+            self._sums = torch.zeros(self.num_groups, self._shards.sums(self.num_groups), dtype=torch.int64, device=device)
             told = [self._keys, self._sums]
         else:
             told = []
@@ -382,7 +382,7 @@ class StepPlan:
             self._keys.fill_(torch.iinfo(torch.int64).min)
             for _ in range(self._most_needed):
                 self._ranks.maximum(self._keys)
-            for _ in range(self._shards.ROUNDS):
+            for _ in range(self._shards.rounds(self.num_groups)):
                 self._sums.zero_()
                 self._sums[:, self._shards.ABSENT] = 1
                 self._ranks.add(self._sums)
@@ -431,7 +431,7 @@ class StepPlan:
         arguments["sums"] = self._sums.data_ptr()
         self._shards.begin(**arguments)
         self._ranks.add(self._sums)
-        if self._shards.ROUNDS == 1 and bool(self._sums[:, self._shards.ABSENT].any()):
+        if self._shards.rounds(self.num_groups) == 1 and bool(self._sums[:, self._shards.ABSENT].any()):
             raise RuntimeError(
                 "an error, which is reported there, keeps another rank from this step. Scores, and weights in a joint step, have moved on "
                 "this rank all the same: go on from a checkpoint"

@@ -149,7 +149,7 @@ BIP_HD void count_inside_body(Context& context, int64_t begin, int64_t end) {
     for (int i = 0; i < tile.count; i += kBlock) {
       for (uint32_t inside = judge_block(tile, i, window).inside; inside; inside &= inside - 1) {
         const int64_t entry = tile.begin + i + lowest_bit(inside);
-        ++counts[digit.bin(key_of(t, entry), index_of(t, entry), kBins)];
+        ++counts[digit.bin(key_of(t, entry), index_of(t, entry), 1 << selection.digit_bits)];
       }
     }
   }

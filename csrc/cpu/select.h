@@ -38,12 +38,12 @@ inline int digit_shift(const Window& window) { return bip::digit_shift(window, k
 // The counts of one digit of the keys in a window.
 template <class Count>
 struct Bins {
-  static constexpr int kDigitBits = cpu::kDigitBits;
   static constexpr bool kCountsCrowded = true;
   const Count* counts;
+  int digit_bits = kDigitBits;
 
   RankedBin of_rank(int64_t rank) const {
-    int bin = kBins - 1;
+    int bin = (1 << digit_bits) - 1;
     int64_t above = 0;
     while (bin > 0 && rank - above > static_cast<int64_t>(counts[bin])) above += static_cast<int64_t>(counts[bin--]);
     return {bin, above, static_cast<int64_t>(counts[bin])};

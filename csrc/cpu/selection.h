@@ -32,6 +32,7 @@ struct Selection {
   bool sample = false;    // a sample must be taken
   bool listed = false;    // all keys inside the window are among the candidates
   bool counting = false;  // the next digit of the keys inside must be counted
+  int digit_bits = kDigitBits;
   bool by_index = false;  // and this digit is index / 2^32: the window has one key
   std::mutex mutex{};
   alignas(64) std::atomic<int64_t> found{0};  // keys listed, and those without room in the list; apart from what every thread reads
@@ -47,7 +48,7 @@ struct Selection {
     std::fill(tiles + at, tiles + at + count, static_cast<uint32_t>(tile));
   }
 
-  Digit digit() const { return {window.lo, digit_shift(window), by_index}; }
+  Digit digit() const { return {window.lo, bip::digit_shift(window, digit_bits), by_index}; }
 
   // Too many keys inside to be listed.
   bool crowded() const { return !listed && window.inside > capacity; }

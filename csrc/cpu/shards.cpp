@@ -27,11 +27,14 @@ constexpr uint64_t kSign = 1ull << 63;  // keys without it are compared as signe
 
 // A group's row of `sums`.
 struct Sums {
-  PassSums pass;
-  int64_t counts[kBins];
+  PassSums& pass;
+  int64_t* counts;
 };
-static_assert(sizeof(Sums) == kShardSums * sizeof(int64_t) && offsetof(PassSums, absent) == kShardAbsent * sizeof(int64_t),
-              "the caller makes the rows");
+constexpr int64_t kFirstCount = sizeof(PassSums) / sizeof(int64_t);
+static_assert(offsetof(PassSums, absent) == kShardAbsent * sizeof(int64_t), "the caller writes it");
+
+int digit_bits(const Step& step) { return digit_bits_of(step.num_groups, kDigitBits); }
+size_t bytes_of_sums(const Step& step) { return static_cast<size_t>(step.num_groups * shard_sums(step.num_groups)) * sizeof(int64_t); }
 
 struct Layout {
   Memory* memories;
@@ -59,6 +62,7 @@ Layout lay_out(const Step& step) {
     selection.keys = keys;
     selection.tiles = reinterpret_cast<uint32_t*>(keys + selection.capacity);
     selection.counts = layout.counts + group * kBins;
+    selection.digit_bits = digit_bits(step);
     selection.memory = layout.memories + group;
     selection.counters = step.counters + group;
     selection.window = search.window;
@@ -71,21 +75,24 @@ Layout lay_out(const Step& step) {
   return layout;
 }
 
-Sums* row(int64_t* sums, int64_t group) { return reinterpret_cast<Sums*>(sums + group * kShardSums); }
+Sums row(const Step& step, int64_t* sums, int64_t group) {
+  int64_t* first = sums + group * shard_sums(step.num_groups);
+  return {*reinterpret_cast<PassSums*>(first), first + kFirstCount};
+}
 
 // Counts the next digit of the listed candidates.
-void count_candidates(const Step& step, const Selection& selection, Sums& sums) {
+void count_candidates(const Step& step, const Selection& selection, const Sums& sums) {
   const Window window = selection.window;
   const Digit digit = selection.digit();
   for (int64_t i = 0; i < selection.found; ++i) {
     const uint64_t key = selection.keys[i];
     if (key < window.lo || key >= window.hi || step.tensors[step.tile_tensor[selection.tiles[i]]].elsewhere) continue;
-    ++sums.counts[digit.bin(key, candidate_index(step, selection, i), kBins)];
+    ++sums.counts[digit.bin(key, candidate_index(step, selection, i), 1 << selection.digit_bits)];
   }
 }
 
 // What this rank has counted in the pass.
-void count_pass(const Step& step, const Selection& selection, Search& search, Sums& sums) {
+void count_pass(const Step& step, const Selection& selection, Search& search, const Sums& sums) {
   search.found = selection.found;
   report_in(sums.pass, *selection.memory);
   sums.pass.above = selection.above;
@@ -98,6 +105,8 @@ void count_pass(const Step& step, const Selection& selection, Search& search, Su
 }
 
 }  // namespace
+
+int64_t shard_sums(int64_t num_groups) { return kFirstCount + (1ll << digit_bits_of(num_groups, kDigitBits)); }
 
 int64_t shards_workspace_bytes(int64_t num_groups, int64_t num_scored_tiles) {
   const int64_t capacity = num_groups * 1026 + num_scored_tiles * kTile / 128;
@@ -126,7 +135,7 @@ void shards_lift(const Step& args, const int64_t* keys) {
 }
 
 void shards_begin(const Step& args, int64_t* sums, int threads) {
-  std::memset(sums, 0, static_cast<size_t>(args.num_groups * kShardSums) * sizeof(int64_t));
+  std::memset(sums, 0, bytes_of_sums(args));
   if (skipped(args)) return;
   Layout layout = lay_out(args);
   Context context{args, args.grad_scale ? 1.0f / *args.grad_scale : 1.0f, layout.selections.data(), stream_width(args.num_tiles)};
@@ -142,7 +151,7 @@ void shards_begin(const Step& args, int64_t* sums, int threads) {
   for (int64_t group = 0; group < args.num_groups; ++group) {
     const Selection& selection = layout.selections[static_cast<size_t>(group)];
     selection.counters->flips += selection.flips;
-    if (!layout.searches[group].settled) count_pass(args, selection, layout.searches[group], *row(sums, group));
+    if (!layout.searches[group].settled) count_pass(args, selection, layout.searches[group], row(args, sums, group));
   }
   if (args.num_nonfinite) *args.num_nonfinite += context.nonfinite.load();
 }
@@ -152,26 +161,27 @@ bool shards_narrow(const Step& args, int64_t* sums, int threads) {
   {
     Layout before = lay_out(args);
     for (int64_t group = 0; group < args.num_groups; ++group) {
-      const Sums& own = *row(sums, group);
+      const Sums own = row(args, sums, group);
       read_sums(before.searches[group], before.memories[group], args.counters[group], args.groups[group], own.pass,
-                Bins<int64_t>{own.counts});
+                Bins<int64_t>{own.counts, digit_bits(args)});
     }
   }
-  std::memset(sums, 0, static_cast<size_t>(args.num_groups * kShardSums) * sizeof(int64_t));
+  std::memset(sums, 0, bytes_of_sums(args));
   Layout layout = lay_out(args);
   bool open = false, counting = false;
   for (int64_t group = 0; group < args.num_groups; ++group) {
     const Search& search = layout.searches[group];
     open = open || !search.settled;
     counting = counting || layout.selections[static_cast<size_t>(group)].counting;
-    if (search.listed && !search.settled) count_candidates(args, layout.selections[static_cast<size_t>(group)], *row(sums, group));
+    if (search.listed && !search.settled) count_candidates(args, layout.selections[static_cast<size_t>(group)], row(args, sums, group));
   }
   if (!counting) return open;
   Context context{args, 1.0f, layout.selections.data(), 0};
   std::memset(layout.counts, 0, static_cast<size_t>(args.num_groups * kBins) * sizeof(uint32_t));
   count_inside(context, threads);
   for (int64_t group = 0; group < args.num_groups; ++group)
-    if (layout.selections[static_cast<size_t>(group)].counting) std::copy_n(layout.counts + group * kBins, kBins, row(sums, group)->counts);
+    if (layout.selections[static_cast<size_t>(group)].counting)
+      std::copy_n(layout.counts + group * kBins, 1 << digit_bits(args), row(args, sums, group).counts);
   return open;
 }
 

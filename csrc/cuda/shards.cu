@@ -18,14 +18,20 @@
 namespace bip::cuda {
 namespace {
 
-static_assert((kShardRounds - 2) * kDigitBits >= 64 && (1 << kDigitBits) >= 1 << 8, "keys of 64 bits, groups of up to 2^40");
+constexpr int64_t kFirstCount = sizeof(PassSums) / sizeof(int64_t);
 
-// A group's row of what the ranks add up.
+// A group's row of what the ranks add up: PassSums, and the bins of a digit.
 struct ShardSums {
-  PassSums pass;
-  int64_t counts[kBins];
+  PassSums& pass;
+  int64_t* counts;
 };
-static_assert(sizeof(ShardSums) == kShardSums * sizeof(int64_t), "the caller makes the rows");
+
+__device__ __forceinline__ int digit_bits(const Args& args) { return digit_bits_of(args.step.num_groups, kDigitBits); }
+
+__device__ __forceinline__ ShardSums row_of(const Args& args, int64_t* sums, int group) {
+  int64_t* first = sums + group * (kFirstCount + (1ll << digit_bits(args)));
+  return {*reinterpret_cast<PassSums*>(first), first + kFirstCount};
+}
 
 constexpr uint64_t kSign = 1ull << 63;  // keys without it are compared as signed numbers
 
@@ -76,13 +82,13 @@ __global__ void __launch_bounds__(kThreads) shards_lift_kernel(const Args __grid
 // --- the search --------------------------------------------------------------------------------------------------------------------------
 
 // One thread per group.
-__global__ void __launch_bounds__(kThreads) shards_open_kernel(const Args __grid_constant__ args, ShardSums* sums) {
+__global__ void __launch_bounds__(kThreads) shards_open_kernel(const Args __grid_constant__ args, int64_t* sums) {
   if (skipped(args.step)) return;
   const int threads = static_cast<int>(gridDim.x) * kThreads;
   for (int group = static_cast<int>(blockIdx.x) * kThreads + thread_id(); group < args.step.num_groups; group += threads) {
     GroupState& state = state_of(args, group);
     args.workspace.searches[group] = opened(state.memory, args.step.groups[group]);
-    report_in(sums[group].pass, state.memory);
+    report_in(row_of(args, sums, group).pass, state.memory);
     state.progress = {};
     ++args.step.counters[group].steps;
   }
@@ -102,6 +108,7 @@ __device__ __forceinline__ void for_shares(const Args& args, Body body) {
 }
 
 struct CountRoom {
+  int bins;
   uint64_t lo, hi;  // of the window
   Digit digit;
   uint32_t inside, reaching;
@@ -109,22 +116,23 @@ struct CountRoom {
 };
 
 // Whole block: from here on it counts for this group, whose window is open.
-__device__ __forceinline__ void begin_counting(CountRoom& room, const Search& search) {
+__device__ __forceinline__ void begin_counting(CountRoom& room, const Search& search, int bits) {
   __syncthreads();
-  for (int bin = thread_id(); bin < kBins; bin += kThreads) room.counts[bin] = 0;
+  for (int bin = thread_id(); bin < 1 << bits; bin += kThreads) room.counts[bin] = 0;
   if (thread_id() == 0) {
+    room.bins = 1 << bits;
     room.lo = search.window.lo;
     room.hi = search.window.hi;
-    room.digit = {room.lo, digit_shift(search.window, kDigitBits), search.by_index};
+    room.digit = {room.lo, digit_shift(search.window, bits), search.by_index};
     room.inside = room.reaching = 0;
   }
   __syncthreads();
 }
 
 // Whole block: adds what it has counted to the sums of this rank.
-__device__ __forceinline__ void end_counting(CountRoom& room, ShardSums& sums) {
+__device__ __forceinline__ void end_counting(CountRoom& room, const ShardSums& sums) {
   __syncthreads();
-  for (int bin = thread_id(); bin < kBins; bin += kThreads)
+  for (int bin = thread_id(); bin < room.bins; bin += kThreads)
     if (room.counts[bin]) add(sums.counts[bin], room.counts[bin]);
   if (thread_id() == 0 && room.inside) add(sums.pass.inside, room.inside);
   if (thread_id() == 0 && room.reaching) add(sums.pass.reaching, room.reaching);
@@ -151,7 +159,7 @@ __device__ __forceinline__ void count_listed(const Args& args, CountRoom& room, 
     ++inside;
     reaching += candidate.key >= threshold;
     const int64_t index = room.digit.by_index ? index_of(tensor, candidate) : 0;
-    atomicAdd(&room.counts[room.digit.bin(candidate.key, index, kBins)], 1u);
+    atomicAdd(&room.counts[room.digit.bin(candidate.key, index, room.bins)], 1u);
   }
   if (pass && inside) atomicAdd(&room.inside, inside);
   if (pass && reaching) atomicAdd(&room.reaching, reaching);
@@ -183,44 +191,44 @@ __device__ __forceinline__ void count_tile(CountRoom& room, const Tile& tile) {
     if (own < low || own > high) return;
     const int64_t index = bip::index_of(tile.tensor, tile.first + place);
     const uint64_t key = full_key(own, static_cast<uint32_t>(index));
-    if (key >= lo && key < hi) tally.add(room, static_cast<int>(room.digit.bin(key, index, kBins)));
+    if (key >= lo && key < hi) tally.add(room, static_cast<int>(room.digit.bin(key, index, room.bins)));
   });
   tally.flush(room);
 }
 
 // The next digit of every open group: of its candidates where these are all that is open, else of all its scores.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    shards_count_kernel(const Args __grid_constant__ args, ShardSums* sums, bool pass) {
+    shards_count_kernel(const Args __grid_constant__ args, int64_t* sums, bool pass) {
   __shared__ CountRoom room;
   if (skipped(args.step)) return;
   for_shares(args, [&](int group, int part, const Range& share) {
     const Search& search = args.workspace.searches[group];
     if (search.settled || !(pass || search.listed)) return;
-    if (pass && part == 0 && thread_id() == 0) add(sums[group].pass.above, state_of(args, group).progress.above);
+    if (pass && part == 0 && thread_id() == 0) add(row_of(args, sums, group).pass.above, state_of(args, group).progress.above);
     if (pass) {
       const uint32_t collected = state_of(args, group).progress.collected;
       if (!shared_guess_of(args, group).known || collected > capacity_of(args, group)) {
         if (part == 0 && thread_id() == 0) {
-          add(sums[group].pass.crowded, 1);
-          add(sums[group].pass.inside, collected);
+          add(row_of(args, sums, group).pass.crowded, 1);
+          add(row_of(args, sums, group).pass.inside, collected);
         }
         return;
       }
     }
     if (share.begin == share.end) return;
-    begin_counting(room, search);
+    begin_counting(room, search, digit_bits(args));
     count_listed(args, room, group, share, pass);
-    end_counting(room, sums[group]);
+    end_counting(room, row_of(args, sums, group));
   });
   if (pass) return;
   for_runs(args, [&](const Run& run) {
     const Search& search = args.workspace.searches[run.group];
     if (!search.counting()) return;
-    begin_counting(room, search);
+    begin_counting(room, search, digit_bits(args));
     for_tiles_in(args, run, [&](const Tile& tile) {
       if (!tile.tensor.elsewhere) count_tile(room, tile);
     });
-    end_counting(room, sums[run.group]);
+    end_counting(room, row_of(args, sums, run.group));
   });
 }
 
@@ -231,13 +239,13 @@ struct ReadRoom {
 };
 
 struct SummedBins {
-  static constexpr int kDigitBits = cuda::kDigitBits;
   static constexpr bool kCountsCrowded = false;  // what other ranks count is not left out, and without a window nothing is judged
   const ReadRoom& room;
+  int digit_bits;
 
   // The lowest bin with fewer than `rank` keys above it.
   __device__ __forceinline__ RankedBin of_rank(int64_t rank) const {
-    int low = 0, high = kBins - 1;
+    int low = 0, high = (1 << digit_bits) - 1;
     while (low < high) {
       const int middle = (low + high) / 2;
       if (room.above[middle] < rank)
@@ -249,12 +257,14 @@ struct SummedBins {
   }
 };
 
+static_assert(1 << kShortDigitBits == kThreads && kDigitBits >= kShortDigitBits, "a thread adds up one bin or more");
+
 // Whole block: adds up the counts from the highest bin down.
-__device__ __forceinline__ void add_up(ReadRoom& room, const int64_t* counts) {
-  const int highest = kBins - 1 - thread_id() * kBinsPerThread;
+__device__ __forceinline__ void add_up(ReadRoom& room, const int64_t* counts, int bins) {
+  const int each = bins / kThreads, highest = bins - 1 - thread_id() * each;
   int64_t own[kBinsPerThread], sum = 0;
 #pragma unroll
-  for (int j = 0; j < kBinsPerThread; ++j) sum += own[j] = counts[highest - j];
+  for (int j = 0; j < kBinsPerThread; ++j) sum += own[j] = j < each ? counts[highest - j] : 0;
   room.shares[thread_id()] = sum;
   __syncthreads();
   for (int distance = 1; distance < kThreads; distance *= 2) {
@@ -266,7 +276,7 @@ __device__ __forceinline__ void add_up(ReadRoom& room, const int64_t* counts) {
   int64_t above = room.shares[thread_id()] - sum;
 #pragma unroll
   for (int j = 0; j < kBinsPerThread; ++j) {
-    room.above[highest - j] = above;
+    if (j < each) room.above[highest - j] = above;
     above += own[j];
   }
   if (thread_id() == kThreads - 1) room.total = above;
@@ -274,7 +284,7 @@ __device__ __forceinline__ void add_up(ReadRoom& room, const int64_t* counts) {
 }
 
 // One block per group: reads the sums over all ranks, and leaves zeros for the next.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) shards_read_kernel(const Args __grid_constant__ args, ShardSums* sums) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) shards_read_kernel(const Args __grid_constant__ args, int64_t* sums) {
   __shared__ ReadRoom room;
   if (skipped(args.step)) return;
   for (int group = static_cast<int>(blockIdx.x); group < args.step.num_groups; group += static_cast<int>(gridDim.x)) {
@@ -282,14 +292,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) shards_read_ker
     const bool settled = search.settled;
     __syncthreads();  // all threads have read it
     if (settled) continue;
-    add_up(room, sums[group].counts);
+    const ShardSums own_sums = row_of(args, sums, group);
+    const int bits = digit_bits(args);
+    add_up(room, own_sums.counts, 1 << bits);
     if (thread_id() == 0) {
       Search own = search;
-      read_sums(own, state_of(args, group).memory, args.step.counters[group], args.step.groups[group], sums[group].pass, SummedBins{room});
+      read_sums(own, state_of(args, group).memory, args.step.counters[group], args.step.groups[group], own_sums.pass,
+                SummedBins{room, bits});
       search = own;
-      sums[group].pass = {};
+      own_sums.pass = {};
     }
-    for (int bin = thread_id(); bin < kBins; bin += kThreads) sums[group].counts[bin] = 0;
+    for (int bin = thread_id(); bin < 1 << bits; bin += kThreads) own_sums.counts[bin] = 0;
     __syncthreads();
   }
 }
@@ -355,14 +368,19 @@ Search* searches_of(const Step& step) {
 
 Pass pass_of(const Step& step, void* stream) { return Pass(step, searches_of(step), stream); }
 
-ShardSums* rows(int64_t* sums) { return reinterpret_cast<ShardSums*>(sums); }
-
 // As many blocks as count the scores of all tiles, for where a window was wrong.
 void launch_count(const Pass& pass, int64_t* sums, bool in_pass, void* stream) {
-  launch<shards_count_kernel>("shards", "shards_count_kernel", pass.args().step.num_scored_tiles, stream, pass.args(), rows(sums), in_pass);
+  launch<shards_count_kernel>("shards", "shards_count_kernel", pass.args().step.num_scored_tiles, stream, pass.args(), sums, in_pass);
 }
 
 }  // namespace
+
+int64_t shard_sums(int64_t num_groups) { return kFirstCount + (1ll << digit_bits_of(num_groups, kDigitBits)); }
+
+int64_t shard_rounds(int64_t num_groups) {
+  const int bits = digit_bits_of(num_groups, kDigitBits);
+  return 1 + (64 + bits - 1) / bits + 1;
+}
 
 int64_t shards_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles) {
   return step_workspace_bytes(num_tensors, num_groups, num_scored_tiles) + num_groups * static_cast<int64_t>(sizeof(Search));
@@ -386,10 +404,10 @@ void shards_lift(const Step& args, const int64_t* keys, void* stream) {
 
 void shards_begin(const Step& args, int64_t* sums, void* stream) {
   const Pass pass = pass_of(args, stream);
-  const size_t bytes = static_cast<size_t>(args.num_groups) * sizeof(ShardSums);
+  const size_t bytes = static_cast<size_t>(args.num_groups * shard_sums(args.num_groups)) * sizeof(int64_t);
   if (bytes) {
     check(cudaMemsetAsync(sums, 0, bytes, stream_of(stream)), "shards", "cudaMemsetAsync");
-    launch<shards_open_kernel>("shards", "shards_open_kernel", (args.num_groups + kWarp - 1) / kWarp, stream, pass.args(), rows(sums));
+    launch<shards_open_kernel>("shards", "shards_open_kernel", (args.num_groups + kWarp - 1) / kWarp, stream, pass.args(), sums);
   }
   if (args.num_tiles) pass.launch_update();
   if (bytes) launch_count(pass, sums, true, stream);
@@ -398,8 +416,8 @@ void shards_begin(const Step& args, int64_t* sums, void* stream) {
 bool shards_narrow(const Step& args, int64_t* sums, int32_t round, void* stream) {
   if (args.num_groups == 0) return false;
   const Pass pass = pass_of(args, stream);
-  launch<shards_read_kernel>("shards", "shards_read_kernel", args.num_groups * kWarps, stream, pass.args(), rows(sums));
-  const bool more = round + 1 < kShardRounds;
+  launch<shards_read_kernel>("shards", "shards_read_kernel", args.num_groups * kWarps, stream, pass.args(), sums);
+  const bool more = round + 1 < shard_rounds(args.num_groups);
   if (more) launch_count(pass, sums, false, stream);
   return more;
 }

@@ -30,6 +30,9 @@ PLAIN = {
     "NaN on one rank": {"shapes": SHAPES, "options": {"sparsity": 0.7}, "gradients": "one rank"},
     "half precision": {"shapes": SHAPES, "options": {"sparsity": 0.7}, "dtype": torch.bfloat16},
 }
+MANY = {  # so many groups that digits are short, one with more entries than are listed
+    "many layers": {"shapes": [*[(4, 5)] * 39, (130, 90)], "options": {"sparsity": 0.7, "scope": "layer"}, "weights": "atoms"},
+}
 ROWS = {
     "filters": {"shapes": UNITS, "options": {"sparsity": 0.6, "pattern": "filter"}},
     "few filters": {
@@ -53,7 +56,7 @@ COLUMNS = {
 # mesh, how it shards (`sharded_runs.placements_of`), cases
 LAYOUTS = [
     ((1,), "0", PLAIN),
-    ((2,), "0", PLAIN | ROWS),
+    ((2,), "0", PLAIN | ROWS | MANY),
     ((3,), "0", PLAIN),
     ((4,), "0", PLAIN | ROWS),
     ((2, 2), "r0", PLAIN | ROWS),
@@ -88,7 +91,7 @@ def test_every_bit_is_that_of_one_process(mesh, layout, cases):
 BY_ROWS = {
     name: case for name, case in (PLAIN | ROWS).items() if name in ("erk", "momenta", "NaN on one rank", "few filters", "4:8, equal")
 }
-BY_COLUMNS = {"all equal": PLAIN["all equal"], "layer, adamw": PLAIN["layer, adamw"]} | COLUMNS
+BY_COLUMNS = {"all equal": PLAIN["all equal"], "layer, adamw": PLAIN["layer, adamw"]} | COLUMNS | MANY
 
 
 @pytest.mark.slow

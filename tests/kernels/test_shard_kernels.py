@@ -50,7 +50,7 @@ class Rank:
         self.hypers = np.zeros(1, module.hyper_dtype)
         self.gradients = np.zeros(len(pieces), module.gradient_dtype)
         self.counters = np.zeros(1, module.counters_dtype)
-        self.sums = np.zeros((1, self.kernels.SUMS), np.int64)
+        self.sums = np.zeros((1, self.kernels.sums(1)), np.int64)
         self.workspace = np.zeros(self.kernels.workspace_bytes(len(pieces), 1, len(self.tiles)), np.uint8)
         self.nonfinite = np.zeros(1, np.int64)
         self.found_inf = np.zeros(1, np.float32)
@@ -229,7 +229,7 @@ def test_where_a_rank_is_absent_all_masks_stay(shards):
         if not ranks[0].call("narrow", rounds - 1):
             break
     ranks[0].call("end")
-    assert rounds == shards.ROUNDS
+    assert rounds == shards.rounds(1)
     apart = ranks[0].bits() != masks[0]
     assert apart.sum() < 30, "what the pass was sure of"
     np.testing.assert_array_equal(ranks[0].z[0], ranks[0].bits())
@@ -253,6 +253,13 @@ def test_a_window_follows_the_number_of_kept(shards):
             check(ranks, kept)
     wrong = {name: int(ranks[0].counters[name][0]) for name in ("first", "missed", "crowded")}
     assert sum(wrong.values()) <= 8, wrong
+
+
+def test_many_groups_tell_less_of_each(shards):
+    one, many = 8 * shards.sums(1), 300 * 8 * shards.sums(300)
+    assert one == (32_832 if shards is kernels().cpu_shards else 16_448)
+    assert many == 633_600
+    assert shards.rounds(300) == (1 if shards is kernels().cpu_shards else 10)
 
 
 def test_what_is_on_several_ranks_is_counted_once(shards):
