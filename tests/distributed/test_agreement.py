@@ -19,6 +19,8 @@ from bip_fast.engine.shards import local_of
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(64, 40), (33, 31)]
 
 
