@@ -166,7 +166,7 @@ class GraphedIteration:
         self.reason = None
         if self._device.type not in RECORDERS:
             self.reason = f"the parameters are on {self._device}, and only CUDA has graphs"
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self._modules()):
             self.reason = "the model is in DistributedDataParallel"
         self._recorder: Any = RECORDERS[self._device.type](self._device) if self.reason is None else None
         self._eager_calls: Counter[Any] = Counter()
@@ -249,10 +249,12 @@ class GraphedIteration:
         )
         return isinstance(self.optimizer, FastBiP) and not self.optimizer.inner_optimizers and not any(hooks)
 
+    def _modules(self) -> list[nn.Module]:
+        return [module for root in (self.model, self.loss_fn) if isinstance(root, nn.Module) for module in root.modules()]
+
     def _look_around(self) -> None:
         """Find the parameters as they are now, and drop graphs that were made for other ones, elsewhere or in another mode."""
-        roots = [root for root in (self.model, self.loss_fn) if isinstance(root, nn.Module)]
-        modules = [module for root in roots for module in root.modules()]
+        modules = self._modules()
         given = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._params = list(dict.fromkeys([*given, *(p for module in modules for p in module._parameters.values() if p is not None)]))
         buffers = [t for module in modules for t in module._buffers.values() if t is not None]

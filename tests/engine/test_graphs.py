@@ -30,7 +30,7 @@ def test_under_ddp_nothing_is_captured(double, tmp_path):
     made = double()
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+        model = nn.Sequential(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)))  # inside of a module, as `torch.compile` returns it
         iteration = GraphedIteration(model, FastBiP(model, sparsity=0.5), cross_entropy)
         losses = [float(iteration(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64))) for _ in range(6)]
     finally:
