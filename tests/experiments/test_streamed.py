@@ -18,6 +18,14 @@ from bip_fast.experiments.methods.stage import Recipe
 from bip_fast.experiments.ranks import Share
 from bip_fast.experiments.runs.training import Cursor, evaluate, train
 
+
+class Group:
+    """In the place of a decoder: the group of the process that it works in."""
+
+    def __getitem__(self, item):
+        return torch.tensor(os.getpgrp())
+
+
 CLASSES = ("n01", "n02", "n03")
 
 
@@ -226,3 +234,11 @@ def test_torchvision_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs torchvision: pip install torchvision"):
         sources.load("imagenet", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_processes_of_a_group_does_not_reach_the_workers(monkeypatch):
+    """torchrun sends one to the group of each rank, which still needs its workers for the batch after which it stops."""
+    monkeypatch.setattr(image_folders, "_Decoder", Group)
+    [found] = image_folders._stream([[(b"", None)]], 1)
+    assert int(found) != os.getpgrp()

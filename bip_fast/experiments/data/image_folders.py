@@ -80,8 +80,11 @@ def _together(parts: list[Tensor | str]) -> Tensor | str:
     return torch.stack(images) if len(images) == len(parts) else next(x for x in parts if isinstance(x, str))
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """The parent needs its workers for the batch after which it stops. A worker whose parent is gone ends by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # torchrun, `timeout` and others send signals to all processes of a group
 
 
 def _stream(batches: Iterable[Sequence[Item]], workers: int) -> Iterator[Tensor]:
@@ -91,7 +94,7 @@ def _stream(batches: Iterable[Sequence[Item]], workers: int) -> Iterator[Tensor]
         num_workers=workers,
         collate_fn=_together,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own: torch's global random state belongs to the model
         multiprocessing_context="spawn" if workers else None,
     )
