@@ -17,7 +17,8 @@ __all__ = ["load_processes", "processes_state", "seed_process"]
 
 def seed_process(seed: int, stage: str = "", epoch: int = 0, step: int = 0) -> None:
     """Seed torch: rank 0 with the seed of the run, every other with one of its own, which depends on where the run stands."""
-    torch.manual_seed(Position(seed, stage, epoch, step).generator(ranks.rank()).initial_seed() if ranks.rank() else seed)
+    position, rank = Position(seed, stage, epoch, step), ranks.rank()
+    torch.manual_seed(position.generator(1 + rank).initial_seed() if rank else seed)  # 0 and 1 draw the batches
 
 
 def processes_state(device: torch.device, counts: list[int]) -> dict[str, Any]:
