@@ -78,6 +78,7 @@ def opened() -> Iterator[None]:
     if cuda and here < torch.cuda.device_count():
         torch.cuda.set_device(here)
     store, own, ranks = next(iter(rendezvous("env://")))
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun --max-restarts keeps its store
     # What hosts decide together goes over gloo also where there are GPUs, which would have to be waited for.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("group", store), rank=own, world_size=ranks)
     _stores.append(store)
@@ -179,10 +180,11 @@ def same_(tensors: Iterable[Tensor]) -> None:
 
 
 def all_failed() -> bool:
-    """Whether every rank has failed and calls this too: then all may go on with something else. Waits for the others ten seconds."""
+    """Whether every rank has failed and calls this too, after the same collectives: then all may go on with something else. Waits for the
+    others ten seconds."""
     if not _stores:
         return True
-    store, key = _stores[0], f"failed/{next(_failures)}"
+    store, key = _stores[0], f"failed/{next(_failures)}/{_collectives()}"
     if store.add(f"{key}/ranks", 1) == count():
         store.set(key, "")
     try:
@@ -190,6 +192,16 @@ def all_failed() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _collectives() -> str:
+    """How many collectives this rank has started. One that runs out of memory in a backward pass may have sent gradients that the others
+    never send; they would be mixed up with what all send next."""
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    group: Any = _get_default_group()
+    kinds = sorted(group._device_types, key=str)
+    return " ".join(f"{kind.type} {group._get_backend(kind)._get_sequence_number_for_group()}" for kind in kinds)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------------------------

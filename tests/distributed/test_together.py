@@ -96,3 +96,13 @@ def test_an_error_on_one_rank_ends_all_and_is_told_once(job):
     assert "Connection" not in told  # which is what the others meet
     assert (job / "fails" / "config.json").exists()
     assert not (job / "fails" / "report.json").exists()
+
+
+def test_a_job_that_torchrun_starts_again_knows_nothing_of_before(tmp_path):
+    """Both ranks fail, once alike and once after different collectives."""
+    done = torchrun(2, "--max-restarts", "1", Path(__file__).with_name("restarted.py"), tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"{attempt}-{rank}": "True False" for attempt in (0, 1) for rank in (0, 1)
+    }, done.stderr[-3000:]
+    for attempt in (0, 1):
+        assert done.stderr.count(f"ValueError: what attempt {attempt} says") == 1, done.stderr
