@@ -160,15 +160,18 @@ def _run(task: CellTask, loaded: AnyRead, device: torch.device, shown: _Telling)
 
 
 def _resumed(job: Job, shown: _Telling) -> Job | None:
-    """The job where its checkpoint stands; None if that is damaged, which is then set aside."""
+    """The job where its checkpoint stands; None if that is damaged for any rank, and it is then set aside."""
+    why = None
     try:
         job.resume()
     except DamagedCheckpoint as error:
-        shown.note(f"{error.why}; it starts afresh")
-        ranks.told(None)  # all have read it
-        job.folder.set_aside(error.path)
-        return None
-    return job
+        why = error.why
+    [anywhere] = ranks.largest(why is not None)  # all have read it now
+    if not anywhere:
+        return job
+    shown.note(f"{why or 'checkpoint.pt cannot be read by another process'}; it starts afresh")
+    job.folder.set_aside(job.folder.path / "checkpoint.pt")
+    return None
 
 
 @contextmanager

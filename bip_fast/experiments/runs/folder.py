@@ -65,7 +65,7 @@ class DamagedCheckpoint(UserError):
 
     def __init__(self, path: Path, what: str) -> None:
         super().__init__(f"{path} {what}; --overwrite starts again")
-        self.path, self.why = path, f"{path.name} {what}"
+        self.why = f"{path.name} {what}"
 
 
 def of_the_machine(error: Exception) -> bool:
