@@ -64,6 +64,6 @@ def _of_rank(device: torch.device) -> torch.device:
     if device.type == "cuda" and ranks.count() > 1:
         if str(device) != "cuda":
             raise UserError(f"--device must be auto, cpu or cuda under torchrun, which gives each process a GPU of its own, got {device}")
-        if ranks.count_here() > torch.cuda.device_count():
+        if ranks.rank_here() >= torch.cuda.device_count():
             raise UserError(f"--nproc-per-node must be at most {torch.cuda.device_count()}, the GPUs here, got {ranks.count_here()}")
     return device

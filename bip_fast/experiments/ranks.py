@@ -29,6 +29,7 @@ __all__ = [
     "largest",
     "opened",
     "rank",
+    "rank_here",
     "replicated",
     "same_",
     "share",
@@ -110,6 +111,11 @@ def count() -> int:
 def count_here() -> int:
     """How many of them are on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if _stores else 1
+
+
+def rank_here() -> int:
+    """The number of this process among those of this machine that see the same GPUs: 0 with ``torchrun --virtual-local-rank``."""
+    return int(os.environ["LOCAL_RANK"]) if _stores else 0
 
 
 def rank() -> int:

@@ -10,8 +10,10 @@ import torch
 from cli_runs import FILES, OWN, load_weights, one_line, prune
 
 import bip_fast
-from bip_fast.commands import cli
+from bip_fast.commands import cli, environment
 from bip_fast.engine import report
+from bip_fast.errors import UserError
+from bip_fast.experiments import ranks
 from bip_fast.experiments.data import sources
 from bip_fast.experiments.models import resnet
 from bip_fast.experiments.models.names import build
@@ -313,3 +315,16 @@ def test_report_of_nothing_is_one_line(tmp_path, monkeypatch, capsys, name, mess
     torch.save({"a": torch.ones(3, 3, device="meta")}, "meta.pt")
     assert cli.main(["report", name]) == 2
     assert message in one_line(capsys.readouterr().err)
+
+
+def test_each_process_of_torchrun_needs_a_gpu_that_it_sees(monkeypatch):
+    """With --virtual-local-rank each sees only its own, as number 0."""
+    monkeypatch.setattr(ranks, "_stores", [None])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert environment._of_rank(torch.device("cuda")) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="--nproc-per-node must be at most 1, the GPUs here, got 2"):
+        environment._of_rank(torch.device("cuda"))
