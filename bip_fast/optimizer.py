@@ -685,7 +685,7 @@ def _itself(optimizer: FastBiP) -> FastBiP:
 
 
 def _with_names(group: dict[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """The group as torch takes it, with the names of its parameters if they all have one."""
-    if not group["params"] or not all(isinstance(p, Tensor) and p in names for p in group["params"]):
+    """The group as torch takes it: with the names of its parameters if they all have one, which it keeps since version 2.6."""
+    if torch.__version__ < "2.6" or not group["params"] or not all(isinstance(p, Tensor) and p in names for p in group["params"]):
         return group
     return {**group, "params": [(names[p], p) for p in group["params"]]}
