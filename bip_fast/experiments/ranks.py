@@ -21,6 +21,7 @@ from torch import Tensor, nn
 __all__ = [
     "WHOLE",
     "Share",
+    "agree",
     "all_failed",
     "by_first",
     "count",
@@ -174,6 +175,12 @@ def gathered(x: Tensor) -> Tensor:
     found = [torch.empty_like(x) for _ in range(count())]
     torch.distributed.all_gather(found, x)
     return torch.stack(found)
+
+
+def agree(x: int) -> bool:
+    """Whether all ranks have the same number."""
+    low, high = largest(-x, x)
+    return -low == high
 
 
 @torch.no_grad()

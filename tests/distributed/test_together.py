@@ -41,8 +41,11 @@ def report(folder):
 
 def test_every_rank_ends_alike(job):
     first, *others = (json.loads((job / f"ended-{rank}.json").read_text()) for rank in range(RANKS))
+    for found in (first, *others):
+        assert found.pop("elsewhere").endswith("must be a folder that all processes see, but only some find checkpoint.pt")
     assert [{**other, "compare again": 1} for other in others] == [first] * (RANKS - 1)  # rank 0 alone knows of the table
     assert first["jobs"].startswith("--jobs is for several runs at a time, and torchrun starts processes that share each run")
+    assert first.pop("stale") == "all processes must go on from the same batch, but some have read another checkpoint"
     assert first.pop("compare again") == 1  # a run fails alike on all ranks
     assert list(first.values())[:-1] == [0, 0, 130, 0, 130, 130]
 

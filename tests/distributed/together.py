@@ -5,6 +5,7 @@ Usage: torchrun --nproc-per-node N together.py FOLDER
 """
 
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,19 +74,31 @@ def ended(command, *arguments, stop_after=None):
             return str(error)
 
 
+def missing(folder):
+    ranks.agree(True)
+
+
 def damaged(folder):
+    ranks.agree(True)
     raise DamagedCheckpoint(folder.path / "checkpoint.pt", "is damaged")
 
 
-def again(grid, out):
-    """The comparison, whose first run rank 1 alone cannot go on with."""
-    with patch.object(RunFolder, "load_checkpoint", damaged) if ranks.rank() == 1 else nullcontext():
-        return ended("compare", grid, "--out", out)
+def with_config_alone(folder, run):
+    """A folder on another machine, which has only seen the run begin."""
+    if ranks.rank() == 1:
+        shutil.copy(run / "config.json", folder)
+    return folder if ranks.rank() == 1 else run
+
+
+def ended_where_rank_1_reads(checkpoint, *command):
+    with patch.object(RunFolder, "load_checkpoint", checkpoint) if ranks.rank() == 1 else nullcontext():
+        return ended(*command)
 
 
 def main(folder):
     grid = folder / "grid.yaml"
     if not ranks.rank():
+        (folder / "elsewhere").mkdir()
         (folder / "own.py").write_text(OWN)
         grid.write_text(GRID.format(model=f"{folder / 'own.py'}:plain"))
     ranks.told(None)
@@ -96,7 +109,9 @@ def main(folder):
         "resumed": ended("prune", "--resume", folder / "stopped"),
         "left": ended("prune", *options(folder, "noisy", folder / "left"), stop_after=12),
         "compare": ended("compare", grid, "--out", folder / "grid", stop_after=7),
-        "compare again": again(grid, folder / "grid"),
+        "stale": ended_where_rank_1_reads(missing, "prune", "--resume", folder / "left"),
+        "elsewhere": ended("prune", "--resume", with_config_alone(folder / "elsewhere", folder / "left")),
+        "compare again": ended_where_rank_1_reads(damaged, "compare", grid, "--out", folder / "grid"),
         "jobs": ended("compare", grid, "--out", folder / "grid", "--jobs", 2),
     }
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from ...atomic import write_beside
 from ...errors import MEMORY, UserError, one_line
-from ..ranks import by_first
+from ..ranks import agree, by_first
 from ..settings import FIELDS, PATHS, Settings, option
 from .resolve import resolve
 
@@ -295,8 +295,15 @@ class RunFolder:
         self.write("checkpoint.pt", lambda path: path.write_bytes(contents.getbuffer()))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """State of the last checkpoint on the CPU, None when the run ended before its first one. Raises DamagedCheckpoint."""
+        """State of the last checkpoint on the CPU, None when the run ended before its first one. Every rank must call this.
+
+        Raises:
+            DamagedCheckpoint: it cannot be read.
+            UserError: (on all ranks) only some of them have it.
+        """
         path = self.path / "checkpoint.pt"
+        if not agree(path.is_file()):
+            raise UserError(f"{self.path} must be a folder that all processes see, but only some find {path.name}")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:

@@ -35,7 +35,7 @@ from .curves import curves
 from .energy import Meter
 from .events import NO_EVENTS, Events
 from .folder import DamagedCheckpoint, RunFolder, of_the_machine, snapshot_name
-from .processes import load_processes, processes_state, seed_process
+from .processes import at_one_place, load_processes, processes_state, seed_process
 from .signals import STOP_SIGNALS, Stop, stop_requests
 from .training import Cursor, check_finite, evaluate, train
 from .trial import check_model
@@ -127,10 +127,10 @@ class Job:
             return {}
 
     def _run(self) -> dict[str, Any]:
-        total = self.steps * sum(self._epochs(stage) for stage in self.stages)
+        total, done = self.steps * sum(self._epochs(stage) for stage in self.stages), at_one_place(self._batches_done())
         with stop_requests(self.stop_on) as self.signals, self.shown:
-            self.shown.begin(total, self._batches_done())
-            self.events.begin(self._batches_done())
+            self.shown.begin(total, done)
+            self.events.begin(done)
             if not self.at and not self.cursor.epoch and not self.cursor.step:
                 self._keep(0)
             while True:

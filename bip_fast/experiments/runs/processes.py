@@ -1,4 +1,4 @@
-"""What a checkpoint knows of the processes that train: how many they are, and the random state of each.
+"""What a checkpoint knows of the processes that train: how many they are, and the random state of each; and that all took it up.
 
 Rank 0 draws what a single process would draw (for dropout and the like), and the others numbers of their own.
 """
@@ -9,10 +9,22 @@ from typing import Any
 
 import torch
 
+from ...errors import UserError
 from .. import ranks
 from ..data.batches import Position
 
-__all__ = ["load_processes", "processes_state", "seed_process"]
+__all__ = ["at_one_place", "load_processes", "processes_state", "seed_process"]
+
+
+def at_one_place(done: int) -> int:
+    """How many batches the run has done. Every rank must call this.
+
+    Raises:
+        UserError: (on all ranks) not all have done as many.
+    """
+    if not ranks.agree(done):
+        raise UserError("all processes must go on from the same batch, but some have read another checkpoint")
+    return done
 
 
 def seed_process(seed: int, stage: str = "", epoch: int = 0, step: int = 0) -> None:
