@@ -431,13 +431,14 @@ class StepPlan:
         arguments["sums"] = self._sums.data_ptr()
         self._shards.begin(**arguments)
         self._ranks.add(self._sums)
-        if self._shards.rounds(self.num_groups) == 1 and bool(self._sums[:, self._shards.ABSENT].any()):
-            raise RuntimeError(
-                "an error, which is reported there, keeps another rank from this step. Scores, and weights in a joint step, have moved on "
-                "this rank all the same: go on from a checkpoint"
-            )
+        absent = self._shards.rounds(self.num_groups) == 1 and bool(self._sums[:, self._shards.ABSENT].any())
         rounds = 0
         while self._shards.narrow(**arguments, turn=rounds):
             self._ranks.add(self._sums)
             rounds += 1
         self._shards.end(**arguments)
+        if absent:  # not before the end, where weights get the mask of their units
+            raise RuntimeError(
+                "an error, which is reported there, keeps another rank from this step. Scores, and weights in a joint step, have moved on "
+                "this rank all the same: go on from a checkpoint"
+            )
