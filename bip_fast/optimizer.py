@@ -396,10 +396,10 @@ class FastBiP(torch.optim.Optimizer):
         # grad_scale and found_inf: set by torch.amp.GradScaler for the time of the step
         found_inf = engine.arena.ranks.anywhere(getattr(self, "found_inf", None))
         with engine.awaited(phase):
+            if engine.refresh(phase):  # first: all ranks make a new plan together, also one that cannot make the step
+                self._state.update(shown_states(engine, self._inner))
             engine.arena.check_untouched()
             launch = self._launch or engine.kernels(phase, getattr(self, "grad_scale", None), found_inf)
-            if engine.refresh(phase):
-                self._state.update(shown_states(engine, self._inner))
         self._stepped = True
         launch(engine.plan)
         inner = self._inner if phase != "upper" and not (found_inf is not None and bool(found_inf)) else None

@@ -177,12 +177,12 @@ class Engine:
         Raises:
             RuntimeError: the current stream is being captured in a graph. Nothing has changed then.
         """
+        not_capturing(self.arena.device, "the optimizer needs new tables")  # nothing can be told in a capture
         with together(self.arena.ranks, "making a new plan"):
             self._make_plan()
 
     def _make_plan(self) -> None:
         """`replan` of this rank alone."""
-        not_capturing(self.arena.device, "the optimizer needs new tables")
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
         self._planned = self._options()

@@ -280,7 +280,7 @@ class Ranks:
 
     def add(self, x: Tensor) -> None:
         """Sum ``x`` over the ranks, in place."""
-        for group in self.groups:
+        for group in self.groups if x.numel() else ():
             torch.distributed.all_reduce(x, group=group)
 
     def added(self, counts: Sequence[int], device: torch.device) -> list[int]:

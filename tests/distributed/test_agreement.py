@@ -203,6 +203,7 @@ def step_without(simulator=False):
         if dist.get_rank() == 1:
             kept = local_of(params[0]).clone()
             local_of(params[0]).add_(1)
+        opt.param_groups[0]["scope"] = "layer"  # all make a new plan in this step, and again in the next
         try:
             advance(params, opt, phase)
             found.append("")
@@ -211,6 +212,7 @@ def step_without(simulator=False):
         if dist.get_rank() == 1:
             local_of(params[0]).copy_(kept)
             opt._engine.arena.mark_written()
+        opt.param_groups[0]["scope"] = "global"
         advance(params, opt, "upper")
         found.append(is_the_top(params, opt))
     return found
