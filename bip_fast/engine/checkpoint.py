@@ -145,7 +145,7 @@ def _fitting(
         if shapes != own_shapes:
             raise ValueError(f"state_dict must hold {own_shapes} for {param.name}, got {shapes}")
         _check_values(arena, param, state)
-        _check_sizes(arena, param, state)
+        _check_parts(arena, param, state)
         if param.pruned and groups[param.group].get("sparsity") is None and param_groups[param.group]["sparsity"] is not None:
             raise ValueError(f"state_dict must have a sparsity for {param.name}, got None")
         kept += int(arena.mask_in(param, state).sum()) if param.masked and not param.elsewhere else 0
@@ -201,14 +201,19 @@ def _check_values(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> N
         _check_division(param, arena.mask_in(param, state).cpu(), param.division)
 
 
-def _check_sizes(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> None:
-    """ValueError unless this rank's part of every tensor has as many entries as it needs."""
+def _check_parts(arena: Arena, param: Parameter, state: dict[str, Tensor]) -> None:
+    """ValueError unless this rank's part of every tensor has the shape that it needs, or of units as many entries."""
     views = arena.state_of(param)
     views = {_MAY_BE_MISSING: views["scores"], **views} if "scores" in views else views
-    for name in (name for name in state if name in views and name != "mask"):
-        found, expected = arena.own_part(param, state[name]).numel(), views[name].numel()
+    for name, x in state.items():
+        if name in views and x.shape == param.whole:
+            found, expected = tuple(arena.own_part(param, x).shape), tuple(param.shape)
+        elif name in views and name != "mask":
+            found, expected = (arena.own_part(param, x).numel(),), (views[name].numel(),)
+        else:
+            continue
         if found != expected:
-            raise ValueError(f"state_dict must hold {expected} entries of {name} on this rank for {param.name}, got {found}")
+            raise ValueError(f"state_dict must hold {name} of shape {expected} on this rank for {param.name}, got {found}")
 
 
 def _check_division(param: Parameter, mask: Tensor, division: Blocks | NofM) -> None:

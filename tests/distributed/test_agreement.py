@@ -76,6 +76,14 @@ def cut(x):
     return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
+def turned(x):
+    """A DTensor of the same shape, which the ranks share out along the other dimension."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    local = x.to_local().reshape(x.shape[0], -1)
+    return DTensor.from_local(local, x.device_mesh, [Shard(1)], run_check=False, shape=x.shape, stride=x.stride())
+
+
 def flipped(mask):
     local = mask.to_local().clone()
     local.view(-1)[0] ^= True
@@ -101,7 +109,9 @@ def of_another_rule(state):
 
 
 DAMAGES = {
-    "truncated": (changed(1, "scores", cut), "scores on this rank for w1"),
+    "truncated": (changed(1, "scores", cut), "scores of shape (16, 31) on this rank for w1"),
+    "truncated mask": (changed(1, "mask", cut), "mask of shape (16, 31) on this rank for w1"),
+    "shared out in another way": (changed(0, "theta", turned), "theta of shape (32, 40) on this rank for w0, got (64, 20)"),
     "another shape": (changed(0, "momentum", lambda x: x[:, :-1]), "for w0"),
     "of another rule": (of_another_rule, "optimizer='sgd', got one of 'adamw'"),
     "a key is missing": (changed(0, "theta", None), "theta"),
