@@ -133,10 +133,11 @@ def _sharded(param: Parameter, group: Mapping[str, Any], ranks: Ranks) -> Parame
 
 
 def _parts_are_aligned(shard: Shard, layer: Layer) -> bool:
-    """Whether what a rank has of each of several matrices begins where tensors may, if all its entries lie behind each other."""
+    """Whether what a rank has of each of several matrices begins where tensors may, if all its entries lie behind each other. All ranks
+    find the same, also where they have parts of different lengths."""
     rows, *others = shard.spans
     size = 1 if layer.experts else rows.size // layer.matrices
-    return math.gcd(size, rows.step) * math.prod(span.length for span in others) % kernels().ALIGN == 0
+    return math.gcd(size, rows.step) * math.prod(math.gcd(span.size, span.step) for span in others) % kernels().ALIGN == 0
 
 
 def check_split(decided: Iterable[Parameter], param_groups: Sequence[Mapping[str, Any]]) -> None:

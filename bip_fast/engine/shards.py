@@ -189,15 +189,16 @@ def _spans(p: DTensor) -> tuple[Span, ...]:
     order = sorted(range(len(placements)), key=lambda i: hasattr(placements[i], "split_factor"))
     spans = []
     for d, size in enumerate(p.shape):
-        start, length, step, chunk = 0, size, size, size
+        start, length, step, lengths = 0, size, 0, {size}  # the lengths that ranks have
         for i in order:
             if getattr(placements[i], "dim", None) == d:
-                chunk = -(-chunk // mesh.size(i))
-                step = math.gcd(step if step != size else 0, chunk)
+                chunks = {n: -(-n // mesh.size(i)) for n in lengths if n}
+                step = math.gcd(step, *(chunk for n, chunk in chunks.items() if chunk < n))
+                lengths = {part for n, chunk in chunks.items() for part in (chunk, n % chunk)}
                 own = -(-length // mesh.size(i))
                 first = min(coordinate[i] * own, length)
                 start, length = start + first, min(own, length - first)
-        spans.append(Span(start, length, size, step))
+        spans.append(Span(start, length, size, step or size))
     return tuple(spans)
 
 
