@@ -1,4 +1,4 @@
-"""What a checkpoint knows of the processes that train: how many they are, and the random state of each; and that all took it up.
+"""What a checkpoint knows of the processes that train: how many, and the random state of each; and a check that all read the same one.
 
 Rank 0 draws what a single process would draw (for dropout and the like), and the others numbers of their own.
 """
