@@ -76,7 +76,7 @@ class Engine:
             backend(device)
             self._check_options()
             self.arena = Arena(decided, device, rule, ranks)
-            self._make_plan()
+            self._use(*self._new_plan())
         # Nothing is written before all memory is there, on all ranks.
         for param in self.arena.parameters:
             if param.tensor in states:
@@ -152,7 +152,7 @@ class Engine:
         for param, state in zip(self.arena.parameters, states, strict=True):
             self.arena.load(param, state)
         self.arena.record()
-        self._make_plan()
+        self._use(*self._new_plan())
         self.arena.set_nonfinite(num_nonfinite)
 
     # --- options and the plan --------------------------------------------------------------------------------------------------------
@@ -175,21 +175,26 @@ class Engine:
         """Make the plan for the options as they are now, on all ranks.
 
         Raises:
+            ValueError: a rank has too many weights for it. All keep the plan they have.
             RuntimeError: the current stream is being captured in a graph. Nothing has changed then.
         """
         not_capturing(self.arena.device, "the optimizer needs new tables")  # nothing can be told in a capture
         with together(self.arena.ranks, "making a new plan"):
-            self._make_plan()
+            new = self._new_plan()
+        self._use(*new)
 
-    def _make_plan(self) -> None:
-        """`replan` of this rank alone."""
+    def _new_plan(self) -> tuple[list[SelectionGroup], StepPlan]:
+        """What competes, and the plan for that, of this rank alone."""
         if any(group["mask_momentum"] > 0 for group in self._groups):
             self.arena.ensure_score_momentum()
-        self._planned = self._options()
-        self._selection = self._select()
-        self._with_score_momentum = self.arena.score_momentum is not None
+        selection = self._select()
         least = [int(group["min_kept"]) for group in self._groups]
-        self.plan = StepPlan(self.arena, self._selection, hyper_table(self._groups, self._rule), least)
+        return selection, StepPlan(self.arena, selection, hyper_table(self._groups, self._rule), least)
+
+    def _use(self, selection: list[SelectionGroup], plan: StepPlan) -> None:
+        """Go on with a new plan."""
+        self._planned, self._selection, self.plan = self._options(), selection, plan
+        self._with_score_momentum = self.arena.score_momentum is not None
 
     def refresh(self, phase: str) -> bool:
         """Bring the plan up to date with the options, before a step of ``phase``; True when it is a new one.

@@ -192,6 +192,13 @@ def fail_on_one():
     found["scores out of range"] = error_of(opt.set_scores, scores)
 
     advance(params, opt, "upper")
+    opt.param_groups[0]["scope"] = "layer"
+    plan.MAX_GROUP = 500 if second else most
+    found["too many weights for a new plan"] = error_of(advance, params, opt, "upper")
+    plan.MAX_GROUP = most
+    advance(params, opt, "upper")
+    assert [int(whole(opt.mask_of(p)).sum()) for p in params] == [p.numel() - round(0.7 * p.numel()) for p in params]
+
     if second:
         local_of(params[0]).add_(1)
     found["written, then finalized"] = error_of(opt.finalize)
@@ -241,6 +248,7 @@ def test_what_one_rank_cannot_do_none_does():
     texts = {
         "too many weights": "fewer than 2**32 weights on a rank",
         "scores out of range": "[0, 1]",
+        "too many weights for a new plan": "fewer than 2**32 weights on a rank",
         "written, then finalized": "written",
     }
     for name, text in texts.items():
