@@ -154,6 +154,21 @@ def test_the_number_kept_may_change_where_it_stands(module):
     assert counters["first"] + counters["missed"] >= 3, "the first step, 30,000 and 529,000"
 
 
+@pytest.mark.parametrize("change", [-2000, 2000])
+def test_a_window_follows_the_number_kept(module, change):
+    """By more ranks in each step than it reaches to either side, so that one that stays would miss."""
+    twins = Twins(module, mask_lr=1e-5)
+    twins.step()
+    twins.step()
+    before = {backend: twins.counters(backend=backend) for backend in ("cpu", "cuda")}
+    for step in range(1, 6):
+        twins.set_kept([KEPT[0] + step * change, *KEPT[1:]])
+        twins.step()
+    for backend, counters in before.items():
+        new = gained(counters, twins.counters(backend=backend))
+        assert (new["steps"], new["first"] + new["missed"] + new["crowded"]) == (5, 0), backend
+
+
 def test_windows_with_negative_ends(module):
     """Nearly everything is kept and the lowest scores are 0: the window reaches below them."""
     twins = Twins(module, kept=[530_000, 150_990, 899], mask_lr=1e-3)
