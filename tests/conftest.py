@@ -76,7 +76,7 @@ def double(monkeypatch):
     from bip_fast import graphs
 
     def use(kind=Double):
-        Double.made = []
+        Double.made, Double.watched = [], ()
         monkeypatch.setitem(graphs.RECORDERS, "cpu", kind)
         return Double.made
 

@@ -23,19 +23,19 @@ __all__ = [
     "Share",
     "agree",
     "all_failed",
-    "by_first",
+    "all_gather",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "broadcast_",
+    "broadcast_object",
     "count",
     "count_here",
-    "gathered",
-    "largest",
+    "on_rank_0",
     "opened",
     "rank",
     "rank_here",
     "replicated",
-    "same_",
     "share",
-    "summed",
-    "told",
 ]
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ def share() -> Share:
     return Share(rank(), count())
 
 
-def by_first(method: Callable[P, None]) -> Callable[P, None]:
+def on_rank_0(method: Callable[P, None]) -> Callable[P, None]:
     """The same on rank 0, and nothing on the others."""
 
     @functools.wraps(method)
@@ -143,8 +143,8 @@ def by_first(method: Callable[P, None]) -> Callable[P, None]:
 # --- what they tell each other: every rank must call these, in the same order ----------------------------------------------------------
 
 
-def told(x: T) -> T:
-    """What rank 0 has."""
+def broadcast_object(x: T) -> T:
+    """What rank 0 has, any picklable object."""
     if not _stores:
         return x
     box = [x]
@@ -152,8 +152,8 @@ def told(x: T) -> T:
     return box[0]
 
 
-def largest(*numbers: int) -> list[int]:
-    """The largest that any rank has, for each number."""
+def all_reduce_max(*numbers: int) -> list[int]:
+    """The largest that any rank has, of each number."""
     if not _stores:
         return list(numbers)
     x = torch.tensor([int(number) for number in numbers])
@@ -161,14 +161,14 @@ def largest(*numbers: int) -> list[int]:
     return [int(number) for number in x.tolist()]
 
 
-def summed(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over ranks, in place."""
     if _stores:
         torch.distributed.all_reduce(x)
     return x
 
 
-def gathered(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """What every rank has, (ranks, *x.shape)."""
     if not _stores:
         return x[None]
@@ -179,12 +179,12 @@ def gathered(x: Tensor) -> Tensor:
 
 def agree(x: int) -> bool:
     """Whether all ranks have the same number."""
-    low, high = largest(-x, x)
+    low, high = all_reduce_max(-x, x)
     return -low == high
 
 
 @torch.no_grad()
-def same_(tensors: Iterable[Tensor]) -> None:
+def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Give every rank the values of rank 0, in place."""
     for x in tensors if _stores else ():
         own = x.contiguous()

@@ -17,7 +17,7 @@ ranks.FAIL_TOGETHER = timedelta(seconds=1)
 
 
 def main(attempt, folder):
-    ranks.summed(torch.ones(1))
+    ranks.all_reduce_sum(torch.ones(1))
     alike = ranks.all_failed()
     if ranks.rank():
         dist.all_reduce(torch.ones(1), async_op=True)  # as in a backward pass that one rank alone has begun

@@ -101,7 +101,7 @@ def main(folder):
         (folder / "elsewhere").mkdir()
         (folder / "own.py").write_text(OWN)
         grid.write_text(GRID.format(model=f"{folder / 'own.py'}:plain"))
-    ranks.told(None)
+    ranks.broadcast_object(None)
     return {
         "plain": ended("prune", *options(folder, "plain", folder / "plain")),
         "whole": ended("prune", *options(folder, "noisy", folder / "whole")),

@@ -17,7 +17,7 @@ class Double:
     """Stands in for `CudaRecorder` on the CPU."""
 
     made: list["Double"]
-    watched: tuple = ()  # (model, optimizer): what a replay must find as the record did
+    watched: tuple = ()  # (model, optimizer): what a replay must find as the record did; none by default
 
     def __init__(self, device):
         self.records = self.replays = self.warmings = 0
@@ -28,6 +28,8 @@ class Double:
         return nullcontext()
 
     def baked(self):
+        if not self.watched:
+            return []
         model, opt = self.watched
         seen = [module.training for module in model.modules()]
         seen += [(t.data_ptr(), t.requires_grad, t.grad is None) for t in (*model.parameters(), *model.buffers())]
@@ -41,7 +43,7 @@ class Double:
             assert self.baked() == baked, "a graph would not see this change"
             self.replays += 1
             results, gradients = body()
-            for p in self.watched[0].parameters():
+            for p in self.watched[0].parameters() if self.watched else ():
                 p.grad = None  # a graph writes memory; it does not set attributes
             parts = results if isinstance(results, tuple) else (results,)
             own.extend(parts[len(own) :])

@@ -138,7 +138,7 @@ def _run(task: CellTask, loaded: AnyRead, device: torch.device, shown: _Telling)
                 alone=task.alone,
             )
 
-        begun, same = ranks.told((folder.begun, folder.began_with(settings)))
+        begun, same = ranks.broadcast_object((folder.begun, folder.began_with(settings)))
         if begun and not same:
             shown.note("began with other settings; it starts afresh")
         job = _resumed(new(), shown) if same else None
@@ -149,10 +149,10 @@ def _run(task: CellTask, loaded: AnyRead, device: torch.device, shown: _Telling)
         job.run()
 
     with _held(task.folder, shown) as folder:  # before anything else: the process that had it may have finished the run
-        if not ranks.told(folder.finished):
+        if not ranks.broadcast_object(folder.finished):
             go(folder, task.snapshots)
         folder.remove_checkpoint()
-        missing = ranks.told(sorted(epoch for epoch in task.snapshots if not (folder.path / snapshot_name(epoch)).is_file()))
+        missing = ranks.broadcast_object(sorted(epoch for epoch in task.snapshots if not (folder.path / snapshot_name(epoch)).is_file()))
         if missing:  # another file asks for them: trained again beside the finished run, as far as they go
             with _held(folder.path / f"until-{'-'.join(map(str, missing))}", shown) as beside:
                 go(beside, missing, until=missing[-1])
@@ -166,7 +166,7 @@ def _resumed(job: Job, shown: _Telling) -> Job | None:
         job.resume()
     except DamagedCheckpoint as error:
         why = error.why
-    [anywhere] = ranks.largest(why is not None)  # all have read it now
+    [anywhere] = ranks.all_reduce_max(why is not None)  # all have read it now
     if not anywhere:
         return job
     shown.note(f"{why or 'checkpoint.pt cannot be read by another process'}; it starts afresh")

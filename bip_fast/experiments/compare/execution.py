@@ -146,9 +146,9 @@ def run_here(comparison: Comparison) -> None:
             comparison.begin()
             for cell in comparison.waiting:
                 if cell.address not in comparison.failed:
-                    task = ranks.told(comparison.task(cell, comparison.device, alone=True))
+                    task = ranks.broadcast_object(comparison.task(cell, comparison.device, alone=True))
                     comparison.ended(cell, run_cell(task, tell))
-            ranks.told(None)
+            ranks.broadcast_object(None)
     finally:
         torch.set_num_threads(threads)
 
@@ -161,5 +161,5 @@ def follow() -> None:
     """
     nothing: CellTask | None = None
     with interruptible():
-        while (task := ranks.told(nothing)) is not None:
+        while (task := ranks.broadcast_object(nothing)) is not None:
             run_cell(task, lambda kind, address, what: False)

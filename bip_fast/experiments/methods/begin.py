@@ -18,7 +18,7 @@ from ...optimizer import FastBiP
 from ...schedule import CURVES
 from ..data.parts import AnyData
 from ..models.heads import head_of, stays_dense
-from ..ranks import same_
+from ..ranks import broadcast_
 from ..settings import Settings
 from .criteria import MAGNITUDE, Scored, Scores, Select, to_unit_interval
 from .stage import Stage, pretraining
@@ -87,7 +87,7 @@ def begin(
     """
     chosen = None if stage.sparsity is None else _scores(stage, model, settings, data)
     if chosen is not None:  # every rank has made its own, also of weights (`layerwise`), and not every device has the same bits twice
-        same_([*model.state_dict().values(), *chosen.values()])
+        broadcast_([*model.state_dict().values(), *chosen.values()])
     if stage.rewind:
         rewind()
     optimizer = optimizer_of(stage, model, settings, data)

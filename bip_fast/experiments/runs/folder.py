@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from ...atomic import write_beside
 from ...errors import MEMORY, UserError, one_line
-from ..ranks import agree, by_first
+from ..ranks import agree, on_rank_0
 from ..settings import FIELDS, PATHS, Settings, option
 from .resolve import resolve
 
@@ -103,7 +103,7 @@ class RunFolder:
             return False
         return {**stored, **dict.fromkeys(PATHS)} == {**settings.as_dict(), **dict.fromkeys(PATHS)}
 
-    @by_first
+    @on_rank_0
     def open(self, settings: Settings, *, overwrite: bool) -> None:
         """Make the folder and write its config.
 
@@ -131,7 +131,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from error
 
-    @by_first
+    @on_rank_0
     def make(self) -> None:
         """Make the folder if there is none.
 
@@ -143,7 +143,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from error
 
-    @by_first
+    @on_rank_0
     def lock(self) -> None:
         """Hold the folder until `release`, or until this process ends, so that no two runs write into it.
 
@@ -251,12 +251,12 @@ class RunFolder:
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 
-    @by_first
+    @on_rank_0
     def write(self, name: str, save: Callable[[Path], object]) -> None:
         """`write_beside` for a file of this folder."""
         write_beside(self.path / name, save)
 
-    @by_first
+    @on_rank_0
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing; such files are never read."""
         for name in (*FILES, snapshot_name("*")):
@@ -269,25 +269,25 @@ class RunFolder:
             for path in self.path.glob(f"{name}{DAMAGED}"):
                 path.unlink(missing_ok=True)
 
-    @by_first
+    @on_rank_0
     def take(self, snapshots: Collection[int], other: Path) -> None:
         """Take the weights after so many epochs from the folder ``other``, and delete that."""
         for epoch in snapshots:
             os.replace(other / snapshot_name(epoch), self.path / snapshot_name(epoch))
         shutil.rmtree(other)
 
-    @by_first
+    @on_rank_0
     def set_aside(self, path: Path) -> None:
         """Rename a damaged file, which is not read any more, for a person to look at."""
         with suppress(FileNotFoundError):
             os.replace(path, path.with_name(f"{path.name}{DAMAGED}"))
 
-    @by_first
+    @on_rank_0
     def remove_checkpoint(self) -> None:
         """Delete the checkpoint of a run that is finished."""
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
-    @by_first
+    @on_rank_0
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         # Python writes the files, not torch or safetensors, whose errors do not say that a disk is full.
         contents = io.BytesIO()

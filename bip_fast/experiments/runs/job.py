@@ -216,7 +216,7 @@ class Job:
             amp=self.settings.amp,
             say=self.say_once,
         )
-        ranks.same_(self.model.buffers())
+        ranks.broadcast_(self.model.buffers())
 
     def _begin_stage(self, number: int) -> None:
         self.at = number
@@ -247,7 +247,7 @@ class Job:
     def _after_step(self, cursor: Cursor) -> None:
         show = self.shown.wants() or (cursor.epoch == self.stage.recipe.epochs and not cursor.step)
         save = bool(self.signals) or not cursor.step or time.monotonic() - self.saved > SAVE_EVERY
-        show, save = map(bool, ranks.largest(show, save))  # by the clock of any rank
+        show, save = map(bool, ranks.all_reduce_max(show, save))  # by the clock of any rank
         if not show and not save:
             return
         with cursor.aside():
@@ -255,7 +255,7 @@ class Job:
             if not cursor.step:
                 self.events.epoch(self._batches_done(), cursor.history[-1], self._report, self.optimizer)
                 self._keep(cursor.epoch)
-            lost, stop = ranks.largest(unread is not None, *self.signals[:1] or [0])  # one may have come while it told
+            lost, stop = ranks.all_reduce_max(unread is not None, *self.signals[:1] or [0])  # one may have come while it told
             if save or lost or stop:
                 self._save()
             if unread or stop:
@@ -282,7 +282,7 @@ class Job:
             "optimizer": self.optimizer.state_dict(),
             **processes_state(self.device, self.counts),
         })  # fmt: skip
-        ranks.told(None)  # torchrun would end rank 0, which is writing, as soon as another rank has stopped
+        ranks.broadcast_object(None)  # torchrun would end rank 0, which is writing, as soon as another rank has stopped
         self.saved = time.monotonic()
 
     def _report(self) -> Report:

@@ -36,8 +36,8 @@ def seed_process(seed: int, stage: str = "", epoch: int = 0, step: int = 0) -> N
 def processes_state(device: torch.device, counts: list[int]) -> dict[str, Any]:
     """For a checkpoint: ``counts`` of processes, one after another, and the states of all ranks, uint8 (ranks, bytes). Every rank must call
     this."""
-    cuda = ranks.gathered(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
-    return {"processes": counts, "rng": ranks.gathered(torch.get_rng_state()), "cuda_rng": cuda}
+    cuda = ranks.all_gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
+    return {"processes": counts, "rng": ranks.all_gather(torch.get_rng_state()), "cuda_rng": cuda}
 
 
 def load_processes(state: dict[str, Any], device: torch.device, *where: Any) -> list[int]:

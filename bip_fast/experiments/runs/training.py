@@ -24,7 +24,7 @@ from ..data.parts import AnyData
 from ..data.scoring import counted, loss_of, right_answers
 from ..methods.stage import Recipe
 from ..models.heads import candidates, head_of
-from ..ranks import share, summed
+from ..ranks import share, all_reduce_sum
 
 __all__ = ["Cursor", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
@@ -107,7 +107,7 @@ def evaluate(model: nn.Module, data: AnyData) -> Score:
         for inputs, labels in data.test_batches(share()):
             logits = model(inputs)
             sums += torch.stack([right_answers(logits, labels), loss_of(logits, labels, "sum"), counted(labels)]).double()
-    right, loss, count = summed(sums).tolist()
+    right, loss, count = all_reduce_sum(sums).tolist()
     return Score(right / count, loss / count)
 
 
@@ -203,7 +203,7 @@ def train(
             lr = set_rates(optimizer, recipe, rate_at(recipe, done, total), head)
             with clipped(model, optimizer, recipe.clip):
                 _, sums = iteration(*batches.batch(cursor.step))
-            cursor.sums += summed(sums)
+            cursor.sums += all_reduce_sum(sums)
             if iteration.reason is not None and not said:
                 say(f"no CUDA graphs: {iteration.reason}")
                 said = True
