@@ -24,7 +24,7 @@ from ..data.parts import AnyData
 from ..data.scoring import counted, loss_of, right_answers
 from ..methods.stage import Recipe
 from ..models.heads import candidates, head_of
-from ..ranks import share, all_reduce_sum
+from ..ranks import all_reduce_sum, share
 
 __all__ = ["Cursor", "Score", "check_finite", "evaluate", "kept_flags", "train"]
 
