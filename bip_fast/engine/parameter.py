@@ -132,8 +132,9 @@ class Parameter:
     @property
     def words(self) -> int:
         """Mask words, up to the last that has an entry."""
-        rest = 0 if self.split == "cut" else (self.matrices - 1) * self.pitch
-        return rest // 32 + -(-(self.numel if self.split == "cut" else self.parts[0].numel) // 32)
+        if self.split == "cut":  # one part behind the other
+            return -(-self.numel // 32)
+        return (self.matrices - 1) * self.pitch // 32 + -(-self.parts[0].numel // 32)
 
     @property
     def pitch(self) -> int:
