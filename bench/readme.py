@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import report, targets
+from bench import kernel_model, report, targets
 from bench.pages import headlines, options, rooms
 from bench.pages.excerpts import excerpt
 from bench.studies import compare, digits, distributed, memory, paper, patterns, structured, window, zoo
@@ -75,6 +75,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "structured": ("structured.json", lambda results, _: _where(results) + "\n\n" + structured.table(results["rows"])),
     "distributed": ("distributed.json", lambda results, _: _where(results) + "\n\n" + distributed.table(results)),
     "scale": ("", lambda results, _: distributed.model_table()),
+    "kernels": ("", lambda results, _: kernel_model.table()),
     "memory": ("memory.json", lambda results, _: _where(results) + "\n\n" + memory.table(results)),
     "zoo": ("zoo.json", lambda results, _: _where(results) + " " + zoo.summary(results) + "\n\n" + zoo.table(results)),
     "wikitext2": ("wikitext2.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),

@@ -5,21 +5,30 @@ What can be too much                            where it is checked
   shared memory x blocks         PROCESSORS      here, likewise; of one block at most 48 KB, which is all that static arrays may have
   bytes of kernel parameters     4,096           here, and by a static_assert in launch.cuh
   blocks in a grid               resident ones   launch.cuh asks the device
+  bytes and instructions of a weight             here, against bench/kernel_model.py
   alignment of vector accesses                   static_asserts in block.cuh and select.cuh; `vectorizes` and `quad_aligned` decide who may
                                                  make them; every test on the simulator, built with -fsanitize=alignment
 """
 
 from __future__ import annotations
 
+import functools
+import glob
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from bench.kernel_model import LOOPS, Loop
 from bip_fast.engine import native
+from bip_fast.timing.steps import step_bytes
+from tests.shared import sass
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +62,22 @@ def compiled(source: str, *flags: str) -> str:
     return done.stdout + done.stderr
 
 
-def report(source: str) -> str:
-    """The assembler's report."""
-    return compiled(source, "-gencode=arch=compute_90,code=sm_90", "-Xptxas", "-v", "-cubin", "-o", "/dev/null")
+class Assembled(NamedTuple):
+    report: str  # of the assembler
+    cubin: Path
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory) -> Callable[[str], Assembled]:
+    """A source for compute capability 9.0, assembled once."""
+    folder = tmp_path_factory.mktemp("assembled")
+
+    @functools.cache
+    def assemble(source: str) -> Assembled:
+        cubin = folder / f"{source}.cubin"
+        return Assembled(compiled(source, "-gencode=arch=compute_90,code=sm_90", "-Xptxas", "-v", "-cubin", "-o", str(cubin)), cubin)
+
+    return assemble
 
 
 def test_only_the_mutation_leaves_out_the_fences(tmp_path):
@@ -70,8 +92,8 @@ def test_only_the_mutation_leaves_out_the_fences(tmp_path):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_nothing_spills_and_the_blocks_fit(source):
-    text = report(source)
+def test_nothing_spills_and_the_blocks_fit(assembled, source):
+    text = assembled(source).report
     spills = re.findall(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert len(spills) >= 1
     # None of these is in a loop over entries: a hundred candidates are flushed at once, step_upper's few bytes are of its loop over tiles,
@@ -97,13 +119,18 @@ def test_nothing_spills_and_the_blocks_fit(source):
             assert BLOCKS[name] * (int(shared or 0) + 1024) <= 227 * 1024, (name, shared)
 
 
-def cuobjdump() -> str:
+def cuobjdump(*arguments: str) -> str:
+    """What it prints. It calls nvdisasm, which is beside it in a toolkit and in packages alike."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home), "/usr/local/cuda/bin"]
-    found = shutil.which("cuobjdump", path=os.pathsep.join(folders))
-    if found is None:
-        pytest.skip("needs cuobjdump on the path: it is in the CUDA toolkit, and in the package nvidia-cuda-cuobjdump")
-    return found
+    packages = glob.glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "*", "bin"))
+    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home), "/usr/local/cuda/bin", *packages]
+    path = os.pathsep.join(folders)
+    found = shutil.which("cuobjdump", path=path)
+    if found is None or shutil.which("nvdisasm", path=path) is None:
+        pytest.skip(
+            "needs cuobjdump and nvdisasm: they are in the CUDA toolkit, and in the packages nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm"
+        )
+    return subprocess.run([found, *arguments], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +139,7 @@ def built() -> dict[str, dict[str, tuple[int, int, int]]]:
     module = native.kernels()
     if not native.build_info()["cuda"]:
         pytest.skip("needs bip_fast built for CUDA: BIP_FAST_CUDA=1 pip install .")
-    text = subprocess.run([cuobjdump(), "--dump-resource-usage", module.__file__], capture_output=True, text=True, check=True).stdout
+    text = cuobjdump("--dump-resource-usage", module.__file__)
     found: dict[str, dict[str, tuple[int, int, int]]] = {}
     for part in re.split(r"^arch = sm_", text, flags=re.MULTILINE)[1:]:
         usage = re.findall(
@@ -144,3 +171,53 @@ def test_the_numbers_of_cuobjdump_are_what_they_are_taken_for(built):
     """The parameters of the finish are one `Args`, which is as large everywhere."""
     assert len({kernels["step_finish"][2] - PROCESSORS[architecture][1] for architecture, kernels in built.items()}) == 1
     assert len({kernels["step_upper"][1] - 1024 * (int(architecture) >= 90) for architecture, kernels in built.items()}) == 1
+
+
+def weighed(loop: Loop) -> Callable[[Iterable[sass.Instruction]], sass.Counts]:
+    """What a way through the loop must have: bytes read and written, additions to shared memory, votes, and no call."""
+
+    def weigh(code: Iterable[sass.Instruction]) -> sass.Counts:
+        wide = [instruction for instruction in code if not loop.vectors or "STRONG" in instruction.opcode]  # __ldcg and __stwb are
+        return (
+            sum(instruction.width() for instruction in wide if instruction.opcode.startswith(("LDG.", "LD.E"))),
+            sum(instruction.width() for instruction in wide if instruction.opcode.startswith(("STG.", "ST.E"))),
+            sum(instruction.opcode.startswith(("ATOMS.ADD", "ATOMS.POPC")) for instruction in code),
+            sum(instruction.opcode.startswith("VOTE") for instruction in code),
+            sum(instruction.opcode.startswith("CALL") for instruction in code),
+        )
+
+    return weigh
+
+
+@pytest.fixture(scope="module")
+def loops_of(assembled) -> Callable[[str, str], sass.Loops]:
+    @functools.cache
+    def disassembled(source: str) -> dict[str, list[sass.Instruction]]:
+        return sass.kernels(cuobjdump("-sass", str(assembled(source).cubin)))
+
+    @functools.cache
+    def loops(source: str, kernel: str) -> sass.Loops:
+        (code,) = [code for name, code in disassembled(source).items() if re.search(rf"\d{kernel}_kernel", name)]
+        return sass.Loops(code)
+
+    return loops
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: f"{loop.kernel}-{loop.what}".replace(" ", "-"))
+def test_a_turn_has_the_bytes_and_instructions_of_the_model(loops_of, loop):
+    """Other versions of nvcc may need some more or fewer instructions. Two loops may move as much: one of them must be this."""
+    loops = loops_of(loop.source, loop.kernel)
+    wanted = (loop.bytes_read(), loop.bytes_written(), loop.additions, loop.votes, 0)
+    # Only bytes by the quad tell a loop from one around it.
+    headers = [header for header, body in loops.bodies.items() if loop.vectors or len(body & loops.bodies.keys()) == 1]
+    found = [turns[wanted] for turns in (loops.turns(header, weighed(loop)) for header in headers) if wanted in turns]
+    assert found, "no turn of any loop moves so many bytes"
+    assert min(abs(few - loop.instructions) for few in found) <= 0.05 * loop.instructions, found
+
+
+@pytest.mark.parametrize(("phase", "rule"), [("lower", "sgd"), ("lower", "adamw"), ("upper", "sgd"), ("joint", "sgd"), ("joint", "adamw")])
+def test_the_model_has_the_bytes_that_steps_are_compared_with(phase, rule):
+    kernel = f"step_{phase}" + ("_adamw" if rule == "adamw" else "")
+    (loop,) = [loop for loop in LOOPS if loop.kernel == kernel]
+    flips = 0.15 if phase != "lower" else 0
+    assert loop.bytes_per_weight() + flips == pytest.approx(step_bytes(phase, 1.0, rule=rule))
