@@ -99,16 +99,19 @@ __device__ __noinline__ inline void fall_back_alone(const Args& args, JudgeRoom&
 }
 
 // Whole block, with the keys inside a window that held the k-th key in `room`'s histogram, and what the group remembers in room.memory:
-// returns the window of the bin of the k-th key, and sets the window of the next step. The histogram is empty afterwards.
-__device__ __noinline__ inline Window next_window(const Args& args, JudgeRoom& room, int group, const Window& judged) {
+// returns the window of the bin of the k-th key, and sets the window of the next step. The histogram is empty afterwards. `sampled`: the
+// group fell back, and how far the next window reaches is known (reject).
+__device__ __noinline__ inline Window next_window(const Args& args, JudgeRoom& room, int group, const Window& judged, bool sampled) {
   const int shift = window_shift(judged);
-  const uint32_t rank = rank_of(room, judged, shift, room.memory.threshold);
-  if (thread_id() == 0) {
-    const int64_t error = static_cast<int64_t>(rank) - judged.wanted;
-    widen_window(room.memory, error < 0 ? -error : error, args.step.groups[group].numel);
-    add(args.step.counters[group].candidates, judged.inside);
+  if (!sampled) {
+    const uint32_t rank = rank_of(room, judged, shift, room.memory.threshold);
+    if (thread_id() == 0) {
+      const int64_t error = static_cast<int64_t>(rank) - judged.wanted;
+      widen_window(room.memory, error < 0 ? -error : error, args.step.groups[group].numel);
+      add(args.step.counters[group].candidates, judged.inside);
+    }
+    __syncthreads();
   }
-  __syncthreads();
   Window window = closed_if_settled(judged);
   if (window.inside == 0) {  // the k-th key is at the window's edge, and there is no bin to look for
     clear(room);
@@ -142,13 +145,19 @@ __device__ __noinline__ inline const Candidate* staged(JudgeRoom& room, const Ca
   return copy;
 }
 
-// The window held the k-th key, and all keys inside are listed: `wanted` of them are kept.
-__device__ inline void accept(const Args& args, JudgeRoom& room, int group, const Window& judged) {
+// Whether a window held the k-th key, and all keys inside are listed.
+__device__ __forceinline__ bool served(const Args& args, int group, int64_t above, int64_t inside) {
+  const int64_t kept = args.step.groups[group].kept;
+  return above <= kept && kept <= above + inside && inside <= capacity_of(args, group);
+}
+
+// The window served: `wanted` of the keys inside are kept. `sampled`: as in next_window.
+__device__ inline void accept(const Args& args, JudgeRoom& room, int group, const Window& judged, bool sampled) {
   if (args.workspace.alone || judged.inside <= kAloneUpTo) {
     const Candidate* list = staged(room, candidates_of(args, group), judged.inside);
     clear(room);
     count_keys(room, list, judged.inside, judged, window_shift(judged));
-    const Window window = next_window(args, room, group, judged);
+    const Window window = next_window(args, room, group, judged, sampled);
     return settle_group(args, room, group, list, judged.inside, window, judged);
   }
   if (thread_id() != 0) return;
@@ -192,8 +201,8 @@ __device__ __noinline__ inline void conclude(const Args& args, JudgeRoom& room, 
     add(args.step.counters[group].steps, 1);
   }
   const Window& judged = room.group.window;
-  if (known && above <= kept && kept <= above + inside && inside <= capacity_of(args, group))
-    accept(args, room, group, {judged.lo, judged.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)});
+  if (known && served(args, group, above, inside))
+    accept(args, room, group, {judged.lo, judged.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)}, false);
   else
     reject(args, room, group, known, above, inside);
 }

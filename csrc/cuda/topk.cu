@@ -14,6 +14,7 @@
 #include "count.cuh"
 #include "judge.cuh"
 #include "launch.cuh"
+#include "sample.cuh"
 
 namespace bip::cuda {
 namespace {
@@ -43,22 +44,15 @@ uint32_t capacity_for(int64_t n) {
   return std::max(static_cast<uint32_t>(8 * root * root) + 1024, 8192u);
 }
 
-// Which keys are sampled, and which of them, by rank from 1, are the edges of the window. As on the CPU (cpu/select.h) runs of 32 neighbours at
-// pseudo-random places, and a margin of 5 deviations and a run; but four times as many, since candidates cost more here than samples.
+// Which keys are sampled: four times as many as on the CPU (cpu/select.h), since candidates cost more here than samples.
 struct Sample {
   int64_t runs;  // of a warp's width
   uint32_t stride;
-  int64_t upper, lower;  // below 1, or above the number of keys: there is no edge
 
-  Sample(int64_t n, int64_t k)
+  explicit Sample(int64_t n)
       : runs(0), stride(static_cast<uint32_t>(std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)) / 4)))) {
     runs = n / kWarp / stride;
-    const double fraction = static_cast<double>(k) / static_cast<double>(n), rank = fraction * static_cast<double>(runs * kWarp);
-    const double margin = kWarp + 5.0 * std::sqrt(rank * (1.0 - fraction));
-    upper = static_cast<int64_t>(std::floor(rank - margin)) + 1;
-    lower = static_cast<int64_t>(std::ceil(rank + margin)) + 1;
   }
-  __device__ __forceinline__ uint32_t size() const { return static_cast<uint32_t>(runs * kWarp); }
 };
 
 struct TopkArgs {
@@ -98,75 +92,25 @@ __device__ __forceinline__ void for_sampled(const TopkArgs& args, Visit visit) {
   const Sample& sample = args.sample;
   for (int64_t run = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(); run < sample.runs;
        run += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const uint64_t place = (static_cast<uint64_t>(run) * 0x9e3779b97f4a7c15ull >> 32) % sample.stride;
-    const int64_t i = (run * sample.stride + static_cast<int64_t>(place)) * kWarp + lane_id();
+    const int64_t i = sampled_run(run, sample.stride) * kWarp + lane_id();
     visit(full_key(score_key(args.topk.scores[i]), static_cast<uint32_t>(i)));
   }
 }
 
-constexpr int kEdgeBins = kBins / 2;  // the upper edge has the upper half of a histogram
-
-__device__ __forceinline__ int edge_shift(const Bin& bin) {
-  const int shift = window_shift({bin.lo, bin.hi, 0, 0});  // for kBins
-  return (bin.hi - 1 - bin.lo) >> shift < kEdgeBins ? shift : shift + 1;
-}
-
-struct Edges {
-  Bin upper, lower;  // bins that hold the keys at the edges
-};
-
-struct TopkRoom : JudgeRoom {
-  Edges edges;
-};
-
-// Whole block: where the sample's edges are, by its first digits. An edge that there is not gets an empty bin at that end.
-__device__ inline Edges first_edges(const TopkArgs& args, TopkRoom& room) {
-  const Window all{0, kNoKey, 0, 0};
-  const Share share(room);
-  if (thread_id() == 0) room.edges = {{kNoKey, kNoKey, 0, 0}, {0, 0, args.sample.size(), 0}};
-  __syncthreads();
-  if (share.holds(args.sample.upper))
-    room.edges.upper = bin_of(room, share, static_cast<uint32_t>(args.sample.upper), all, kAnyDigit.shift + 32, 0);
-  if (share.holds(args.sample.lower))
-    room.edges.lower = bin_of(room, share, static_cast<uint32_t>(args.sample.lower), all, kAnyDigit.shift + 32, 0);
-  __syncthreads();
-  return room.edges;
-}
-
 // Whole block: the window that the sample suggests.
-__device__ __noinline__ Window guess(const TopkArgs& args, TopkRoom& room) {
+__device__ __noinline__ Window guess(const TopkArgs& args, SampleRoom& room) {
   clear(room);
-  for_sampled(args, [&](uint64_t key) {
-    count(room.histogram, first_bin(kAnyDigit, static_cast<uint32_t>(key >> 32)), static_cast<uint32_t>(key >> 32));
-  });
+  for_sampled(args, [&](uint64_t key) { count_first_key(room, kAnyDigit, key); });
   add_histogram(room, args.workspace->sampled);
   wait_for_all();
   load_histogram(room, args.workspace->sampled);
-  const Edges edges = first_edges(args, room);
+  const Edges edges = edges_of(room, kAnyDigit, args.topk.n, args.topk.k);
   clear(room);
-  const auto count_in = [&](const Bin& bin, int first, uint64_t key) {
-    if (key >= bin.lo && key < bin.hi)
-      count(room.histogram, first + static_cast<int>((key - bin.lo) >> edge_shift(bin)), static_cast<uint32_t>(key >> 32));
-  };
-  for_sampled(args, [&](uint64_t key) {
-    count_in(edges.upper, kEdgeBins, key);
-    count_in(edges.lower, 0, key);
-  });
+  for_sampled(args, [&](uint64_t key) { count_edge_key(room, edges, key); });
   add_histogram(room, args.workspace->sampled_edges);
   wait_for_all();
   load_histogram(room, args.workspace->sampled_edges);
-  const Share share(room);
-  if (thread_id() == 0) room.window = {edges.lower.lo, edges.upper.hi, 0, 0};
-  __syncthreads();
-  const int64_t upper = args.sample.upper - edges.upper.above, lower = args.sample.lower - edges.lower.above + edges.upper.inside;
-  const auto within = [](const Bin& bin) { return Window{bin.lo, bin.hi, 0, 0}; };
-  if (edges.upper.inside != 0 && share.holds(upper))
-    room.window.hi =
-        bin_of(room, share, static_cast<uint32_t>(upper), within(edges.upper), edge_shift(edges.upper), edges.upper.lo, kEdgeBins).hi;
-  if (edges.lower.inside != 0 && share.holds(lower))
-    room.window.lo = bin_of(room, share, static_cast<uint32_t>(lower), within(edges.lower), edge_shift(edges.lower), edges.lower.lo).lo;
-  __syncthreads();
-  return room.window;
+  return window_of(room, edges, room.ranks);
 }
 
 // ---- judge ----
@@ -317,7 +261,7 @@ __device__ __noinline__ void finish(const TopkArgs& args, JudgeRoom& room, Windo
 
 // All blocks are resident and meet at the same barriers: after each they read the same counts.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_mask_kernel(const TopkArgs __grid_constant__ args) {
-  __shared__ TopkRoom room;
+  __shared__ SampleRoom room;
   TopkWorkspace& workspace = *args.workspace;
   if (thread_id() == 0) room.entries = room.above = 0;
   Window window = guess(args, room);
@@ -359,7 +303,7 @@ int64_t topk_workspace_bytes(int64_t n) {
 
 void topk(const Topk& topk, void* stream) {
   if (topk.n == 0) return;
-  const TopkArgs args{topk, static_cast<TopkWorkspace*>(topk.workspace), capacity_for(topk.n), Sample(topk.n, topk.k)};
+  const TopkArgs args{topk, static_cast<TopkWorkspace*>(topk.workspace), capacity_for(topk.n), Sample(topk.n)};
   check(cudaMemsetAsync(args.workspace, 0, sizeof(TopkWorkspace), stream_of(stream)), "topk", "cudaMemsetAsync");
   const int64_t tiles = tiles_of(topk.n);
   if (topk.n > args.capacity && topk.k > 0 && topk.k < topk.n)

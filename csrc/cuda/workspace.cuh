@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
+#include "sample.cuh"
 #include "search.h"
-#include "select.cuh"
 
 namespace bip::cuda {
 
@@ -26,7 +26,10 @@ struct GroupState {
   Window window;      // of this step, while there is a task
   Progress progress;  // of the launch
   Task task;
-  uint32_t listed;  // candidates, while they are finished
+  uint32_t listed;   // candidates, while they are finished
+  uint32_t counted;  // steps that fell back and that a sample did not serve; for tests
+  Edges edges;       // of the sample of a group that falls back
+  EdgeRanks ranks;
 };
 
 // Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
@@ -39,7 +42,8 @@ struct Queue {
   uint32_t through;               // blocks that are through with their tiles in this launch, where steps are counted
   uint32_t finishing;             // groups in the list of those to finish
   uint32_t falling;               // groups that fall back
-  uint32_t open[kMaxRounds + 1];  // groups that fall back and have too many keys inside, after each round
+  uint32_t counting;              // of these, groups that a sample did not serve
+  uint32_t open[kMaxRounds + 1];  // of those, groups that have too many keys inside, after each round
 };
 
 // Room for what is undecided once the bin of the k-th key is known.

@@ -17,6 +17,8 @@ LOWER, UPPER, JOINT = 0, 1, 2
 # More tiles than one launch does alone: a large group of two tensors with a dense one between, a middle one, and one that is all listed.
 SPECS = [(400_000, 0, F32), (150_001, 1, F32), (777, -1, F32), (130_033, 0, BF16), (1000, 1, F32), (900, 2, F32)]
 KEPT = [53_000, 75_000, 100]
+# Of the workspace of CUDA kernels (workspace.cuh): the states of the groups begin behind the Queue; of each the Memory comes first.
+CUDA_STATES, CUDA_STATE_BYTES, COUNTED = 64, 160, 92
 
 
 class Twins:
@@ -49,6 +51,11 @@ class Twins:
             for name in ("steps", "first", "missed", "crowded", "candidates")
         }
 
+    def counted(self, group=0):
+        """Steps in which a sample did not serve the group and its digits were counted, on the simulator."""
+        place = CUDA_STATES + group * CUDA_STATE_BYTES + COUNTED
+        return self.networks[self.module.cuda].workspaces[self.module.cuda][place : place + 4].view(np.uint32).item()
+
 
 def gained(before, after):
     return {name: after[name] - before[name] for name in after}
@@ -61,6 +68,7 @@ PATHS = {
     "all equal": {"mask_lr": 0.0, "scores": lambda n: np.full(n, 0.5)},
     "zeros and ones": {"mask_lr": 0.3, "scores": lambda n: np.arange(n) % 2},
     "momentum of scores": {"mask_lr": 1e-3, "mask_momentum": 0.9},
+    "few are kept": {"mask_lr": 0.3, "kept": [530, 150, 100]},
 }
 
 
@@ -80,6 +88,7 @@ def test_every_path_ends_at_the_same_mask(module, path, seed):
     if path == "missed in most steps":
         assert counters["missed"] >= 4
     assert twins.counters(group=2)["first"] == 0  # so few entries that all are listed
+    assert twins.counted(0) == twins.counted(1) == 0, "a sample serves all of these"
 
 
 def test_candidates_too_many_for_one_block(module):
@@ -128,6 +137,20 @@ def test_a_crowded_window_falls_back(module):
         assert gained(before, twins.counters())["crowded"] + gained(before, twins.counters())["missed"] == 1
         twins.step()
         assert gained(before, twins.counters())["steps"] == 2
+
+
+def test_what_a_sample_cannot_tell_apart_is_counted(module):
+    """Scores that differ in their last bits only: two digits of a sample leave too many inside. The other group is served by its sample."""
+    for grid in (1, 5):
+        module.sim.set_max_grid(grid)
+        twins = Twins(module, kept=[300_000, *KEPT[1:]], mask_lr=0.0)
+        twins.set("scores", lambda scores: scores[:400_000].view(np.uint32).__setitem__(slice(None), 0x3F000000 + np.arange(400_000) % 7))
+        twins.step()
+        assert [twins.counters(group)["first"] for group in range(3)] == [1, 1, 0]
+        assert [twins.counted(group) for group in range(3)] == [1, 0, 0]
+        twins.step()
+        twins.step(JOINT)
+        assert twins.counters()["first"] == 1
 
 
 def test_a_window_far_off_falls_back_and_finds_its_way(module):
@@ -200,7 +223,7 @@ def test_an_old_window_is_no_rule(module):
     for memory in ([0, 2**64 - 1], [2**63, 2**63], [2**64 - 1, 2**64 - 1], [0, 0], [2**62, 2**63 + 5], [3 << 62, (3 << 62) + 1]):
         twins = Twins(module, [(600_000, 0, F32)], [60_000], mask_lr=1e-3)
         twins.step()
-        for backend, offset in ((module.cuda, 16), (module.cpu, 0)):  # of the first group's Memory
+        for backend, offset in ((module.cuda, CUDA_STATES), (module.cpu, 0)):  # of the first group's Memory
             twins.networks[backend].workspaces[backend][offset : offset + 16].view(np.uint64)[:] = memory
         twins.step()
         twins.step()
