@@ -41,6 +41,9 @@ __device__ __forceinline__ void fence() {
 #endif
 }
 
+// Whole grid, of a launch whose blocks are all resident: what any block did comes before what all do next.
+__device__ __forceinline__ void wait_for_all() { cooperative_groups::this_grid().sync(); }
+
 // The contiguous share [begin, end) of `tiles` tiles that belongs to this block. Tile numbers fit an int on the device, where registers are
 // scarce: 2^31 tiles are 40 TB. Entries and offsets are 64 bits.
 struct Range {

@@ -2,7 +2,7 @@
 //
 // Every launch is checked and names its operation and kernel when it fails. Nothing here synchronises, allocates or changes the
 // current device, so everything can be captured in a graph. Grids have as many blocks as fit on the device at once (blocks that keep
-// a histogram then flush it once), fewer when there is less work.
+// a histogram then flush it once), fewer when there is less work than a tile for each processor.
 //
 // The host runtime the project uses, all of it: cudaLaunchKernel, cudaLaunchCooperativeKernel, cudaMemsetAsync, cudaGetDevice, cudaDeviceGetAttribute,
 // cudaOccupancyMaxActiveBlocksPerMultiprocessor, cudaGetLastError, cudaGetErrorString.
@@ -60,28 +60,38 @@ void launch_with(void (*kernel)(Parameters...), bool together, const char* op, c
       values);
 }
 
-// Blocks of a kernel that are resident on the current device at once: as registers and shared memory allow. Asked for once per kernel and
-// device; 0 in the cache: not asked yet.
+struct Device {
+  int processors;
+  int resident;  // blocks of a kernel that are there at once: as registers and shared memory allow
+};
+
+// What the current device has for a kernel. Asked for once per kernel and device; 0 in the cache: not asked yet.
 template <auto kKernel>
-int64_t resident_blocks(const char* op) {
+Device device_for(const char* op) {
   constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> cache{};
+  static std::array<std::atomic<uint64_t>, kDevices> cache{};
   int device = 0;
   check(cudaGetDevice(&device), op, "cudaGetDevice");
   const bool cached = device < kDevices;
-  if (const int known = cached ? cache[device].load(std::memory_order_relaxed) : 0) return known;
+  if (const uint64_t known = cached ? cache[device].load(std::memory_order_relaxed) : 0)
+    return {static_cast<int>(known >> 32), static_cast<int>(known & 0xffffffffu)};
   int processors = 0, blocks = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op, "cudaDeviceGetAttribute");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0), op, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  const int resident = processors * std::max(blocks, 1);
-  if (cached) cache[device].store(resident, std::memory_order_relaxed);  // two threads that race here store the same number
-  return resident;
+  const Device found{processors, processors * std::max(blocks, 1)};
+  // two threads that race here store the same
+  if (cached)
+    cache[device].store(static_cast<uint64_t>(found.processors) << 32 | static_cast<uint64_t>(found.resident), std::memory_order_relaxed);
+  return found;
 }
 
-// As many blocks run the kernel as are resident at once, fewer when that is more than a warp for each of `tiles`; at least one.
+// A block for every kWarps of `tiles`, a warp for each; where that leaves processors idle a block for each of these, as far as there are tiles.
+// As many as are resident at once at most, at least one.
 template <auto kKernel>
 int64_t blocks_for(const char* op, int64_t tiles) {
-  return std::clamp<int64_t>((tiles + kWarps - 1) / kWarps, 1, resident_blocks<kKernel>(op));
+  const Device device = device_for<kKernel>(op);
+  const int64_t blocks = std::max((tiles + kWarps - 1) / kWarps, std::min<int64_t>(tiles, device.processors));
+  return std::clamp<int64_t>(blocks, 1, device.resident);
 }
 
 template <auto kKernel, class... Arguments>

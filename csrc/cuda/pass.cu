@@ -243,20 +243,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_mask_kerne
   for (int number = share.begin + warp_id(); number < share.end; number += kWarps) mask_tile(Tile(args.step, number));
 }
 
-// One warp per item of units. In a joint step the update counts the gradients that are not finite.
+// One warp per item of units, and when all sums are there one per tile of units. In a joint step the update counts the gradients that are not
+// finite.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessorJoint)
-    step_sums_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
+    step_scores_kernel(const Args __grid_constant__ args, const GradientTable __grid_constant__ table) {
   __shared__ float columns[kWarps][kItemColumns];
   if (skipped(args.step)) return;
   Sums sums;
   const uint32_t nonfinite = sum_items(args, table, inverse_of(args.step.grad_scale), columns[warp_id()]);
   if (args.step.phase == Phase::upper) sums.nonfinite = nonfinite;
   report_nonfinite(args.step, sums);
-}
-
-// One warp per tile of units.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_scores_kernel(const Args __grid_constant__ args) {
-  if (!skipped(args.step)) score_units(args.step, args.workspace.searches == nullptr);
+  wait_for_all();
+  score_units(args.step, args.workspace.searches == nullptr);
 }
 
 // One warp per mask word of units.
@@ -318,9 +316,7 @@ void Pass::launch_gradients() const {
 }
 
 void Pass::launch_scores() const {
-  if (!has_units()) return;
-  launch<step_sums_kernel>("step", "step_sums_kernel", args_.step.num_items, stream_, args_, table_);
-  launch<step_scores_kernel>("step", "step_scores_kernel", args_.step.unit_tile_end - args_.step.unit_tile_begin, stream_, args_);
+  if (has_units()) launch_together<step_scores_kernel>("step", "step_scores_kernel", args_.step.num_items, stream_, args_, table_);
 }
 
 void Pass::launch_update() const {
@@ -332,8 +328,7 @@ void Pass::launch_update() const {
 }
 
 void Pass::launch_spread() const {
-  const int64_t words = (args_.step.unit_tile_end - args_.step.unit_tile_begin) * (kTile / kWarp);
-  if (has_units()) launch<step_spread_kernel>("step", "step_spread_kernel", words, stream_, args_);
+  if (has_units()) launch<step_spread_kernel>("step", "step_spread_kernel", unit_words(), stream_, args_);
 }
 
 void Pass::launch_lower() const {

@@ -13,11 +13,12 @@ class Pass {
 
   const Args& args() const { return args_; }
   bool has_units() const { return args_.step.unit_tile_end != args_.step.unit_tile_begin; }
+  int64_t unit_words() const { return (args_.step.unit_tile_end - args_.step.unit_tile_begin) * (kTile / kWarp); }  // of their masks
 
   void launch_gradients() const;  // those that do not fit into the parameters, before any kernel that reads them
   void launch_scores() const;     // of units: their sums and their scores
   void launch_update() const;     // the entries, by phase and rule
-  void launch_spread() const;     // the masks of units to their weights
+  void launch_spread() const;     // the masks of units to their weights, where several ranks have decided on them
 
  private:
   void launch_lower() const;

@@ -4,6 +4,7 @@
 //   upper  2 launches  update: scores, judged at once against the window of the step before            16.3
 //                      finish: returns at once in most steps
 //   joint  2 launches  update: both; then as upper                                                     28.3 to 32.3
+//   Units take a launch more, for their sums and scores, and the finish always; it also writes the masks and z of their weights.
 //   With AdamW 8 bytes more in lower and joint steps. With an optimizer of the caller's these write m*g instead of theta, v and z, and a
 //   launch more writes z when that optimizer has moved theta.
 //   Up to kAloneTiles tiles the first launch does everything.
@@ -20,6 +21,7 @@
 #include "launch.cuh"
 #include "pass.cuh"
 #include "runs.cuh"
+#include "units.cuh"
 
 namespace bip::cuda {
 namespace {
@@ -241,8 +243,6 @@ __device__ __noinline__ void judge_again(const Args& args, JudgeRoom& room) {
   });
 }
 
-__device__ __forceinline__ void wait_for_all() { cooperative_groups::this_grid().sync(); }
-
 // Whole grid: digits of all scores narrow the windows of the groups that no sample served, until the keys inside can be listed.
 __device__ __noinline__ void narrow_all(const Args& args, Room& room) {
   const Queue& queue = *args.workspace.queue;
@@ -255,15 +255,10 @@ __device__ __noinline__ void narrow_all(const Args& args, Room& room) {
   }
 }
 
-// What the update could not conclude, all blocks together, all of them resident: groups with many candidates are finished; those that fall
-// back are sampled and judged, counted where that does not serve, and finished, with barriers over the grid between. After a barrier all
-// blocks read the same counts and so decide the same. In most steps there is neither, and no barrier either.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_kernel(const Args __grid_constant__ args) {
-  __shared__ SampleRoom room;
-  if (skipped(args.step)) return;
+// Whole grid: groups with many candidates are finished; those that fall back are sampled and judged, counted where that does not serve, and
+// finished. After a barrier all blocks read the same counts and so decide the same.
+__device__ __noinline__ void finish_groups(const Args& args, SampleRoom& room, uint32_t finishing, uint32_t falling) {
   Queue& queue = *args.workspace.queue;
-  const uint32_t finishing = queue.finishing, falling = queue.falling;
-  if (finishing == 0 && falling == 0) return;
   clear(room);
   for (uint32_t i = 0; i < finishing; ++i) count_share(args, room, args.workspace.finish_list[i], i, false);
   uint32_t counting = 0, to_finish = finishing;
@@ -286,6 +281,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_ker
   if (counting != 0) judge_again(args, room);
 }
 
+// What the update could not conclude, all blocks together, all of them resident: groups, with barriers over the grid, which are nearly never
+// needed, and then the weights of units whose bits have flipped.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) step_finish_kernel(const Args __grid_constant__ args) {
+  __shared__ SampleRoom room;
+  if (skipped(args.step)) return;
+  const bool units = args.step.unit_tile_end != args.step.unit_tile_begin;
+  const uint32_t finishing = args.workspace.queue->finishing, falling = args.workspace.queue->falling;
+  if (finishing != 0 || falling != 0) {
+    finish_groups(args, room, finishing, falling);
+    if (units) wait_for_all();
+  }
+  if (units) spread_units(args.step);
+}
+
 }  // namespace
 
 int64_t step_workspace_bytes(int64_t num_tensors, int64_t num_groups, int64_t num_scored_tiles) {
@@ -299,9 +308,9 @@ void step(const Step& step, void* stream) {
   if (step.phase == Phase::lower) return pass.launch_update();
   pass.launch_scores();
   pass.launch_update();
-  if (step.num_groups != 0 && !pass.args().workspace.alone)
-    launch_together<step_finish_kernel>("step", "step_finish_kernel", step.num_scored_tiles, stream, pass.args());
-  pass.launch_spread();
+  const int64_t words = pass.unit_words();
+  if (words == 0 && (step.num_groups == 0 || pass.args().workspace.alone)) return;
+  launch_together<step_finish_kernel>("step", "step_finish_kernel", std::max(step.num_scored_tiles, words), stream, pass.args());
 }
 
 }  // namespace bip::cuda

@@ -75,8 +75,6 @@ __host__ __device__ __forceinline__ int64_t tiles_of(int64_t n) { return (n + kT
 
 __device__ __forceinline__ Group group_of(const Topk& topk) { return {topk.n, topk.k, topk.n, 0, 0, 0}; }
 
-__device__ __forceinline__ void wait_for_all() { cooperative_groups::this_grid().sync(); }
-
 // Calls body(tile) for the tiles of this block, a warp for each.
 template <class Body>
 __device__ __forceinline__ void for_tiles(const Topk& topk, Body body) {

@@ -36,6 +36,20 @@ def test_the_simulator_runs_the_kernels(simulator):
     assert simulator.launches() >= 1
 
 
+@pytest.mark.parametrize("pattern", ["filter", "block:2x2"])
+def test_units_take_one_launch_more(simulator, pattern):
+    """One for their sums and scores, one as for weights, and one that finishes and writes the masks of their weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(24, 36), torch.nn.Linear(36, 5))
+    opt = FastBiP(model, pattern=pattern, **MOVING)
+    for phase, launches in (("lower", 1), ("upper", 3), ("joint", 3)):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        with getattr(opt, phase)():
+            simulator.launches()
+            opt.step()
+            assert simulator.launches() == launches, phase
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_topk_in_any_order(simulator, seed, grid):
@@ -57,3 +71,16 @@ def test_steps_in_any_order(simulator, seed, grid):
         run = Lockstep(params, lambda params=params, scope=scope: FastBiP(params, **MOVING, scope=scope))
         run.random_steps(4)
         run.random_steps(2, seed=1, phase="joint")
+
+
+@pytest.mark.parametrize("grid", [1, 5])
+def test_more_units_than_one_launch_settles(simulator, grid):
+    """Their windows miss, so that the finish samples and judges them, and writes the masks of their weights after a barrier."""
+    simulator.set_max_grid(grid)
+    params = [torch.nn.Parameter(torch.rand(2110, 1000, generator=torch.Generator().manual_seed(0)) - 0.5)]
+    run = Lockstep(params, lambda: FastBiP(params, **MOVING, pattern="block:1x4"))
+    run.random_steps(2)
+    run.random_steps(1, seed=1, phase="joint")
+    row = run.opt.report().selections[0]
+    assert row.steps == 3
+    assert row.fallbacks >= 2

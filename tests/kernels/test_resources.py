@@ -37,7 +37,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = {
     "pass.cu": {
         "step_lower": 3, "step_upper": 3, "step_joint": 2, "step_lower_adamw": 2, "step_joint_adamw": 2, "step_lower_gradient": 3,
-        "step_joint_gradient": 2, "step_mask": 3, "step_sums": 2, "step_scores": 3, "step_spread": 3,
+        "step_joint_gradient": 2, "step_mask": 3, "step_scores": 2, "step_spread": 3,
     },
     "step.cu": {"step_finish": 3},
     "shards.cu": {"shards_count": 3, "shards_read": 3, "shards_end": 3},
@@ -101,7 +101,7 @@ def test_nothing_spills_and_the_blocks_fit(assembled, source):
     # scores that a sample does not tell apart.
     allowed = {
         "flush_pending": 8, "step_upper": 20, "topk_mask": 40, "narrow_all": 16, "judge_all": 4,
-        "step_finish": 40, "judge_run": 12, "judge_again": 16, "judge_by_samples": 56, "conclude_sampled": 8,
+        "step_finish": 8, "finish_groups": 40, "judge_run": 12, "judge_again": 44, "judge_by_samples": 56, "conclude_sampled": 8, "sample_edges": 8,
     }  # fmt: skip
     assert not [
         (function, stores, loads)
