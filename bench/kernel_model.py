@@ -60,8 +60,8 @@ LOOPS = (
     Loop("pass.cu", "step_joint_gradient", "joint step, your own optimizer", "g theta s mask", "s m*g", 8, 342, votes=2),
     Loop("pass.cu", "step_scores", "sums of units", "g theta", "", 12, 376, vectors=False),
     Loop("step.cu", "step_finish", "judging again after a wrong window", "s mask", "", 8, 119, votes=2),
-    Loop("step.cu", "step_finish", "counting first digits", "s", "", 16, 699, additions=16),
-    Loop("step.cu", "step_finish", "counting digits inside a window", "s", "", 16, 487, additions=16),
+    Loop("step.cu", "step_finish", "counting digits where no sample served", "s", "", 16, 487, additions=16),
+    Loop("pass.cu", "step_upper", "counting first digits, up to 0.5M weights", "s", "", 16, 689, additions=16),
     Loop("topk.cu", "topk_mask", "`topk_mask`, judging", "s", "byte", 16, 201, votes=4),
 )  # fmt: skip
 

@@ -5,6 +5,9 @@
 
 namespace bip::cuda {
 
+// Digits that it may take to tell all keys apart: 11 bits each, of 64, and one more where an atom shortens the window.
+constexpr int kMaxRounds = 7;
+
 // Calls visit(score, place) for every score of a tile, in any order.
 template <bool kVector, class Visit>
 __device__ __forceinline__ void for_scores(const float* scores, int entries, Visit visit) {

@@ -36,6 +36,16 @@ __device__ __forceinline__ Window whole_window(const Group& group) {
   return closed_if_settled({0, kNoKey, static_cast<uint32_t>(group.kept), static_cast<uint32_t>(group.numel)});
 }
 
+// The part of all `n` keys that holds the k-th, when `above` are at least `judged.hi` and `inside` are between its ends.
+__device__ __forceinline__ Window window_of_kth(const Window& judged, int64_t n, int64_t k, int64_t above, int64_t inside) {
+  const auto window = [](uint64_t lo, uint64_t hi, int64_t wanted, int64_t keys) {
+    return Window{lo, hi, static_cast<uint32_t>(wanted), static_cast<uint32_t>(keys)};
+  };
+  if (k <= above) return window(judged.hi, kNoKey, k, above);
+  if (k <= above + inside) return window(judged.lo, judged.hi, k - above, inside);
+  return window(0, judged.lo, k - above - inside, n - above - inside);
+}
+
 // A key inside goes to bin (key - lo) >> window_shift.
 __device__ __forceinline__ int window_shift(const Window& window) {
   const int bits = 64 - __clzll(static_cast<long long>(window.hi - 1 - window.lo));

@@ -12,8 +12,8 @@
 //
 // The block that completes a group in the update knows whether the window held its k-th key (conclude.cuh). If so, it settles the
 // candidates, or leaves them to `finish` where they are many. If not, the group falls back: the finish takes a sample of its scores and judges
-// all of them by the window that this gives, 4.1 bytes more per weight. Where the sample does not serve either, it counts first digits of all
-// scores, then further ones, and judges once more: 12.2 bytes more. Nothing returns to the host.
+// all of them by the window that this gives, 4.1 bytes more per weight. Where the sample does not serve either, it counts digits of all scores
+// until few enough are left, 4 bytes for each digit, and judges once more. Nothing returns to the host.
 // The mask changes in two places: judge_near (judge.cuh) while streaming, repair (conclude.cuh) candidate by candidate.
 // Whatever the path and the grid, a group's mask is the top-k of its scores by unique keys. A tensor's entries are written by one
 // warp only until its group is complete, and then by the block that completed it or by the finish.
@@ -180,8 +180,9 @@ __device__ __noinline__ void conclude_sampled(const Args& args, JudgeRoom& room,
     const Window& judged = room.group.window;
     accept(args, room, group, {judged.lo, judged.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)}, true);
   } else if (thread_id() == 0) {
+    state.window = window_of_kth(room.group.window, args.step.groups[group].numel, kept, above, inside);
     ++state.counted;
-    atomicAdd(&args.workspace.queue->counting, 1u);
+    atomicAdd(&args.workspace.queue->open[0], 1u);
   }
 }
 
@@ -202,35 +203,23 @@ __device__ __forceinline__ uint32_t listable(const Args& args, int group) {
   return most < capacity ? most : capacity;
 }
 
-// Whole block, the last of a group in a counting pass: the group's new window, and whether it needs one more pass.
-__device__ __forceinline__ void narrowed(const Args& args, int group, const Window& window, int round) {
-  if (thread_id() != 0) return;
-  state_of(args, group).window = window;
-  if (window.inside > listable(args, group)) atomicAdd(&args.workspace.queue->open[round], 1u);
-}
-
-// Counts first digits of the scores of the groups that still fall back.
-__device__ __noinline__ void count_first_digits(const Args& args, Room& room) {
-  for_falling_runs(args, [&](const Run& run, GroupState& state) {
-    for_noted_tiles_in(args, room, run,
-                       [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
-    if (merge(room, args.workspace.histograms[run.group], state.progress, entries_of(args, run.group)))
-      narrowed(args, run.group, narrow_first(room, args.step.groups[run.group], kScoreDigit, &state.memory), 0);
-  });
-}
-
-// One more digit for those whose window has too many keys.
-__device__ __noinline__ void count_next_digits(const Args& args, Room& room, int round) {
+// Counts digits of the scores of the groups that still fall back. The first time that is all of them, and shows where the window of the next
+// step begins; then those with too many keys inside their windows. The last block of a group narrows its window.
+__device__ __noinline__ void count_digits(const Args& args, Room& room, int round) {
   for_falling_runs(args, [&](const Run& run, GroupState& state) {
     // Read before this block publishes any entry of the group, so before the last block can replace it.
     const Window window = state.window;
-    if (window.inside <= listable(args, run.group)) return;
+    const uint32_t most = listable(args, run.group);
+    if (round > 0 && window.inside <= most) return;
     const int shift = window_shift(window);
     for_noted_tiles_in(args, room, run, [&](const Tile& tile) {
       count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
     });
-    if (merge(room, args.workspace.histograms[run.group], state.progress, entries_of(args, run.group)))
-      narrowed(args, run.group, narrow(room, window, shift, window.lo, &state.memory), round);
+    if (!merge(room, args.workspace.histograms[run.group], state.progress, entries_of(args, run.group))) return;
+    const Window narrowed = narrow(room, window, shift, window.lo, &state.memory, round == 0);
+    if (thread_id() != 0) return;
+    state.window = narrowed;
+    if (narrowed.inside > most) atomicAdd(&args.workspace.queue->open[round + 1], 1u);
   });
 }
 
@@ -243,14 +232,12 @@ __device__ __noinline__ void judge_again(const Args& args, JudgeRoom& room) {
   });
 }
 
-// Whole grid: digits of all scores narrow the windows of the groups that no sample served, until the keys inside can be listed.
+// Whole grid: digits of all scores narrow the windows of the groups that no sample served, until the keys inside can be listed. After each
+// round all blocks read the same count of open groups: those of the next round go to another place.
 __device__ __noinline__ void narrow_all(const Args& args, Room& room) {
   const Queue& queue = *args.workspace.queue;
-  count_first_digits(args, room);
-  wait_for_all();
-  // After each round all blocks read the same count of open groups: those of the next round go to another place.
   for (int round = 0; round < kMaxRounds && queue.open[round] != 0; ++round) {
-    count_next_digits(args, room, round + 1);
+    count_digits(args, room, round);
     wait_for_all();
   }
 }
@@ -269,7 +256,7 @@ __device__ __noinline__ void finish_groups(const Args& args, SampleRoom& room, u
     wait_for_all();
     judge_by_samples(args, room);
     wait_for_all();
-    counting = queue.counting;
+    counting = queue.open[0];
     to_finish = queue.finishing;
     for (uint32_t i = finishing; i < to_finish; ++i) count_share(args, room, args.workspace.finish_list[i], i, true);
     if (counting != 0) narrow_all(args, room);

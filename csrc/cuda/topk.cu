@@ -19,15 +19,13 @@
 namespace bip::cuda {
 namespace {
 
-// Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
-constexpr int kMaxRounds = 7;
 constexpr uint32_t kFewCandidates = 4096;  // room for those in the bin of the k-th key
 constexpr uint32_t kAloneUpTo = 2048;      // candidates that one block settles from the list
 
 struct alignas(16) TopkWorkspace {
   uint32_t fell_back;                // 1: the sample did not serve; for tests
   Histogram sampled, sampled_edges;  // first digits; second ones in the bins of both edges
-  Histogram digits[kMaxRounds + 1];
+  Histogram digits[kMaxRounds];
   Histogram listed;
   Progress guessed, certain, small;  // of the first judging, of one after a fallback, and of few scores
   uint32_t num_few;
@@ -189,17 +187,12 @@ __device__ __noinline__ void judge_all(const TopkArgs& args, JudgeRoom& room, co
   if (thread_id() == 0) room.above = 0;
 }
 
-// Whole grid: a window that is certain, with few enough keys inside to be listed, by digits of all scores.
-__device__ __noinline__ Window narrow_all(const TopkArgs& args, JudgeRoom& room) {
+// Whole grid: narrows a window that holds the k-th key, by digits of all scores, until the keys inside can be listed.
+__device__ __noinline__ Window narrow_all(const TopkArgs& args, JudgeRoom& room, Window window) {
   const Topk& topk = args.topk;
   TopkWorkspace& workspace = *args.workspace;
   clear(room);
-  for_tiles(topk, [&](const Tile& tile) { count_first(room, kAnyDigit, topk.scores + tile.first, tile.entries); });
-  add_histogram(room, workspace.digits[0]);
-  wait_for_all();
-  load_histogram(room, workspace.digits[0]);
-  Window window = narrow_first(room, group_of(topk), kAnyDigit);
-  for (int round = 1; round <= kMaxRounds && window.inside > args.capacity; ++round) {
+  for (int round = 0; round < kMaxRounds && window.inside > args.capacity; ++round) {
     const int shift = window_shift(window);
     for_tiles(topk, [&](const Tile& tile) {
       count_inside(room, window, shift, topk.scores + tile.first, tile.entries, static_cast<uint32_t>(tile.first));
@@ -271,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) topk_mask_kerne
     return finish(args, room, window, static_cast<uint32_t>(inside));
   }
   if (blockIdx.x == 0 && thread_id() == 0) workspace.fell_back = 1;
-  window = narrow_all(args, room);
+  window = narrow_all(args, room, window_of_kth(window, args.topk.n, k, above, inside));
   judge_all(args, room, window, workspace.certain);
   wait_for_all();
   finish(args, room, window, window.inside);

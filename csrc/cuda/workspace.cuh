@@ -32,9 +32,6 @@ struct GroupState {
   EdgeRanks ranks;
 };
 
-// Digits that a fallback may need after the first: 11 bits each, of 64, and one more where an atom shortens the window.
-constexpr int kMaxRounds = 7;
-
 // Work that is not shared out beforehand, and groups that have a task. The list is in no particular order, which nothing depends on. All 0
 // between steps.
 struct Queue {
@@ -42,8 +39,7 @@ struct Queue {
   uint32_t through;               // blocks that are through with their tiles in this launch, where steps are counted
   uint32_t finishing;             // groups in the list of those to finish
   uint32_t falling;               // groups that fall back
-  uint32_t counting;              // of these, groups that a sample did not serve
-  uint32_t open[kMaxRounds + 1];  // of those, groups that have too many keys inside, after each round
+  uint32_t open[kMaxRounds + 1];  // of these, groups that a sample did not serve; then those with too many keys inside, after each round
 };
 
 // Room for what is undecided once the bin of the k-th key is known.

@@ -100,8 +100,8 @@ def test_nothing_spills_and_the_blocks_fit(assembled, source):
     # those of topk_mask and step_finish of their stages, those of judge_run and what calls it of their runs of tiles, and narrow_all is for
     # scores that a sample does not tell apart.
     allowed = {
-        "flush_pending": 8, "step_upper": 20, "topk_mask": 40, "narrow_all": 16, "judge_all": 4,
-        "step_finish": 8, "finish_groups": 40, "judge_run": 12, "judge_again": 44, "judge_by_samples": 56, "conclude_sampled": 8, "sample_edges": 8,
+        "flush_pending": 8, "step_upper": 20, "topk_mask": 40, "narrow_all": 16, "judge_all": 4, "step_finish": 8, "finish_groups": 40,
+        "sample_edges": 8, "judge_run": 12, "judge_by_samples": 56, "conclude_sampled": 8, "judge_again": 44,
     }  # fmt: skip
     assert not [
         (function, stores, loads)
@@ -222,6 +222,6 @@ def test_a_turn_has_the_bytes_and_instructions_of_the_model(loops_of, loop):
 @pytest.mark.parametrize(("phase", "rule"), [("lower", "sgd"), ("lower", "adamw"), ("upper", "sgd"), ("joint", "sgd"), ("joint", "adamw")])
 def test_the_model_has_the_bytes_that_steps_are_compared_with(phase, rule):
     kernel = f"step_{phase}" + ("_adamw" if rule == "adamw" else "")
-    (loop,) = [loop for loop in LOOPS if loop.kernel == kernel]
+    loop = next(loop for loop in LOOPS if loop.kernel == kernel)
     flips = 0.15 if phase != "lower" else 0
     assert loop.bytes_per_weight() + flips == pytest.approx(step_bytes(phase, 1.0, rule=rule))

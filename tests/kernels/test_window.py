@@ -18,7 +18,7 @@ LOWER, UPPER, JOINT = 0, 1, 2
 SPECS = [(400_000, 0, F32), (150_001, 1, F32), (777, -1, F32), (130_033, 0, BF16), (1000, 1, F32), (900, 2, F32)]
 KEPT = [53_000, 75_000, 100]
 # Of the workspace of CUDA kernels (workspace.cuh): the states of the groups begin behind the Queue; of each the Memory comes first.
-CUDA_STATES, CUDA_STATE_BYTES, COUNTED = 64, 160, 92
+CUDA_STATES, CUDA_STATE_BYTES, COUNTED = 48, 160, 92
 
 
 class Twins:
@@ -151,6 +151,38 @@ def test_what_a_sample_cannot_tell_apart_is_counted(module):
         twins.step()
         twins.step(JOINT)
         assert twins.counters()["first"] == 1
+
+
+def sampled(n, stride):
+    """The entries of a single tensor that a sample of every so many runs sees (sampled_run in sample.cuh)."""
+    turns = np.arange(-(-n // (32 * stride)), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        runs = turns * np.uint64(stride) + (turns * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(stride)
+    seen = np.zeros(-(-n // 32), bool)
+    seen[runs[runs < seen.size].astype(np.int64)] = True
+    return np.repeat(seen, 32)[:n]
+
+
+@pytest.mark.parametrize("grid", [1, 5])
+@pytest.mark.parametrize("high", [True, False])
+def test_a_sample_that_is_not_like_the_rest(module, high, grid):
+    """All that it sees is high, or low: the threshold is far from its window, on either side."""
+    n, kept = 600_000, 60_000
+    module.sim.set_max_grid(grid)
+    twins = Twins(module, [(n, 0, F32)], [kept], mask_lr=1e-6)
+    seen = sampled(n, 2)  # sample_stride in step.cu: n / (20480 + 2560000 * 0.1 * 0.9), rounded down
+    assert 0.4 < seen.mean() < 0.6
+
+    def separate(scores):
+        uniform = np.random.default_rng(1).random(n, dtype=np.float32)
+        scores[:n] = np.where(seen == high, 0.9, 0.1) + 0.05 * uniform
+
+    twins.set("scores", separate)
+    twins.step()
+    assert (twins.counters()["first"], twins.counted()) == (1, 1)
+    twins.step()
+    twins.step(JOINT)
+    assert (twins.counters()["missed"], twins.counters()["crowded"]) == (0, 0), "the counting set a window"
 
 
 def test_a_window_far_off_falls_back_and_finds_its_way(module):
