@@ -87,15 +87,19 @@ CASES = [  # policy, tied, what else, options
     ("keep whole", True, "clip", {"preset": "joint", "optimizer": "adamw"}),
     ("bf16", False, "frozen", {"preset": "joint", "optimizer": adam, "mask_lr": 1.0}),
     ("offload", False, "checkpointed", {"preset": "joint", "mask_lr": 1.0}),
+    ("", False, "meta", {"preset": "joint", "optimizer": "adamw"}),
+    ("", False, "scaler", {"preset": "joint", "mask_lr": 1.0}),
 ]
 
 
 def train(policy, tie, extra, options):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    model = Net(tie)
+    with torch.device("meta" if extra == "meta" else "cpu"):
+        model = Net(tie)
     if extra == "frozen":
         model.layers[0].requires_grad_(False)
     for number, layer in enumerate(model.layers):
@@ -103,13 +107,26 @@ def train(policy, tie, extra, options):
         fully_shard(layer, **policies()[policy])
     fully_shard(model, **policies()[policy])
     opt = FastBiP(model, sparsity=0.9, **options)
+    if extra == "meta":
+        model.to_empty(device="cpu")
+        set_model_state_dict(model, Net(tie).state_dict(), options=StateDictOptions(full_state_dict=True))
+        opt.bind()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=extra == "scaler")
     check(opt)
     for step in range(5):
         tokens = torch.randint(TOKENS, (4, 12), generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
-        nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten()).backward()
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+        scaler.scale(loss).backward()
         if extra == "clip":
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
+        if extra == "scaler" and step == 2:
+            before = [whole(of(p)).clone() for p in opt.pruned_params for of in (opt.scores_of, opt.weight_of)]
+            if dist.get_rank() == 1:
+                model.layers[0][0].weight.grad.to_local().fill_(float("inf"))
+        scaler.step(opt)
+        scaler.update()
+        if extra == "scaler" and step == 2:
+            assert all(map(torch.equal, before, [whole(of(p)) for p in opt.pruned_params for of in (opt.scores_of, opt.weight_of)]))
         opt.zero_grad()
         check(opt)
     names = [row.name for row in opt.report().rows]
