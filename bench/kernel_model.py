@@ -1,9 +1,10 @@
-"""What a weight costs in each loop of the CUDA kernels that goes over entries: bytes of memory, and instructions.
+"""What a weight costs in the loops of the CUDA kernels that go over entries: bytes of memory, and instructions.
 
 Bytes are those of the arrays, as the design has them. Instructions are counted in what nvcc 13.0 makes for compute capability 9.0, on the
-way that nearly all turns of the loop take: full tiles of aligned fp32 arrays, no entry near the threshold, no flip.
-tests/kernels/test_resources.py counts both again in the compiled kernels. What goes over units, candidates or ranks is left out: it is
-little.
+way of full tiles of aligned fp32 arrays where no entry is near the threshold and none flips. In a step with a window nearly all turns are
+so. Where the window is from a sample, most turns have an entry near it: there they are the least that a turn takes. What a tile needs once,
+every 4 or 8 turns, is left out, and so are mask momentum, N:M, and what goes over units, candidates or the sums of ranks.
+tests/kernels/test_resources.py counts both again in the compiled kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Loop(NamedTuple):
     additions: int = 0
     votes: int = 0
     vectors: bool = True
+    others: tuple[int, ...] = ()  # instructions of other loops that move as much: N:M; other shapes of units; counting inside a window
 
     def bytes_read(self) -> int:
         """In a turn, by accesses of a quad; those of mask words, which eight lanes share, are not among them."""
@@ -54,15 +56,15 @@ LOOPS = (
     Loop("pass.cu", "step_lower_adamw", "lower step, AdamW", "g theta a b mask", "theta a b z", 8, 478),
     Loop("pass.cu", "step_lower_gradient", "lower step, your own optimizer", "g mask", "m*g", 8, 110),
     Loop("pass.cu", "step_mask", "z after your own optimizer", "theta mask", "z", 4, 46),
-    Loop("pass.cu", "step_upper", "upper step", "g theta s mask", "s", 8, 267, votes=2),
+    Loop("pass.cu", "step_upper", "upper step", "g theta s mask", "s", 8, 267, votes=2, others=(328,)),
     Loop("pass.cu", "step_joint", "joint step, SGD", "g theta v s mask", "theta v s z", 8, 447, votes=2),
     Loop("pass.cu", "step_joint_adamw", "joint step, AdamW", "g theta a b s mask", "theta a b s z", 8, 644, votes=2),
     Loop("pass.cu", "step_joint_gradient", "joint step, your own optimizer", "g theta s mask", "s m*g", 8, 342, votes=2),
-    Loop("pass.cu", "step_scores", "sums of units", "g theta", "", 12, 376, vectors=False),
-    Loop("step.cu", "step_finish", "judging again after a wrong window", "s mask", "", 8, 119, votes=2),
+    Loop("pass.cu", "step_scores", "sums of units", "g theta", "", 12, 376, vectors=False, others=(402, 404)),
+    Loop("step.cu", "step_finish", "judging by a sample's window, at least", "s mask", "", 8, 119, votes=2),
     Loop("step.cu", "step_finish", "counting digits where no sample served", "s", "", 16, 487, additions=16),
-    Loop("pass.cu", "step_upper", "counting first digits, up to 0.5M weights", "s", "", 16, 689, additions=16),
-    Loop("topk.cu", "topk_mask", "`topk_mask`, judging", "s", "byte", 16, 201, votes=4),
+    Loop("pass.cu", "step_upper", "counting first digits, up to 0.5M weights", "s", "", 16, 689, additions=16, others=(479,)),
+    Loop("topk.cu", "topk_mask", "`topk_mask`, judging, at least", "s", "byte", 16, 201, votes=4),
 )  # fmt: skip
 
 

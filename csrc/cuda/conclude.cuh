@@ -116,12 +116,12 @@ __device__ __noinline__ inline Window next_window(const Args& args, JudgeRoom& r
   if (window.inside == 0) {  // the k-th key is at the window's edge, and there is no bin to look for
     clear(room);
     if (thread_id() == 0) {
-      const double distance = static_cast<double>(judged.hi - judged.lo) / (judged.inside + 1) * room.memory.half;
-      room.memory.lo = key_below(window.hi, distance);
-      room.memory.hi = key_above(window.hi, distance);
+      const double way = distance_in(judged) * room.memory.half;
+      room.memory.lo = key_below(window.hi, way);
+      room.memory.hi = key_above(window.hi, way);
     }
   } else {
-    window = narrow(room, judged, shift, judged.lo, &room.memory, true);
+    window = narrow(room, judged, shift, judged.lo, &room.memory, distance_in(judged));
   }
   if (thread_id() == 0) state_of(args, group).memory = room.memory;
   return window;
@@ -179,11 +179,12 @@ __device__ inline void reject(const Args& args, JudgeRoom& room, int group, bool
   }
   clear(room);
   if (args.workspace.alone) {
-    for_tiles_of(args, group, [&](const Tile& tile) { count_first(room, kScoreDigit, tile.tensor.scores + tile.first, tile.entries); });
-    return fall_back_alone(args, room, group, narrow_first(room, selection, kScoreDigit, &state.memory));
+    for_tiles_of(args, group, [&](const Tile& tile) { count_first(room, tile.tensor.scores + tile.first, tile.entries); });
+    return fall_back_alone(args, room, group, narrow_first(room, selection, state.memory));
   }
   if (thread_id() != 0) return;
   state.task = Task::fall_back;
+  state.stride = sample_stride(selection.numel, selection.kept);
   atomicAdd(&args.workspace.queue->falling, 1u);
 }
 

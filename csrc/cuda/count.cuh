@@ -5,8 +5,7 @@
 
 namespace bip::cuda {
 
-// Digits that it may take to tell all keys apart: 11 bits each, of 64, and one more where an atom shortens the window.
-constexpr int kMaxRounds = 7;
+constexpr int kMaxRounds = (64 + kDigitBits - 1) / kDigitBits;  // digits that it may take to tell all keys apart
 
 // Calls visit(score, place) for every score of a tile, in any order.
 template <bool kVector, class Visit>
@@ -37,11 +36,8 @@ __device__ __forceinline__ void for_scores(const float* scores, int entries, Vis
 // First digits that one lane has counted but not yet added to shared memory. Many scores are 0 or 1, others come in runs of equal ones, and
 // additions to one address are done one after the other.
 struct Tally {
-  FirstDigit digit;
   uint32_t zeros = 0, ones = 0;
   uint32_t run_key = 0, run = 0;
-
-  __device__ __forceinline__ explicit Tally(FirstDigit first_digit) : digit(first_digit) {}
 
   __device__ __forceinline__ void add(Histogram& histogram, uint32_t key) {
     zeros += key == kZero;
@@ -65,13 +61,13 @@ struct Tally {
   static constexpr uint32_t kZero = 0x80000000u, kOne = 0xbf800000u;  // score_key of 0 and 1
 
   __device__ __forceinline__ void put(Histogram& histogram, uint32_t key, uint32_t times) const {
-    if (times) count(histogram, first_bin(digit, key), key, times);
+    if (times) count(histogram, first_bin(kScoreDigit, key), key, times);
   }
 };
 
 // One warp counts the first digits of a tile.
-__device__ inline void count_first(Room& room, FirstDigit digit, const float* scores, int entries) {
-  Tally tally(digit);
+__device__ inline void count_first(Room& room, const float* scores, int entries) {
+  Tally tally;
   for_scores(scores, entries, [&](float score, int) { tally.add(room.histogram, score_key(score)); });
   tally.flush(room.histogram);
 }

@@ -2,7 +2,8 @@
 //
 // Every launch is checked and names its operation and kernel when it fails. Nothing here synchronises, allocates or changes the
 // current device, so everything can be captured in a graph. Grids have as many blocks as fit on the device at once (blocks that keep
-// a histogram then flush it once), fewer when there is less work than a tile for each processor.
+// a histogram then flush it once), fewer when there is less than a tile for each of their warps, but a block for
+// each processor while there are tiles.
 //
 // The host runtime the project uses, all of it: cudaLaunchKernel, cudaLaunchCooperativeKernel, cudaMemsetAsync, cudaGetDevice, cudaDeviceGetAttribute,
 // cudaOccupancyMaxActiveBlocksPerMultiprocessor, cudaGetLastError, cudaGetErrorString.

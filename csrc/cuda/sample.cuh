@@ -6,6 +6,8 @@
 // costs time and never changes a mask.
 #pragma once
 
+#include <cmath>
+
 #include "judge.cuh"
 
 namespace bip::cuda {
@@ -23,6 +25,14 @@ struct EdgeRanks {
     lower = static_cast<int64_t>(std::ceil(rank + margin)) + 1;
   }
 };
+
+// One in so many runs of neighbours of a group is sampled: 4 n^(2/3) keys, and so many that the window probably has less than 1/160 of all
+// keys, which is 10 deviations of the sample, where the list has room for 1/128.
+__device__ __forceinline__ uint32_t sample_stride(int64_t numel, int64_t kept) {
+  const double n = static_cast<double>(numel), fraction = static_cast<double>(kept) / n, root = std::cbrt(n);
+  const double few = 20480.0 + 2560000.0 * fraction * (1.0 - fraction), stride = n / (4.0 * root * root > few ? 4.0 * root * root : few);
+  return stride < 1.0 ? 1u : static_cast<uint32_t>(stride);
+}
 
 // The sampled one of each `stride` neighbouring runs.
 __device__ __forceinline__ int64_t sampled_run(int64_t turn, uint32_t stride) {

@@ -36,7 +36,8 @@ __device__ __forceinline__ Window whole_window(const Group& group) {
   return closed_if_settled({0, kNoKey, static_cast<uint32_t>(group.kept), static_cast<uint32_t>(group.numel)});
 }
 
-// The part of all `n` keys that holds the k-th, when `above` are at least `judged.hi` and `inside` are between its ends.
+// The part of all `n` keys that holds the k-th, when `above` are at least `judged.hi` and `inside` are between its ends. All of it may be
+// wanted: `narrow` closes such a window.
 __device__ __forceinline__ Window window_of_kth(const Window& judged, int64_t n, int64_t k, int64_t above, int64_t inside) {
   const auto window = [](uint64_t lo, uint64_t hi, int64_t wanted, int64_t keys) {
     return Window{lo, hi, static_cast<uint32_t>(wanted), static_cast<uint32_t>(keys)};
@@ -278,10 +279,16 @@ __device__ inline Bin bin_of(const Room& room, const Share& share, uint32_t rank
   return found;
 }
 
+// How far apart neighbouring keys inside a window are, on average.
+__device__ __forceinline__ double distance_in(const Window& window) {
+  return static_cast<double>(window.hi - window.lo) / (static_cast<double>(window.inside) + 1);
+}
+
 // Whole block: from an open window and the histogram of its keys, in bins of 2^shift, to the window of the k-th key's bin. Empties the
 // histogram. With `memory` it also sets the ends of the next step's window, as far as this histogram shows the ranks they should have. For
-// ranks beyond it, `guess` extrapolates by the average distance of keys; without `guess` the ends of an earlier, wider histogram stay.
-__device__ inline Window narrow(Room& room, const Window& window, int shift, uint64_t floor, Memory* memory = nullptr, bool guess = false) {
+// ranks beyond it, `distance` between neighbouring keys tells; where it is 0, the ends of an earlier, wider histogram stay.
+__device__ inline Window narrow(Room& room, const Window& window, int shift, uint64_t floor, Memory* memory = nullptr,
+                                double distance = 0) {
   const Share share(room);
   if (share.holds(window.wanted)) {  // true in exactly one thread: 1 <= wanted <= inside
     const Bin bin = bin_of(room, share, window.wanted, window, shift, floor);
@@ -297,8 +304,7 @@ __device__ inline Window narrow(Room& room, const Window& window, int shift, uin
       const Bin bin = bin_of(room, share, static_cast<uint32_t>(lower), window, shift, floor);
       memory->lo = key_at(bin.lo, bin.hi, bin.inside, static_cast<uint32_t>(lower) - bin.above);
     }
-    if (guess && thread_id() == 0) {
-      const double distance = static_cast<double>(window.hi - window.lo) / window.inside;
+    if (distance > 0 && thread_id() == 0) {
       if (upper < 1) memory->hi = key_above(window.hi, distance * static_cast<double>(1 - upper));
       if (lower > window.inside) memory->lo = key_below(window.lo, distance * static_cast<double>(lower - window.inside));
     }
@@ -312,11 +318,11 @@ __device__ inline Window narrow(Room& room, const Window& window, int shift, uin
   return room.window;
 }
 
-// The same for a histogram of first digits, whose lowest bin also took what lies below it.
-__device__ inline Window narrow_first(Room& room, const Group& group, FirstDigit digit, Memory* memory = nullptr) {
+// The same for a histogram of first digits of scores, whose lowest bin also took what lies below it.
+__device__ inline Window narrow_first(Room& room, const Group& group, Memory& memory) {
   Window window = whole_window(group);
-  window.lo = static_cast<uint64_t>(digit.base) << 32;
-  return narrow(room, window, digit.shift + 32, 0, memory, true);
+  window.lo = static_cast<uint64_t>(kScoreDigit.base) << 32;
+  return narrow(room, window, kScoreDigit.shift + 32, 0, &memory, distance_in(window));
 }
 
 // About how many of the keys that a histogram holds are at least `key`: exact but for the half of one bin.

@@ -1,12 +1,14 @@
 // Upper and joint steps whose selection groups have entries on several ranks: what cpu/shards.cpp does, enqueued.
 //
-//   score   2 launches with units    sums and scores of the units
+//   score   1 launch with units      sums and scores of the units
 //   offer   1                        the best unit of every set that is not lifted yet
 //   lift    1                        the one that is best of all ranks is kept in any case
 //   begin   3 and a memset           opens the search, moves and judges all entries (pass.cu), counts the candidates
 //   narrow  2                        reads the sums of all ranks (search.h), and counts the next digit
 //   end     1, with units 2          every entry that is open gets its bit, and the window of the next step is set
 //
+// `score` has a barrier over its grid, so all its blocks must become resident: collectives of other groups of ranks, such as those of
+// gradients, should be done by then, or on the same stream.
 // The host decides nothing, so the caller adds up sums for as many rounds as a key can need. Rounds with nothing to do return at once: after a
 // window that was right, those behind the second or third.
 #include "conclude.cuh"

@@ -109,20 +109,12 @@ __device__ __noinline__ void finish_share(const Args& args, Room& room, int grou
 
 // ---- sample ----
 
-// One in so many runs of neighbours of a group is sampled: 4 n^(2/3) keys, and so many that the window probably has less than the list holds,
-// which is 1/128 of all: 10 deviations of the sample are 1/160 of it.
-__device__ __forceinline__ uint32_t sample_stride(const Group& group) {
-  const double n = static_cast<double>(group.numel), fraction = static_cast<double>(group.kept) / n, root = std::cbrt(n);
-  const double few = 20480.0 + 2560000.0 * fraction * (1.0 - fraction), stride = n / (4.0 * root * root > few ? 4.0 * root * root : few);
-  return stride < 1.0 ? 1u : static_cast<uint32_t>(stride);
-}
-
 // Calls visit(key) for the sampled keys in a block's run that are this lane's, and notes all entries of the run.
 template <class Visit>
 __device__ __forceinline__ void for_sampled_in(const Args& args, Room& room, const Run& run, Visit visit) {
   constexpr int64_t kRuns = kTile / kWarp;
   const Step& step = args.step;
-  const uint32_t stride = sample_stride(step.groups[run.group]);
+  const uint32_t stride = state_of(args, run.group).stride;
   const int64_t begin = run.begin * kRuns, end = run.end * kRuns;
   for (int64_t turn = begin / stride + warp_id(); turn * stride < end; turn += kWarps) {
     const int64_t sampled = sampled_run(turn, stride);
@@ -180,7 +172,9 @@ __device__ __noinline__ void conclude_sampled(const Args& args, JudgeRoom& room,
     const Window& judged = room.group.window;
     accept(args, room, group, {judged.lo, judged.hi, static_cast<uint32_t>(kept - above), static_cast<uint32_t>(inside)}, true);
   } else if (thread_id() == 0) {
-    state.window = window_of_kth(room.group.window, args.step.groups[group].numel, kept, above, inside);
+    const Window& judged = room.group.window;
+    state.distance = distance_in({judged.lo, judged.hi, 0, static_cast<uint32_t>(inside)});
+    state.window = window_of_kth(judged, args.step.groups[group].numel, kept, above, inside);
     ++state.counted;
     atomicAdd(&args.workspace.queue->open[0], 1u);
   }
@@ -216,7 +210,7 @@ __device__ __noinline__ void count_digits(const Args& args, Room& room, int roun
       count_inside(room, window, shift, tile.tensor.scores + tile.first, tile.entries, tile.index());
     });
     if (!merge(room, args.workspace.histograms[run.group], state.progress, entries_of(args, run.group))) return;
-    const Window narrowed = narrow(room, window, shift, window.lo, &state.memory, round == 0);
+    const Window narrowed = narrow(room, window, shift, window.lo, &state.memory, round == 0 ? state.distance : 0);
     if (thread_id() != 0) return;
     state.window = narrowed;
     if (narrowed.inside > most) atomicAdd(&args.workspace.queue->open[round + 1], 1u);

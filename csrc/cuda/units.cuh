@@ -132,7 +132,8 @@ __device__ __forceinline__ const Part& part_of(const Step& step, int64_t number)
   return step.parts[low];
 }
 
-__device__ __forceinline__ int global_warp() { return static_cast<int>(blockIdx.x) * kWarps + warp_id(); }
+// Neighbours are of different blocks, so that few of them are spread over all processors.
+__device__ __forceinline__ int global_warp() { return warp_id() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
 __device__ __forceinline__ int num_warps() { return static_cast<int>(gridDim.x) * kWarps; }
 
 // Items are dealt out one by one: neighbours are of one tensor and so of one size. Returns how many gradients of a lane are not finite.

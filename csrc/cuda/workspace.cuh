@@ -28,8 +28,11 @@ struct GroupState {
   Task task;
   uint32_t listed;   // candidates, while they are finished
   uint32_t counted;  // steps that fell back and that a sample did not serve; for tests
-  Edges edges;       // of the sample of a group that falls back
+  // Of a group that falls back: one in how many runs of neighbours is sampled, what the sample says, and how far apart keys near the threshold are.
+  uint32_t stride;
+  Edges edges;
   EdgeRanks ranks;
+  double distance;
 };
 
 // Work that is not shared out beforehand, and groups that have a task. The list is in no particular order, which nothing depends on. All 0
@@ -47,7 +50,7 @@ BIP_HD uint32_t few_capacity(int64_t numel) { return 1024 + static_cast<uint32_t
 
 // Up to this many candidates, 8 for each thread, the last block settles itself; more are left to the finish, which takes 8 us on an H200.
 constexpr uint32_t kAloneUpTo = 2048;
-// Up to this many tiles with scores, one launch does everything. That saves most steps three launches. In a step that falls back (the first
+// Up to this many tiles with scores, one launch does everything, which saves most steps a launch. In a step that falls back (the first
 // of a training run and few others, see bench/studies/window.py) one block then narrows the window alone. Not tuned on a GPU yet.
 constexpr int64_t kAloneTiles = 512;
 

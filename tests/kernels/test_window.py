@@ -18,7 +18,7 @@ LOWER, UPPER, JOINT = 0, 1, 2
 SPECS = [(400_000, 0, F32), (150_001, 1, F32), (777, -1, F32), (130_033, 0, BF16), (1000, 1, F32), (900, 2, F32)]
 KEPT = [53_000, 75_000, 100]
 # Of the workspace of CUDA kernels (workspace.cuh): the states of the groups begin behind the Queue; of each the Memory comes first.
-CUDA_STATES, CUDA_STATE_BYTES, COUNTED = 48, 160, 92
+CUDA_STATES, CUDA_STATE_BYTES, COUNTED = 48, 176, 92
 
 
 class Twins:
@@ -183,6 +183,21 @@ def test_a_sample_that_is_not_like_the_rest(module, high, grid):
     twins.step()
     twins.step(JOINT)
     assert (twins.counters()["missed"], twins.counters()["crowded"]) == (0, 0), "the counting set a window"
+
+
+def test_one_group_is_finished_while_another_falls_back(module):
+    """Both have more candidates than one block settles: those of the group that is sampled join the list of what is to be finished."""
+    twins = Twins(module, [(1_100_000, 0, F32), (530_000, 1, F32)], [110_000, 53_000], mask_lr=1e-5)
+    twins.step()
+    twins.set("scores", lambda scores: np.clip(scores[:1_100_000] + np.float32(0.05), 0, 1, out=scores[:1_100_000]))
+    before = [twins.counters(group) for group in range(2)]
+    twins.step()
+    shifted, warm = (gained(before[group], twins.counters(group)) for group in range(2))
+    assert (shifted["missed"], twins.counted(0)) == (1, 0)
+    assert (warm["missed"], warm["crowded"]) == (0, 0)
+    assert warm["candidates"] > 2048
+    twins.step()
+    assert twins.counters()["missed"] == shifted["missed"]
 
 
 def test_a_window_far_off_falls_back_and_finds_its_way(module):
