@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import sass
 
 from bench.kernel_model import LOOPS, Loop
 from bip_fast.engine import native
 from bip_fast.timing.steps import step_bytes
-from tests.shared import sass
 
 pytestmark = pytest.mark.slow
 
