@@ -68,6 +68,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "iterations": ("iterations.json", lambda results, _: _where(results) + "\n\n" + report.iterations(results)),
     "quick": ("quick.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
     "search": ("search.json", lambda results, _: _where(results) + "\n\n" + compare.search_table(results)),
+    "sst2-search": ("sst2-search.json", lambda results, _: _where(results) + "\n\n" + compare.settings_table(results)),
     "cost": ("cost.json", lambda results, _: _where(results) + "\n\n" + compare.table(results)),
     "paper": ("paper.json", lambda results, _: _where(results) + "\n\n" + paper.table(results)),
     "digits": ("digits.json", lambda results, _: _where(results) + "\n\n" + digits.table(results)),

@@ -55,6 +55,22 @@ def search_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def settings_table(results: dict[str, Any]) -> str:
+    """Markdown: a line for each label of a search at one sparsity, with what each of its settings came to, the best in bold."""
+    found: dict[str, dict[str, float]] = {}
+    for row in results["rows"]:
+        found.setdefault(row["label"], {})[row["row"].removeprefix(row["label"]).lstrip(", ")] = row["accuracy"]
+    lines = ["| | percent right with each setting | best |", "|---|---|---|"]
+    for label, accuracies in found.items():
+        best = max(accuracies.values())
+        cells = [
+            f"**{100 * right:.1f}** {settings}" if right == best else f"{100 * right:.1f} {settings}"
+            for settings, right in accuracies.items()
+        ]
+        lines.append(f"| {label} | {'; '.join(cells)} | {100 * best:.1f} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m bench.studies.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
