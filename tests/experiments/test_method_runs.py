@@ -153,6 +153,7 @@ BAD = {
     "--mask-momentum 1": "--mask-momentum must be in [0, 1), got 1",
     "--train-images 5000": "--train-images must be at most 1,198 for --data digits, got 5,000",
     "--stride 0": "--stride must be at least 1, got 0",
+    "--method hydra --epochs 1": "--epochs must leave --method hydra at least one for its scores, got none with --freeze 0.5 of --epochs 1",
     "--epochs -1": "--epochs must be at least 1, got -1",
     "--method dense --sparsity 0 --epochs -1": "--epochs must be at least 0, got -1",
     "--method dense --pattern 2:4 --sparsity 0.6": "--pattern must be unstructured with --method dense",

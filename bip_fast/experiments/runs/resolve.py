@@ -105,6 +105,9 @@ def _check(settings: Settings) -> None:
     if method.blockwise:
         _check_blockwise(settings)
     _check_rewind(settings)
+    if settings.freeze and any(stage.moves == "scores" and not stage.recipe.epochs for stage in stages(settings)):
+        share = f"--freeze {settings.freeze:g} of --epochs {settings.epochs}"
+        raise UserError(f"--epochs must leave --method {settings.method} at least one for its scores, got none with {share}")
 
 
 def _check_blockwise(settings: Settings) -> None:
