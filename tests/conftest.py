@@ -29,8 +29,11 @@ def pytest_report_header():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
-    """Marks as `gpu` what takes the CUDA backend; other tests that need a GPU are marked where they are."""
+    """Marks as `gpu` what takes the CUDA backend, and as `slow` what looks at a whole comparison, which takes a minute to make; others are
+    marked where they are."""
     for item in items:
+        if "finished" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
         if "cuda" in item.fixturenames or (hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"):
             item.add_marker(pytest.mark.gpu)
 

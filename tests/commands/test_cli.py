@@ -185,7 +185,7 @@ BAD = {
     "--freeze 2": "--freeze must be in [0, 1], got 2",
     "--seed -1": "--seed must be at least 0, got -1",
     "--seed 9223372036854775808": "--seed must be less than 2**63",
-    "--width 100000000": "cannot build --model resnet20",
+    "--width 100000000000": "cannot build --model resnet20",
     "--checkpoint=": "--checkpoint must be the name of a file",
     "--out=": "--out must name a folder of its own",
     "--out mine": "mine has model.safetensors, but no run",
