@@ -270,7 +270,7 @@ def test_methods_take_every_pattern(digits, method, pattern):
     """One epoch: masks are whole units, and what is not kept is 0."""
     if pattern == "filter":  # coupled filters are found by it
         pytest.importorskip("torch_pruning", reason="needs the package torch-pruning: pip install 'bip-fast[test]'")
-    settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=1, sparsity=0.5)
+    settings = settings_of(method, pattern=pattern, model="resnet20b", epochs=2, sparsity=0.5)
     torch.manual_seed(0)
     model = build("resnet20b", 1, 10, width=8)
     stage = next(stage for stage in stages(settings) if stage.sparsity is not None)

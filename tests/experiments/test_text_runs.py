@@ -254,7 +254,7 @@ methods:
   BiP: {method: bip}
   movement: {lr: [0.01, 0.02]}
   "SNIP": {method: snip, pretrain_lr: 0.01}
-  "Hydra": {method: hydra, pretrain_epochs: 1, epochs: 2}
+  "Hydra": {method: hydra, pretrain_epochs: 1, epochs: 1, freeze: 1.0}
 """
 
 
