@@ -21,7 +21,8 @@ class Loop(NamedTuple):
     """One turn of a loop, by one lane.
 
     ``reads``, ``writes``: the arrays, of which the mask has one bit for an entry, a mask byte one byte, every other array 4 bytes.
-    ``additions``: to shared memory. ``votes``: of the warp, which tell the usual way from that where nothing is judged.
+    ``vectors``: they are moved by the quad; where they are not, every load counts. ``additions``: to shared memory. ``votes``: of the warp,
+    which tell the usual way from that where nothing is judged.
     """
 
     source: str

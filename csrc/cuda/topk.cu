@@ -42,13 +42,13 @@ uint32_t capacity_for(int64_t n) {
   return std::max(static_cast<uint32_t>(8 * root * root) + 1024, 8192u);
 }
 
-// Which keys are sampled: four times as many as on the CPU (cpu/select.h), since candidates cost more here than samples.
+// Which keys are sampled.
 struct Sample {
   int64_t runs;  // of a warp's width
   uint32_t stride;
 
   explicit Sample(int64_t n)
-      : runs(0), stride(static_cast<uint32_t>(std::max<int64_t>(1, static_cast<int64_t>(std::cbrt(static_cast<double>(n)) / 4)))) {
+      : runs(0), stride(static_cast<uint32_t>(std::max<int64_t>(1, static_cast<int64_t>(largest_stride(static_cast<double>(n)))))) {
     runs = n / kWarp / stride;
   }
 };

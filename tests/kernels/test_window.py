@@ -170,7 +170,7 @@ def test_a_sample_that_is_not_like_the_rest(module, high, grid):
     n, kept = 600_000, 60_000
     module.sim.set_max_grid(grid)
     twins = Twins(module, [(n, 0, F32)], [kept], mask_lr=1e-6)
-    seen = sampled(n, 2)  # sample_stride in step.cu: n / (20480 + 2560000 * 0.1 * 0.9), rounded down
+    seen = sampled(n, 2)  # sample_stride in sample.cuh: n / (20480 + 2560000 * 0.1 * 0.9), rounded down
     assert 0.4 < seen.mean() < 0.6
 
     def separate(scores):
