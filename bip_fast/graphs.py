@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
-from .engine.plan import StepPlan
+from .engine.launch.plan import StepPlan
 from .optimizer import FastBiP
 
 __all__ = ["GraphedIteration"]

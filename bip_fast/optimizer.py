@@ -17,6 +17,7 @@ from .engine.checkpoint import fitting_groups
 from .engine.coverage import would_prune
 from .engine.engine import Engine
 from .engine.inner import InnerOptimizer
+from .engine.launch.plan import StepPlan
 from .engine.options import (
     check_group,
     check_levels,
@@ -31,7 +32,6 @@ from .engine.options import (
 from .engine.param_groups import param_groups_of, seen_in_group, split_names
 from .engine.parameter import Seen
 from .engine.phases import Phases
-from .engine.plan import StepPlan
 from .engine.report import Report
 from .engine.rules import rule_of
 from .engine.shards import Ranks

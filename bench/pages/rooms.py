@@ -9,8 +9,8 @@ from pathlib import Path
 __all__ = ["table"]
 
 FOLDERS = (
-    ".", "engine", "export", "integrations", "timing", "experiments", "experiments/data", "experiments/models", "experiments/methods",
-    "experiments/runs", "experiments/compare", "commands",
+    ".", "engine", "engine/launch", "export", "integrations", "timing", "experiments", "experiments/data", "experiments/models",
+    "experiments/methods", "experiments/runs", "experiments/compare", "commands",
 )  # fmt: skip
 
 

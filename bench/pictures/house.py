@@ -24,7 +24,7 @@ FLOORS: list[list[tuple[float, str, str, str]]] = [
         (0.5, "schedule.py, presets.py, graphs.py, ...", "growing sparsity, defaults, CUDA graphs", ROSE),
     ],
     [
-        (0.5, "engine/engine.py, plan.py", "the tables that the kernels read, and the step", SKY),
+        (0.5, "engine/engine.py, launch/", "the tables that the kernels read, and the step", SKY),
         (0.5, "arena.py, coverage.py, budgets.py, units.py, ...", "where state lives, what is pruned, who competes", SKY),
     ],
     [(0.5, "engine/native.py", "the door to csrc", SKY), (0.5, "patterns.py, layers.py, options.py, ...", "rules and tables", SKY)],

@@ -13,11 +13,12 @@ from .agreement import together
 from .arena import Arena
 from .budgets import SelectionGroup, budget_of, selection_groups
 from .coverage import check_split, decide
+from .launch.gradients import gradient_table, no_gradients
+from .launch.plan import StepPlan
 from .native import MAX_GROUP, MAX_SHARDED_GROUP, backend, not_capturing
 from .options import check_group, group_keys, hyper_table
 from .parameter import Parameter, Seen
 from .patterns import NofM
-from .plan import StepPlan, gradient_table, no_gradients
 from .report import Decision, Report, Row, Selection, UnitCount, flat_metrics, layer_row
 from .rules import NONE, Rule
 from .shards import Ranks, local_of

@@ -1,8 +1,8 @@
 """The door to csrc: the compiled module, which devices it has kernels for, and `topk_mask`.
 
 A backend is a submodule of `bip_fast._C` with ``step`` and ``topk``: `BACKENDS` maps a device type to it. ``topk`` is called here,
-``step`` in `plan`. Kernels take raw pointers, so everything they trust is checked before: of parameters in `coverage` and `arena`, of
-gradients in `plan`. All memory is allocated by torch, workspaces too.
+``step`` in `launch.plan`. Kernels take raw pointers, so everything they trust is checked before: of parameters in `coverage` and
+`arena`, of gradients in `launch.gradients`. All memory is allocated by torch, workspaces too.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import nn
 
 import bip_fast
 from bip_fast import FastBiP
-from bip_fast.engine import plan
+from bip_fast.engine.launch import kernel_tables
 from bip_fast.engine.shards import local_of
 
 if not dist.is_available():
@@ -181,10 +181,10 @@ def load_damaged_through_torch(flat):
 def fail_on_one():
     """Error and what else is to be known, by name."""
     found, second = {}, dist.get_rank() == 1
-    most = plan.MAX_GROUP
-    plan.MAX_GROUP = 1000 if second else most
+    most = kernel_tables.MAX_GROUP
+    kernel_tables.MAX_GROUP = 1000 if second else most
     found["too many weights"] = error_of(made)
-    plan.MAX_GROUP = most
+    kernel_tables.MAX_GROUP = most
 
     params, opt = made()
     scores = {p: torch.full(p.shape, 0.5) for p in params}
@@ -193,9 +193,9 @@ def fail_on_one():
 
     advance(params, opt, "upper")
     opt.param_groups[0]["scope"] = "layer"
-    plan.MAX_GROUP = 500 if second else most
+    kernel_tables.MAX_GROUP = 500 if second else most
     found["too many weights for a new plan"] = error_of(advance, params, opt, "upper")
-    plan.MAX_GROUP = most
+    kernel_tables.MAX_GROUP = most
     advance(params, opt, "upper")
     assert [int(whole(opt.mask_of(p)).sum()) for p in params] == [p.numel() - round(0.7 * p.numel()) for p in params]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from bip_fast import FastBiP, topk_mask
 from bip_fast.engine.budgets import Budget, selection_groups
-from bip_fast.engine.plan import gradient_table
+from bip_fast.engine.launch.gradients import gradient_table
 
 # --- memory --------------------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from helpers import assert_same_snapshot, fill_gradients, make_params, snapshot,
 from lockstep import MOVING
 
 from bip_fast import FastBiP
-from bip_fast.engine import engine, native, plan
+from bip_fast.engine import engine, native
+from bip_fast.engine.launch import kernel_tables, plan
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_a_replaced_plan_keeps_its_memory_while_a_stream_uses_it(cuda):
 
 
 def test_a_table_that_changes_in_a_capture_is_an_error(streams):
-    table = plan.DeviceTable(np.arange(4), torch.device("cpu"))
+    table = kernel_tables.DeviceTable(np.arange(4), torch.device("cpu"))
     table._device = torch.device("cuda", 0)
     streams.capturing = True
     table.update(np.arange(4))  # as it was: nothing to write
@@ -178,6 +179,7 @@ def test_after_the_error_the_next_step_takes_the_change(monkeypatch, change):
 
     with monkeypatch.context() as patch:
         patch.setattr(plan, "not_capturing", refuse)
+        patch.setattr(kernel_tables, "not_capturing", refuse)
         patch.setattr(engine, "not_capturing", refuse)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"^capturing$"):
