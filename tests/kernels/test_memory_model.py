@@ -26,7 +26,7 @@ def body(file: str, first: str, last: str) -> str:
 BARRIER, FENCE = Op("barrier"), Op("fence")
 COMMON = {"__syncthreads();": [BARRIER], "__syncwarp();": [BARRIER], "fence();": [FENCE], "__threadfence();": [FENCE]}
 
-# --- the last block (select.cuh) -------------------------------------------------------------------------------------------------
+# --- the last block (histogram.cuh) -------------------------------------------------------------------------------------------------
 
 PUBLISH = COMMON | {
     "if (room.above) atomicAdd(&progress.above, room.above);": [Op("read", "room.above"), Op("add", "above", some=True)],
@@ -92,7 +92,7 @@ def publishing(grid: list[tuple[int, ...]], protocol: list[Op]) -> list[str]:
 
 
 def publish() -> list[Op]:
-    return parse(body("select.cuh", "inline bool publish_is_last(", "}"), PUBLISH)
+    return parse(body("histogram.cuh", "inline bool publish_is_last(", "}"), PUBLISH)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

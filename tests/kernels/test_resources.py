@@ -6,7 +6,7 @@ What can be too much                            where it is checked
   bytes of kernel parameters     4,096           here, and by a static_assert in launch.cuh
   blocks in a grid               resident ones   launch.cuh asks the device
   bytes and instructions of a weight             here, against bench/kernel_model.py
-  alignment of vector accesses                   static_asserts in block.cuh and select.cuh; `vectorizes` and `quad_aligned` decide who may
+  alignment of vector accesses                   static_asserts (block.cuh, histogram.cuh); `vectorizes` and `quad_aligned` decide who may
                                                  make them; every test on the simulator, built with -fsanitize=alignment
 """
 

@@ -16,7 +16,7 @@
 //   a second device                               engine/test_concurrency.py, where there are two GPUs
 //   a toolkit newer than the driver               `bip-fast doctor` launches a kernel: commands/test_doctor.py
 //   registers, shared memory, parameters          kernels/test_resources.py; launch.cuh checks the parameters when it is compiled
-//   vector accesses that are not aligned          seen here (-fsanitize=alignment); static_asserts in block.cuh and select.cuh
+//   vector accesses that are not aligned          seen here (-fsanitize=alignment); static_asserts in block.cuh and histogram.cuh
 //   speed, and the number of launches             the rows of bench/ count them and the steps without a usable window; no test asserts them
 //   2^31 weights and more                         kernels/test_window.py pretends that tiles lie that far out, here; kernels/test_topk.py
 //                                                 with BIP_FAST_LARGE_TESTS=1, real scores. Not covered: a whole step of so many
