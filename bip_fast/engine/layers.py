@@ -156,33 +156,41 @@ class Use(NamedTuple):
     dense: str | None = None
 
 
-def _rule(module: nn.Module, key: str, dims: int | None) -> LayerRule | None:
-    """The rule for a parameter of a module; ``dims`` is None where nobody knows them yet."""
-    for cls in type(module).__mro__:
-        for rule in reversed(PRUNABLE):
-            if fnmatchcase(key, rule.parameter) and rule.names(cls) and (dims is None or dims > 1) and (dims == 3 or not rule.experts):
+class _Rules:
+    """The table by class, for one walk over a model, which meets the same few classes again and again."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[type, list[LayerRule]] = {}
+
+    def of(self, module: nn.Module, key: str, dims: int | None) -> LayerRule | None:
+        """The rule for a parameter of a module; ``dims`` is None where nobody knows them yet."""
+        cls = type(module)
+        if cls not in self._by_class:  # the first of these counts
+            self._by_class[cls] = [rule for base in cls.__mro__ for rule in reversed(PRUNABLE) if rule.names(base)]
+        for rule in self._by_class[cls]:
+            if fnmatchcase(key, rule.parameter) and (dims is None or dims > 1) and (dims == 3 or not rule.experts):
                 return rule
-    return None
+        return None
 
 
 def _dims(p: Tensor) -> int | None:
     return None if is_lazy(p) else p.dim()
 
 
-def _has_experts(module: nn.Module) -> bool:
-    rules = (_rule(module, key, _dims(p)) for key, p in module._parameters.items() if p is not None)
-    return any(rule is not None and rule.experts for rule in rules)
+def _has_experts(module: nn.Module, rules: _Rules) -> bool:
+    found = (rules.of(module, key, _dims(p)) for key, p in module._parameters.items() if p is not None)
+    return any(rule is not None and rule.experts for rule in found)
 
 
-def _dense_inside(model: nn.Module) -> dict[nn.Module, str]:
+def _dense_inside(model: nn.Module, rules: _Rules) -> dict[nn.Module, str]:
     """Modules of which everything stays dense: those that a rule for "*" names, what chooses among experts, and what they contain."""
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
-        rule = _rule(module, "*", 2)
+        rule = rules.of(module, "*", 2)
         if rule is not None and rule.dense is not None and rule.parameter == "*":
             reasons |= dict.fromkeys(module.modules(), rule.dense)
         children = dict(module.named_children())
-        if "experts" in children or any(map(_has_experts, children.values())):
+        if "experts" in children or any(_has_experts(child, rules) for child in children.values()):
             for name, child in children.items():
                 if any(fnmatchcase(name, gate) for gate in GATES):
                     reasons |= dict.fromkeys(child.modules(), ROUTER)
@@ -191,12 +199,13 @@ def _dense_inside(model: nn.Module) -> dict[nn.Module, str]:
 
 def uses(model: nn.Module) -> Iterator[Use]:
     """Every use of a parameter that the table names, in the order in which the model made its modules."""
-    dense_inside = _dense_inside(model)
+    rules = _Rules()
+    dense_inside = _dense_inside(model, rules)
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
             if p is None:
                 continue
-            rule = _rule(module, key, _dims(p))
+            rule = rules.of(module, key, _dims(p))
             why = dense_inside.get(module, rule.dense if rule is not None else None)
             if why is not None:
                 yield Use(name, module, p, dense=why)
