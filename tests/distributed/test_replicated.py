@@ -45,6 +45,7 @@ def test_every_rank_hears_of_different_arguments(what, options):
     assert run_on(2, errors, options) == [expected, expected]
 
 
+@pytest.mark.slow
 def test_ranks_may_train_different_models():
     assert run_on(2, different_models) == [16, 9]
 

@@ -157,6 +157,7 @@ def stacked_all(width):
     raise AssertionError("no error")
 
 
+@pytest.mark.slow
 def test_matrices_of_one_parameter_keep_their_budgets_wherever_ranks_cut():
     found, error, mixed = run_on(2, stacked_all, 16)[0]
     PRUNABLE.append(LayerRule(nn.Module, "weight", experts=True))
@@ -211,6 +212,7 @@ def go_on(params, opt, steps):
     return [whole(x) for p in params for x in (p.detach(), opt.scores_of(p))]
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_go_on(tmp_path):
     assert run_on(2, copies, str(tmp_path)) == [[True] * 6] * 2
     with pytest.raises(RuntimeError, match="must be loaded by the rank that made it, rank 1 of 2, got rank 0 of 1; save state_dict"):

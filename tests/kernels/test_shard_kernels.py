@@ -71,11 +71,12 @@ class Rank:
         return np.concatenate([bits[: len(scores)] for bits, scores in zip(unpacked, self.scores, strict=True)])
 
     def indices(self):
+        """int64: the index in the group of every entry of this rank."""
         found = []
         for scores, index, length, stride in self.pieces:
-            entries = np.arange(len(scores), dtype=object)
-            found += [index + (int(i) // length * stride + int(i) % length if length else int(i)) for i in entries]
-        return found
+            entries = np.arange(len(scores), dtype=np.int64)
+            found.append(index + (entries // length * stride + entries % length if length else entries))
+        return np.concatenate(found)
 
 
 def select(ranks):
@@ -100,8 +101,9 @@ def select(ranks):
 def expected(ranks, kept):
     """Of all ranks together: 1 for the ``kept`` that come first by score, then by (index * multiplier) mod 2**32, then by index / 2**32."""
     scores = np.concatenate([scores for rank in ranks for scores in rank.scores])
-    indices = [index for rank in ranks for index in rank.indices()]
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], indices[i] * MULTIPLIER % 2**32, indices[i] >> 32))
+    indices = np.concatenate([rank.indices() for rank in ranks])
+    ties = indices.astype(np.uint64) * np.uint64(MULTIPLIER) % 2**32  # the product is taken mod 2**64, which changes nothing
+    order = np.lexsort((indices >> 32, ties, -scores))  # its last key counts first
     bits = np.zeros(len(scores), np.uint8)
     bits[order[:kept]] = 1
     return bits

@@ -100,8 +100,8 @@ def test_shrunk_networks_compute_the_same(name, pattern):
         assert not result.kept
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["masked", "shrunk"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet", "vit"])
+@pytest.mark.parametrize("small", [pytest.param(False, id="masked", marks=pytest.mark.slow), pytest.param(True, id="shrunk")])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "mobilenet", "vit"])
 def test_other_formats(name, small, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime: pip install 'bip-fast[test]'")
     pytest.importorskip("onnxscript", reason="needs the package onnxscript: pip install 'bip-fast[test]'")
