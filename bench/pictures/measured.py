@@ -119,7 +119,7 @@ def zoo_data() -> dict[str, float]:
 
 
 def zoo(data: dict[str, float]) -> Any:
-    drawn, axes = figure(8.2, 5.6)
+    drawn, axes = figure(8.2, 0.7 + 0.155 * len(data))
     order = sorted(data, key=lambda name: data[name], reverse=True)
     axes.barh(range(len(order)), [data[name] for name in order], color=TEAL, height=0.72)
     for y, name in enumerate(order):
