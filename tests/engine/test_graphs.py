@@ -6,9 +6,9 @@ not see. So all decisions (when to warm up, record, replay, go back to eager) ar
 
 import pytest
 import torch
-import torch.distributed as dist
 from graph_pairs import LEVELS, Double, Pair, Uncapturable, whole_run
 from helpers import ConvNet, batch, make_model
+from ranks import alone
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
@@ -26,16 +26,16 @@ def test_without_cuda_it_is_the_plain_loop_and_says_why(levels):
     assert pair.iteration.reason == "the parameters are on cpu, and only CUDA has graphs"
 
 
+def trained_under_ddp():
+    model = nn.Sequential(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)))  # inside of a module, as `torch.compile` returns it
+    iteration = GraphedIteration(model, FastBiP(model, sparsity=0.5), cross_entropy)
+    return iteration.reason, [float(iteration(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64))) for _ in range(6)]
+
+
 def test_under_ddp_nothing_is_captured(double, tmp_path):
     made = double()
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)))  # inside of a module, as `torch.compile` returns it
-        iteration = GraphedIteration(model, FastBiP(model, sparsity=0.5), cross_entropy)
-        losses = [float(iteration(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64))) for _ in range(6)]
-    finally:
-        dist.destroy_process_group()
-    assert iteration.reason == "the model is in DistributedDataParallel"
+    reason, losses = alone(tmp_path, trained_under_ddp)
+    assert reason == "the model is in DistributedDataParallel"
     assert losses[-1] < losses[0]
     assert not made
 

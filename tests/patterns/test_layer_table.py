@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from own_layers import Below, Experts, Turned, register
+from ranks import alone
 from torch import nn
 
 import bip_fast
@@ -188,17 +189,13 @@ def test_names_are_those_without_wrappers(kind, tmp_path):
     assert {row.name: row.kept for row in other.report()} == {"0.weight": 12, "1.0.weight": 8, "2.weight": 8}
 
 
-def test_names_behind_distributed_data_parallel(tmp_path):
-    import torch.distributed as dist
+def names_under_ddp():
+    model = nn.parallel.DistributedDataParallel(nn.ModuleDict({"module": nn.Linear(4, 4)}))
+    return [row.name for row in FastBiP(model, sparsity=0.5).report()]
 
-    if not dist.is_available() or dist.is_initialized():
-        pytest.skip("needs a torch with distributed, and no process group yet")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(nn.ModuleDict({"module": nn.Linear(4, 4)}))
-        assert [row.name for row in FastBiP(model, sparsity=0.5).report()] == ["module.weight"]
-    finally:
-        dist.destroy_process_group()
+
+def test_names_behind_distributed_data_parallel(tmp_path):
+    assert alone(tmp_path, names_under_ddp) == ["module.weight"]
 
 
 def test_a_list_of_parameters_knows_no_layers():

@@ -1,5 +1,6 @@
 """Several processes that are the ranks of a job, over gloo, for tests of sharded parameters."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -34,7 +35,23 @@ def _rank(rank, world, folder, function, arguments):
         (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
         raise
     finally:
-        dist.destroy_process_group()
+        _end()
+
+
+def _end():
+    """Once nothing of DistributedDataParallel is left: as the last to hold a group it ends gloo's threads while it holds the lock of the
+    interpreter, for which they may wait, and then waits for them."""
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def alone(folder, function, *arguments):
+    """What ``function(*arguments)`` returns in this process, as the only rank of a job."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 1), rank=0, world_size=1)
+    try:
+        return function(*arguments)
+    finally:
+        _end()
 
 
 def run_on(world, function, *arguments):
