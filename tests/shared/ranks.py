@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +50,10 @@ def alone(folder, function, *arguments):
     """What ``function(*arguments)`` returns in this process, as the only rank of a job."""
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 1), rank=0, world_size=1)
     try:
-        return function(*arguments)
+        found = function(*arguments)
+        gc.collect()
+        assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel], "the function left a model behind"
+        return found
     finally:
         _end()
 

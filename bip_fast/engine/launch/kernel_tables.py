@@ -94,6 +94,7 @@ def tensor_table(arena: Arena, selection: Sequence[SelectionGroup]) -> np.ndarra
 
 
 def num_tiles(tensors: np.ndarray) -> np.ndarray:
+    """Of every row of the table of tensors: each begins with a tile of its own."""
     tile = kernels().TILE
     return (tensors["numel"] + tile - 1) // tile
 
