@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 import os
 import sys
@@ -102,9 +101,6 @@ def opened() -> Iterator[None]:
         _stores.clear()
     if not own:
         store.add("ended", 1)
-    # What DistributedDataParallel leaves in a circle of references must not be the last to hold the group: it would wait for gloo's threads
-    # to end, with the lock of the interpreter, for which they may wait.
-    gc.collect()
     dist.destroy_process_group()
 
 

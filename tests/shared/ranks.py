@@ -36,26 +36,22 @@ def _rank(rank, world, folder, function, arguments):
         (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
         raise
     finally:
-        _end()
-
-
-def _end():
-    """Once nothing of DistributedDataParallel is left: as the last to hold a group it ends gloo's threads while it holds the lock of the
-    interpreter, for which they may wait, and then waits for them."""
-    gc.collect()
-    dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def alone(folder, function, *arguments):
-    """What ``function(*arguments)`` returns in this process, as the only rank of a job."""
+    """What ``function(*arguments)`` returns in this process, as the only rank of a job.
+
+    It must leave no DistributedDataParallel behind: as the last to hold a group that ends gloo's threads while it holds the lock of the
+    interpreter, for which they may wait.
+    """
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), 1), rank=0, world_size=1)
     try:
         found = function(*arguments)
-        gc.collect()
-        assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel], "the function left a model behind"
+        assert not [x for x in gc.get_objects() if type(x) is DistributedDataParallel]
         return found
     finally:
-        _end()
+        dist.destroy_process_group()
 
 
 def run_on(world, function, *arguments):
