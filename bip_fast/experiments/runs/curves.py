@@ -40,7 +40,7 @@ def curves(report: dict[str, Any], path: Path) -> None:
     for axes, title in ((loss, "training loss"), (accuracy, "training accuracy, %"), (masks, "mask entries changed in an epoch, %")):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
