@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
+from types import FrameType
 
 __all__ = ["main"]
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    try:
-        from bip_fast.commands.cli import main as run
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else whoever started this wants no Ctrl-C, as nohup does
+        signal.signal(signal.SIGINT, _end)
+    from bip_fast.commands.cli import main as run
+
+    signal.signal(signal.SIGINT, before)
     return run()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """At once, since an error would be lost: while torch is loaded it imports numpy, and goes on without it whatever is raised there."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
